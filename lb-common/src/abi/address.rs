@@ -1,0 +1,80 @@
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// An IPv6 address, or an IPv4 address mapped into one (RFC 4291 section 2.5.5.2), as four words in network
+/// byte order.
+///
+/// One form for both families keeps one key type per map and one path through the program. Words rather than
+/// bytes, because copies of byte arrays become byte loops in BPF.
+#[repr(C)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+)]
+pub struct Address(pub [u32; 4]);
+
+const _: () = assert!(size_of::<Address>() == 16);
+
+/// `::ffff` as the third word of a mapped address.
+const MAPPED: u32 = 0xffff_u32.to_be();
+
+impl Address {
+    /// Maps an IPv4 address given as one word in network byte order.
+    #[inline(always)]
+    pub const fn from_v4_word(word: u32) -> Self {
+        Self([0, 0, MAPPED, word])
+    }
+
+    /// The IPv4 address as one word in network byte order; meaningless unless [`Self::is_v4`].
+    #[inline(always)]
+    pub const fn v4_word(&self) -> u32 {
+        self.0[3]
+    }
+
+    /// Tells whether this is a mapped IPv4 address.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == MAPPED
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(address: IpAddr) -> Self {
+        let octets = match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        };
+        zerocopy::transmute!(octets)
+    }
+}
+
+impl From<Ipv4Addr> for Address {
+    fn from(address: Ipv4Addr) -> Self {
+        IpAddr::V4(address).into()
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        let octets: [u8; 16] = zerocopy::transmute!(address);
+        Ipv6Addr::from(octets).to_canonical()
+    }
+}
+
+impl core::fmt::Display for Address {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}

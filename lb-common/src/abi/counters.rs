@@ -1,0 +1,38 @@
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Packets and their bytes, Ethernet header included.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Count {
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+const _: () = assert!(size_of::<Count>() == 16);
+
+/// Packets by verdict, for each CPU; received = passed + dropped + transmitted + redirected.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Totals {
+    pub received: u64,
+    pub passed: u64,
+    pub dropped: u64,
+    pub transmitted: u64,
+    pub redirected: u64,
+}
+
+const _: () = assert!(size_of::<Totals>() == 40);
+
+/// What a backend was sent and has answered, for each CPU; indexed by backend id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct BackendCounters {
+    /// From clients to the backend.
+    pub forwarded: Count,
+    /// From the backend to clients.
+    pub returned: Count,
+    /// Flows that were put on this backend.
+    pub flows: u64,
+}
+
+const _: () = assert!(size_of::<BackendCounters>() == 40);

@@ -1,0 +1,52 @@
+//! The layout of what crosses the kernel boundary.
+//!
+//! Every type is `repr(C)` with fixed-width fields and named, zeroed padding; zerocopy's `IntoBytes` refuses a
+//! layout with hidden padding at compile time and a const assert pins each size. Addresses and ports are in
+//! network byte order, everything else in the host's. A change to any layout raises [`LAYOUT_VERSION`].
+
+mod address;
+mod backend;
+mod counters;
+mod flow;
+mod link;
+mod reason;
+mod service;
+mod settings;
+
+pub use address::Address;
+pub use backend::{Backend, BackendFlags};
+pub use counters::{BackendCounters, Count, Totals};
+pub use flow::{Flow, FlowKey, TcpState};
+pub use link::Link;
+pub use reason::{REASON_COUNT, Reason, VerdictClass};
+pub use service::{Forward, Service, ServiceKey, Strategy};
+pub use settings::Settings;
+
+/// Version of the map layouts, part of the pin path: a daemon never reads maps of another layout.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Services that fit in the maps.
+pub const MAX_SERVICES: u32 = 1024;
+/// Service keys (VIP, port, protocol) that fit in the maps: a service with a port range takes one each.
+pub const MAX_SERVICE_KEYS: u32 = 65_536;
+/// Backends of all services together that fit in the maps. Id 0 means "none".
+pub const MAX_BACKENDS: u32 = 16_384;
+/// Distinct addresses of VIPs and backends that fit in the maps.
+pub const MAX_ADDRESSES: u32 = 32_768;
+/// Slots of a slot table: a prime, as Maglev wants it (NSDI 2016, section 3.4); at 65,537 at most 0.6 % of the
+/// slots of surviving backends change owner when one of 1,000 backends leaves.
+pub const SLOT_COUNT: u32 = 65_537;
+/// Flows in the table until the daemon sets another size at load time.
+pub const DEFAULT_FLOWS: u32 = 65_536;
+
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
+/// IP protocol number of ICMP.
+pub const ICMP: u8 = 1;
+
+/// Role bit in the map of addresses: the address is a VIP.
+pub const ROLE_VIP: u32 = 1;
+/// Role bit in the map of addresses: the address belongs to a backend.
+pub const ROLE_BACKEND: u32 = 2;

@@ -1,0 +1,24 @@
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// What holds for all services; the single entry of its map. Times are in nanoseconds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Settings {
+    /// Key of the hash, shared by all nodes that serve the same VIPs.
+    pub seed: [u64; 2],
+    /// Idle time after which an established TCP flow ends.
+    pub tcp_idle: u64,
+    /// Idle time after which a TCP flow that is opening ends.
+    pub tcp_opening: u64,
+    /// Idle time after which a TCP flow that is closing ends.
+    pub tcp_closing: u64,
+    /// Idle time after which a UDP flow ends.
+    pub udp_idle: u64,
+    /// First of the source ports that flows may be given, host byte order.
+    pub source_port_first: u16,
+    /// How many source ports there are, from the first on.
+    pub source_port_count: u16,
+    pub _pad: u32,
+}
+
+const _: () = assert!(size_of::<Settings>() == 56);

@@ -1,0 +1,6 @@
+//! Pure functions that both sides use.
+
+pub mod checksum;
+pub mod hash;
+pub mod headers;
+pub mod tcp_state;

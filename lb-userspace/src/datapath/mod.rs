@@ -1,0 +1,71 @@
+//! The only door to the kernel's part of xlb: a trait in the words of the domain.
+//!
+//! [`Contents`] is everything that the reconciler governs; flows and counters are the kernel's own and only read.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use lb_common::abi::{Address, Backend, Flow, FlowKey, Service, ServiceKey, Settings};
+
+/// What the maps hold, or shall hold, as far as the daemon decides it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contents {
+    pub settings: Settings,
+    /// Roles (`ROLE_VIP`, `ROLE_BACKEND`) by address.
+    pub addresses: BTreeMap<Address, u32>,
+    /// Service id by key.
+    pub service_keys: BTreeMap<ServiceKey, u32>,
+    /// By service id; unused ids are absent.
+    pub services: BTreeMap<u32, Service>,
+    /// Slot table by service id: `SLOT_COUNT` backend ids, 0 where there is none.
+    pub slots: BTreeMap<u32, SlotTable>,
+    /// By backend id, from 1 on; unused ids are absent.
+    pub backends: BTreeMap<u32, Backend>,
+}
+
+/// Backend ids by slot.
+pub type SlotTable = Arc<[u32]>;
+
+/// One change to one map; each takes effect at once and for itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Operation {
+    PutSettings(Settings),
+    PutAddress(Address, u32),
+    RemoveAddress(Address),
+    PutBackend(u32, Backend),
+    RemoveBackend(u32),
+    /// Swaps the whole table in one step: no packet sees a half-written one.
+    PutSlots(u32, SlotTable),
+    RemoveSlots(u32),
+    PutService(u32, Service),
+    RemoveService(u32),
+    PutServiceKey(ServiceKey, u32),
+    RemoveServiceKey(ServiceKey),
+}
+
+/// Why the kernel did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} failed on {object}: {source}")]
+pub struct DatapathError {
+    /// What was tried: `update`, `read`, `delete`, …
+    pub operation: &'static str,
+    /// The map or program, with the key where there is one.
+    pub object: String,
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// The maps of one instance.
+pub trait Datapath: Send {
+    /// Reads back everything that the reconciler governs.
+    fn read(&self) -> Result<Contents, DatapathError>;
+
+    /// Makes one change.
+    fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError>;
+
+    /// Calls `visit` with each flow of the table; a flow that comes or goes meanwhile may be seen or not.
+    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError>;
+
+    /// Removes flows, each with the key of its replies, unless a packet of it was seen after `unless_seen_since`
+    /// (nanoseconds of `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
+    fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError>;
+}

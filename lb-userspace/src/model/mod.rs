@@ -1,0 +1,70 @@
+//! The desired state: configuration, health, administrative state and next hops in one; pure.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    time::{Duration, SystemTime},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+
+/// Names a backend: that of its service and its own.
+pub type BackendName = (String, String);
+
+/// Everything that decides what the maps hold.
+#[derive(Clone, Debug)]
+pub struct Model {
+    pub config: Config,
+    /// Key of the hash.
+    pub seed: [u64; 2],
+    /// Source ports for flows: the first and how many.
+    pub source_ports: (u16, u16),
+    /// By backend; absent means `unknown`.
+    pub health: BTreeMap<BackendName, Health>,
+    /// By backend; absent means `enabled`.
+    pub administrative: BTreeMap<BackendName, Administrative>,
+    /// By backend address; absent means not resolved.
+    pub next_hops: BTreeMap<IpAddr, NextHop>,
+}
+
+/// What the probes say of a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// Not probed yet: gets no new flows until the first probe has succeeded.
+    #[default]
+    Unknown,
+    Up,
+    Down,
+}
+
+/// What the operator wants of a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Administrative {
+    #[default]
+    Enabled,
+    /// No new flows; the existing ones stay until the service's drain timeout has passed since then.
+    Draining { since: SystemTime },
+    /// No new flows, and the existing ones end at once.
+    Disabled,
+}
+
+/// The way to an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NextHop {
+    /// Interface that the route leaves by.
+    pub ifindex: u32,
+    /// This host's address on that route.
+    pub source: IpAddr,
+    /// MAC address of the interface.
+    pub source_mac: [u8; 6],
+    /// MAC address of the neighbour; `None` while it is not resolved.
+    pub next_hop_mac: Option<[u8; 6]>,
+}
+
+/// Idle time after which a TCP flow that is opening ends: the client has given up its SYN or its answer by then.
+pub const TCP_OPENING_TIMEOUT: Duration = Duration::from_secs(60);
+/// Idle time after which a TCP flow that is closing ends: twice a segment's life as Linux counts it.
+pub const TCP_CLOSING_TIMEOUT: Duration = Duration::from_secs(60);

@@ -1,0 +1,1 @@
+//! Netlink: links, addresses, neighbours and next hops; no other module speaks it.
