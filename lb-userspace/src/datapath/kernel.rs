@@ -18,7 +18,7 @@ use lb_common::abi::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::{AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, counters, syscall};
+use super::{AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, counters, packet_log, syscall};
 
 /// The object that lb-userspace/build.rs has built.
 pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
@@ -33,6 +33,15 @@ pub struct Raw<T>(pub T);
 
 // SAFETY: zerocopy's traits hold for T: any bytes are a value of it, it has no padding, and it is Copy.
 unsafe impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> Pod for Raw<T> {}
+
+/// Memory of a flow table with room for `flows` flows: keys and values of both maps, and what the kernel adds to
+/// each entry of an LRU hash (`struct htab_elem` with its node, and a bucket).
+pub const fn flow_table_memory(flows: u32) -> u64 {
+    const OVERHEAD: u64 = 48 + 16;
+    let flow = (size_of::<FlowKey>() + size_of::<Flow>()) as u64 + OVERHEAD;
+    let reply = 2 * size_of::<FlowKey>() as u64 + OVERHEAD;
+    (flow + reply) * flows as u64
+}
 
 /// An interface that the program is attached to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,6 +167,14 @@ impl KernelDatapath {
     /// The object with its loaded program, for a caller that starts log readers or test runs.
     pub fn ebpf_mut(&mut self) -> &mut Ebpf {
         &mut self.ebpf
+    }
+
+    /// Logs what the program says of each packet, where it was built to; to be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// The records cannot be read.
+    pub fn start_packet_log(&mut self) -> Result<(), DatapathError> {
+        if cfg!(debug_assertions) { packet_log::start(&mut self.ebpf) } else { Ok(()) }
     }
 
     /// Flows that the table has room for: that of the pinned one, whatever was asked for.

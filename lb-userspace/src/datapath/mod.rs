@@ -4,6 +4,7 @@
 
 mod counters;
 pub mod kernel;
+mod packet_log;
 mod pins;
 mod syscall;
 
