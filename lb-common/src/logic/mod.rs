@@ -1,5 +1,6 @@
 //! Pure functions that both sides use.
 
+pub mod ageing;
 pub mod checksum;
 pub mod hash;
 pub mod headers;

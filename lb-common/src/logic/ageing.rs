@@ -1,0 +1,64 @@
+//! When an idle flow is over.
+
+use crate::abi::{Settings, TcpState};
+
+/// Idle time in nanoseconds after which a flow in this state ends.
+#[inline(always)]
+pub const fn idle_timeout(settings: &Settings, state: TcpState) -> u64 {
+    match state {
+        TcpState::None => settings.udp_idle,
+        TcpState::SynSent | TcpState::SynReceived => settings.tcp_opening,
+        TcpState::Established => settings.tcp_idle,
+        TcpState::FinClient | TcpState::FinBackend | TcpState::Closed => settings.tcp_closing,
+    }
+}
+
+/// Tells whether a flow last seen at `last_seen` has been idle for longer than its state allows at `now`, both in
+/// nanoseconds of one clock. A packet seen after `now` was read is no reason to end the flow.
+#[inline(always)]
+pub const fn is_over(settings: &Settings, state: TcpState, last_seen: u64, now: u64) -> bool {
+    now.saturating_sub(last_seen) > idle_timeout(settings, state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SETTINGS: Settings = Settings {
+        seed: [0; 2],
+        tcp_idle: 1000,
+        tcp_opening: 100,
+        tcp_closing: 10,
+        udp_idle: 1,
+        source_port_first: 0,
+        source_port_count: 0,
+        _pad: 0,
+    };
+
+    #[test]
+    fn each_state_has_its_timeout() {
+        let expected = [
+            (TcpState::None, 1),
+            (TcpState::SynSent, 100),
+            (TcpState::SynReceived, 100),
+            (TcpState::Established, 1000),
+            (TcpState::FinClient, 10),
+            (TcpState::FinBackend, 10),
+            (TcpState::Closed, 10),
+        ];
+        for (state, timeout) in expected {
+            assert_eq!(idle_timeout(&SETTINGS, state), timeout, "{state:?}");
+        }
+    }
+
+    #[test]
+    fn a_flow_ends_only_beyond_its_timeout() {
+        assert!(!is_over(&SETTINGS, TcpState::Established, 5000, 6000));
+        assert!(is_over(&SETTINGS, TcpState::Established, 5000, 6001));
+    }
+
+    #[test]
+    fn a_flow_seen_after_the_clock_was_read_stays() {
+        assert!(!is_over(&SETTINGS, TcpState::None, 6001, 6000));
+    }
+}
