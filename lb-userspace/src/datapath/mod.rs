@@ -2,9 +2,15 @@
 //!
 //! [`Contents`] is everything that the reconciler governs; flows and counters are the kernel's own and only read.
 
+mod contents;
+pub mod faulty;
+pub mod memory;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use lb_common::abi::{Address, Backend, Flow, FlowKey, Service, ServiceKey, Settings};
+
+pub use self::contents::contents_dump;
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
