@@ -2,8 +2,11 @@
 //!
 //! [`Contents`] is everything that the reconciler governs; flows and counters are the kernel's own and only read.
 
+mod contents;
 mod counters;
+pub mod faulty;
 pub mod kernel;
+pub mod memory;
 mod packet_log;
 mod pins;
 mod syscall;
@@ -12,6 +15,7 @@ use std::{collections::BTreeMap, io, sync::Arc};
 
 use lb_common::abi::{Address, Backend, Flow, FlowKey, Service, ServiceKey, Settings};
 
+pub use contents::contents_dump;
 pub use counters::Counters;
 pub use pins::Pins;
 
