@@ -176,6 +176,7 @@ struct Watched {
     last_result: String,
     last_probe: Option<SystemTime>,
     run: u64,
+    /// `None` where nothing is probed.
     _probing: Option<Task>,
 }
 
@@ -387,5 +388,169 @@ mod rfc3339 {
         Option::<String>::deserialize(deserializer)?
             .map(|text| humantime::parse_rfc3339(&text).map_err(D::Error::custom))
             .transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    /// The clock rounds up to milliseconds.
+    const RESOLUTION: Duration = Duration::from_millis(2);
+
+    fn with_paused_clock<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap()
+            .block_on(work)
+    }
+
+    fn name(number: u32) -> BackendName {
+        ("web".into(), number.to_string())
+    }
+
+    /// When probes start that take `durations`.
+    async fn start_times(number: u32, interval: Duration, durations: &[Duration]) -> Vec<Duration> {
+        let begin = Instant::now();
+        let mut ticks = starts(&name(number), interval);
+        let mut times = Vec::new();
+        for &duration in durations {
+            times.push(begin.elapsed());
+            sleep(duration).await;
+            ticks.tick().await;
+        }
+        times
+    }
+
+    proptest! {
+        #[test]
+        fn a_probe_starts_at_most_one_interval_after_the_one_before_and_never_within_it(
+            number: u32, interval in 10u64..5_000, shares in prop::collection::vec(0.0f64..=1.0, 2..20),
+        ) {
+            let interval = Duration::from_millis(interval);
+            let durations: Vec<_> = shares.iter().map(|&share| interval.mul_f64(share)).collect();
+            let times = with_paused_clock(start_times(number, interval, &durations));
+            prop_assert_eq!(times[0], Duration::ZERO);
+            for (index, pair) in times.windows(2).enumerate() {
+                let gap = pair[1] - pair[0];
+                prop_assert!(gap <= interval + RESOLUTION, "{:?} in {:?}", gap, times);
+                prop_assert!(gap >= durations[index], "{:?} in {:?}", gap, times);
+            }
+            // On average it is the interval: nothing drifts but the one early start.
+            let regular = interval * (times.len() as u32 - 1);
+            let last = times[times.len() - 1];
+            prop_assert!(last + interval.mul_f64(SPREAD) + RESOLUTION >= regular, "{:?}", times);
+        }
+
+        #[test]
+        fn a_dead_backend_is_down_within_fall_intervals_and_a_timeout(
+            number: u32,
+            interval in 20u64..5_000,
+            timeout_share in 0.1f64..=1.0,
+            fall in 1u32..6,
+            // In intervals.
+            death in 0.0f64..8.0,
+            // Parts of the timeout that a probe of the living and of the dead backend takes.
+            shares in prop::collection::vec((0.0f64..1.0, 0.0f64..=1.0), 20),
+        ) {
+            let interval = Duration::from_millis(interval);
+            let timeout = interval.mul_f64(timeout_share);
+            let death = interval.mul_f64(death);
+            let down = with_paused_clock(async {
+                let begin = Instant::now();
+                let mut ticks = starts(&name(number), interval);
+                let mut state = State::new(Health::Up, 1, fall);
+                for (alive, dead) in shares {
+                    // A probe that the backend is still alive to answer succeeds.
+                    let answer = timeout.mul_f64(alive);
+                    let outcome = if begin.elapsed() + answer <= death {
+                        sleep(answer).await;
+                        Outcome::Success
+                    } else {
+                        sleep(timeout.mul_f64(dead)).await;
+                        Outcome::Failure
+                    };
+                    if state.record(outcome).is_some() {
+                        return Some(begin.elapsed());
+                    }
+                    ticks.tick().await;
+                }
+                None
+            });
+            let down = down.unwrap();
+            let promise = interval * fall + timeout + RESOLUTION;
+            prop_assert!(down <= death + promise, "died {:?}, down {:?}, promised {:?}", death, down, promise);
+        }
+    }
+
+    #[test]
+    fn probes_of_many_backends_spread_over_a_tenth_of_the_interval() {
+        let interval = Duration::from_secs(10);
+        let seconds: Vec<_> = (0..1000)
+            .map(|number| with_paused_clock(start_times(number, interval, &[Duration::ZERO; 2]))[1])
+            .collect();
+        assert!(
+            seconds
+                .iter()
+                .all(|at| (9_000..=10_002).contains(&at.as_millis()))
+        );
+        // About 100 in each of ten equal parts.
+        let mut parts = [0; 10];
+        for at in &seconds {
+            parts[((at.as_millis() - 9_000) / 100).min(9) as usize] += 1;
+        }
+        assert!(parts.iter().all(|&part| part > 50), "{parts:?}");
+    }
+
+    #[test]
+    fn each_backend_always_has_the_same_share() {
+        let times = || with_paused_clock(start_times(7, Duration::from_secs(10), &[Duration::ZERO; 5]));
+        assert_eq!(times(), times());
+    }
+
+    #[test]
+    fn intervals_beyond_the_clock_are_no_panic() {
+        with_paused_clock(async {
+            starts(&name(0), Duration::ZERO).tick().await;
+            starts(&name(0), Duration::MAX).tick().await;
+        });
+    }
+
+    #[test]
+    fn a_lack_of_sockets_on_this_host_is_reported_but_no_verdict() {
+        let check = HealthCheck {
+            probe: Probe::Tcp { port: None },
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(1),
+            rise: 1,
+            fall: 1,
+        };
+        let address: SocketAddr = ([10, 0, 0, 11], 8080).into();
+        let mut watched = Watched {
+            address,
+            state: State::new(Health::Up, check.rise, check.fall),
+            check,
+            announced: Health::Up,
+            cause: String::new(),
+            last_result: String::new(),
+            last_probe: None,
+            run: 0,
+            _probing: None,
+        };
+        let source = std::io::Error::from_raw_os_error(nix::libc::EMFILE);
+        assert_eq!(watched.record(&Err(ProbeError::Socket { address, source })), None);
+        assert_eq!(
+            watched.last_result,
+            "open a socket towards 10.0.0.11:8080: too many open files"
+        );
+        assert_eq!(
+            (watched.state.health(), watched.state.in_a_row()),
+            (Health::Up, 0)
+        );
     }
 }

@@ -61,9 +61,12 @@ async fn exchange(stream: TcpStream, request: Request<Empty<Bytes>>) -> Result<(
         .max_buf_size(HEAD_BOUND)
         .handshake(TokioIo::new(stream))
         .await
-        .map_err(no_response)?;
+        .map_err(|error| failure(&error, Failure::NoResponse))?;
     let answer = async {
-        let response = sender.send_request(request).await.map_err(no_response)?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|error| failure(&error, Failure::NoResponse))?;
         match response.status().as_u16() {
             200..=399 => drain(response.into_body()).await,
             status => Err(Failure::Status(status)),
@@ -86,19 +89,20 @@ async fn drain(mut body: Incoming) -> Result<(), Failure> {
         match body.frame().await {
             None => break,
             Some(Ok(frame)) => read += frame.data_ref().map_or(0, Bytes::len),
-            Some(Err(error)) => return Err(failure(error, Failure::HalfResponse)),
+            Some(Err(error)) => return Err(failure(&error, Failure::HalfResponse)),
         }
     }
     Ok(())
 }
 
-fn no_response(error: hyper::Error) -> Failure {
-    failure(error, Failure::NoResponse)
-}
-
 /// Sorts an error of hyper's; `closed` says what the end of the connection means.
-fn failure(error: hyper::Error, closed: Failure) -> Failure {
-    let system = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+fn failure(error: &hyper::Error, closed: Failure) -> Failure {
+    let cause = error.source();
+    // A request that had not been sent is cancelled, with the connection's own error inside.
+    if let Some(inner) = cause.and_then(|cause| cause.downcast_ref::<hyper::Error>()) {
+        return failure(inner, closed);
+    }
+    let system = cause.and_then(|cause| cause.downcast_ref::<io::Error>());
     if let Some(number) = system.and_then(io::Error::raw_os_error) {
         return Failure::Io(io::Error::from_raw_os_error(number));
     }
@@ -106,5 +110,9 @@ fn failure(error: hyper::Error, closed: Failure) -> Failure {
         || error.is_canceled()
         || error.is_closed()
         || system.is_some_and(|error| error.kind() == io::ErrorKind::UnexpectedEof);
-    if ended { closed } else { Failure::Malformed(error) }
+    if ended {
+        closed
+    } else {
+        Failure::Malformed(error.to_string())
+    }
 }

@@ -58,7 +58,7 @@ pub enum Failure {
     #[error("closed within the body of the response")]
     HalfResponse,
     #[error("malformed response ({0})")]
-    Malformed(hyper::Error),
+    Malformed(String),
     #[error("the request cannot be built ({0})")]
     Request(hyper::http::Error),
 }

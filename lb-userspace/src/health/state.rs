@@ -91,7 +91,8 @@ mod tests {
     #[test]
     fn every_transition_is_as_in_the_table() {
         // Health before, rise, fall, outcomes; health afterwards, at which outcome it changed.
-        let table: &[(Health, u32, u32, &[Outcome], Health, Option<usize>)] = &[
+        type Row = (Health, u32, u32, &'static [Outcome], Health, Option<usize>);
+        let table: &[Row] = &[
             (Health::Unknown, 3, 3, &[Success], Health::Up, Some(0)),
             (Health::Unknown, 3, 3, &[Failure], Health::Down, Some(0)),
             (Health::Up, 2, 3, &[Success], Health::Up, None),

@@ -215,6 +215,7 @@ async fn a_server_that_accepts_and_hangs_times_out() {
 #[tokio::test]
 async fn a_server_that_trickles_its_head_times_out() {
     let server = Server::start(async |mut stream: TcpStream| {
+        read_head(&mut stream).await;
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nX: ").await;
         while stream.write_all(b"x").await.is_ok() {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -228,6 +229,7 @@ async fn a_server_that_trickles_its_head_times_out() {
 #[tokio::test]
 async fn a_server_that_hangs_within_the_body_times_out() {
     let server = Server::start(async |mut stream: TcpStream| {
+        read_head(&mut stream).await;
         let _ = stream
             .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
             .await;
@@ -289,6 +291,22 @@ async fn garbage_is_a_malformed_response() {
         let words = http_failure(answer).await;
         let start = "GET http://ADDRESS/healthz: malformed response";
         assert!(words.starts_with(start), "{:?}: {words}", answer.get(..40));
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_first_is_no_http_server() {
+    let server = Server::start(async |mut stream: TcpStream| {
+        let _ = stream.write_all(b"220 mail.example.org ESMTP\r\n").await;
+        hang(stream).await;
+    })
+    .await;
+    for _ in 0..20 {
+        let words = failure(server.address, http("/healthz"), GENEROUS).await;
+        assert!(
+            words.starts_with("GET http://ADDRESS/healthz: malformed response"),
+            "{words}"
+        );
     }
 }
 
