@@ -75,7 +75,12 @@ impl Server {
         let mut tasks = tokio::task::JoinSet::new();
         tasks.spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
+            loop {
+                let Ok((stream, _)) = listener.accept().await else {
+                    // Too many open files, until some are closed.
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    continue;
+                };
                 counter.fetch_add(1, Ordering::SeqCst);
                 connections.spawn(handle(stream));
                 while connections.try_join_next().is_some() {}
