@@ -100,6 +100,33 @@ async fn a_connection_that_nobody_answers_times_out() {
     assert!(started.elapsed() < GENEROUS);
 }
 
+/// Needs root, as a network namespace does: it has but one ephemeral port.
+#[test]
+fn a_probe_that_meets_itself_is_a_refused_connection() {
+    let probed = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let up = std::process::Command::new("ip")
+            .args(["link", "set", "lo", "up"])
+            .status();
+        assert!(up.unwrap().success());
+        std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let address = SocketAddr::from(([127, 0, 0, 1], 40_000));
+            // Without the guard this would be a success: the system lets the socket meet itself.
+            let itself = TcpStream::connect(address).await.unwrap();
+            assert_eq!(itself.local_addr().unwrap(), itself.peer_addr().unwrap());
+            itself.set_zero_linger().unwrap();
+            drop(itself);
+            failure(address, tcp(), GENEROUS).await
+        })
+    });
+    assert_eq!(probed.join().unwrap(), "connect to ADDRESS: connection refused");
+}
+
 #[tokio::test]
 async fn a_timeout_beyond_the_clock_is_no_panic() {
     let (address, _socket) = refusing();
