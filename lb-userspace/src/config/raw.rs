@@ -358,14 +358,12 @@ impl<'a, 'f> Table<'a, 'f> {
             DeValue::Array(items) => items.iter().collect(),
             _ => vec![value],
         };
-        let parsed: Vec<Option<Spanned<T>>> = items
+        // A wrong item is told and left out, so that the others can still be compared.
+        let parsed = items
             .into_iter()
-            .map(|item| Some(Spanned::new(item.span(), self.parsed(item, &parse)?)))
+            .filter_map(|item| Some(Spanned::new(item.span(), self.parsed(item, &parse)?)))
             .collect();
-        match parsed.into_iter().collect() {
-            Some(parsed) => Field::Given(Spanned::new(value.span(), parsed)),
-            None => Field::Wrong,
-        }
+        Field::Given(Spanned::new(value.span(), parsed))
     }
 
     /// A table under this one.
