@@ -2,6 +2,8 @@
 //!
 //! [`Contents`] is everything that the reconciler governs; flows and counters are the kernel's own and only read.
 
+pub mod pass;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use lb_common::abi::{Address, Backend, Flow, FlowKey, Service, ServiceKey, Settings};
