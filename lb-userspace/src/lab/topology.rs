@@ -92,8 +92,9 @@ impl Topology {
             .filter_map(|address| IpNet::new(address, 24).ok())
             .collect();
         self.client.add_addresses("eth0", &addresses)?;
-        self.client
-            .add_route(&format!("{}/32", Self::VIP), &Self::BALANCER.to_string())?;
+        for destination in [&Self::VIP.to_string(), "10.2.0.0/16"] {
+            self.client.add_route(destination, &Self::BALANCER.to_string())?;
+        }
         for namespace in [&self.client, &self.balancer] {
             namespace.disable_offload("eth0")?;
         }

@@ -69,7 +69,12 @@ impl NextHopWatcher {
             unresolved: publish_unresolved,
         };
         let task = tokio::spawn(watch.run(Events::open()?, orders));
-        Ok(Self { commands, next_hops, unresolved, task })
+        Ok(Self {
+            commands,
+            next_hops,
+            unresolved,
+            task,
+        })
     }
 
     /// Replaces the set of addresses, and returns once the ways that the kernel knows now are published.
@@ -105,7 +110,12 @@ impl Drop for NextHopWatcher {
 pub async fn release_neighbours() -> Result<usize, NetError> {
     let netlink = Netlink::open()?;
     let mut released = 0;
-    for neighbour in netlink.neighbours().await?.into_values().filter(|neighbour| neighbour.own) {
+    for neighbour in netlink
+        .neighbours()
+        .await?
+        .into_values()
+        .filter(|neighbour| neighbour.own)
+    {
         netlink.remove_neighbour(neighbour.message).await?;
         released += 1;
     }
@@ -212,7 +222,9 @@ impl Watch {
 
     /// Looks at everything anew, and publishes what differs.
     async fn refresh(&mut self) -> Result<(), NetError> {
-        let Some(addresses) = &self.addresses else { return Ok(()) };
+        let Some(addresses) = &self.addresses else {
+            return Ok(());
+        };
         let neighbours = self.netlink.neighbours().await?;
         let mut links = BTreeMap::new();
         let mut ways = BTreeMap::new();
@@ -236,7 +248,11 @@ impl Watch {
 
         let wanted: BTreeSet<NeighbourKey> = ways.values().map(|way| way.neighbour).collect();
         self.ways = ways;
-        let next_hops = self.ways.iter().map(|(address, way)| (*address, way.next_hop.clone())).collect();
+        let next_hops = self
+            .ways
+            .iter()
+            .map(|(address, way)| (*address, way.next_hop.clone()))
+            .collect();
         replace(&self.unresolved, unresolved);
         replace(&self.next_hops, next_hops);
         self.netlink.keep_resolved(&wanted, neighbours).await
@@ -269,10 +285,18 @@ impl Netlink {
             return Ok(Err(format!("interface {} of its route has gone", route.ifindex)));
         };
         let Some(source_mac) = link.mac else {
-            return Ok(Err(format!("its route leaves by {}, which is no Ethernet interface", link.name)));
+            return Ok(Err(format!(
+                "its route leaves by {}, which is no Ethernet interface",
+                link.name
+            )));
         };
         Ok(Ok(Way {
-            next_hop: NextHop { ifindex: route.ifindex, source: route.source, source_mac, next_hop_mac: None },
+            next_hop: NextHop {
+                ifindex: route.ifindex,
+                source: route.source,
+                source_mac,
+                next_hop_mac: None,
+            },
             neighbour: (route.ifindex, route.gateway.unwrap_or(address)),
             interface: link.name.clone(),
         }))
@@ -322,7 +346,10 @@ impl Netlink {
         neighbours: BTreeMap<NeighbourKey, Neighbour>,
     ) -> Result<(), NetError> {
         for &(ifindex, address) in wanted {
-            if neighbours.get(&(ifindex, address)).is_none_or(Neighbour::wants_asking) {
+            if neighbours
+                .get(&(ifindex, address))
+                .is_none_or(Neighbour::wants_asking)
+            {
                 // A refusal concerns this neighbour alone, as where its interface is down: the others go on.
                 if let Err(error) = self.resolve_neighbour(ifindex, address).await {
                     debug!("{error}");
@@ -396,7 +423,11 @@ fn parse_route(message: &RouteMessage) -> Result<Route, String> {
     }
     let ifindex = ifindex.ok_or("its route names no interface")?;
     let source = source.ok_or("this host has no address to send from on its route")?;
-    Ok(Route { ifindex, gateway, source })
+    Ok(Route {
+        ifindex,
+        gateway,
+        source,
+    })
 }
 
 /// An entry of the kernel's table.
@@ -426,8 +457,12 @@ impl Neighbour {
         };
         for attribute in &neighbour.message.attributes {
             match attribute {
-                NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => address = Some(IpAddr::V4(*v4)),
-                NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => address = Some(IpAddr::V6(*v6)),
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
+                    address = Some(IpAddr::V4(*v4));
+                }
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
+                    address = Some(IpAddr::V6(*v6));
+                }
                 NeighbourAttribute::LinkLayerAddress(bytes) => {
                     neighbour.lladdr = bytes.as_slice().try_into().ok();
                 }
@@ -489,12 +524,17 @@ impl Events {
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)
             .map_err(|error| NetError::kernel("subscribing to the kernel's network events", error))?;
         let messages = messages.map(|(message, _)| message);
-        Ok(Self { messages: Some(Box::pin(messages)), task: tokio::spawn(connection) })
+        Ok(Self {
+            messages: Some(Box::pin(messages)),
+            task: tokio::spawn(connection),
+        })
     }
 
     /// The next message; `None` when some were lost, so that anything may have changed.
     async fn next(&mut self) -> Option<NetlinkPayload<RouteNetlinkMessage>> {
-        let Some(messages) = &mut self.messages else { return std::future::pending().await };
+        let Some(messages) = &mut self.messages else {
+            return std::future::pending().await;
+        };
         match messages.next().await {
             Some(message) => match message.payload {
                 NetlinkPayload::Overrun(_) => None,
@@ -520,5 +560,321 @@ impl Events {
 impl Drop for Events {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::{Namespace, block_on};
+
+    const FIRST: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
+    const SECOND: [u8; 6] = [2, 0, 0, 0, 0, 0x12];
+
+    /// A host with eth0 (10.0.1.1, 2001:db8:1::1) to the first peer (…2, MAC `FIRST`), and eth1 (10.0.2.1,
+    /// 2001:db8:2::1) to the second (…2, MAC `SECOND`).
+    struct Net {
+        host: Namespace,
+        first: Namespace,
+        _second: Namespace,
+    }
+
+    impl Net {
+        fn new() -> Self {
+            let host = Namespace::new("host").unwrap();
+            let peer = |number: u8, mac| {
+                let peer = Namespace::new("peer").unwrap();
+                let interface = format!("eth{}", number - 1);
+                Namespace::connect(&host, &interface, &peer, "eth0").unwrap();
+                peer.set_mac("eth0", mac).unwrap();
+                for (namespace, interface, last) in [(&host, interface.as_str(), 1), (&peer, "eth0", 2)] {
+                    namespace
+                        .add_address(interface, &format!("10.0.{number}.{last}/24"))
+                        .unwrap();
+                    namespace
+                        .add_address(interface, &format!("2001:db8:{number}::{last}/64"))
+                        .unwrap();
+                }
+                peer
+            };
+            let (first, _second) = (peer(1, FIRST), peer(2, SECOND));
+            Self { host, first, _second }
+        }
+
+        /// Runs a test inside the host.
+        fn host(&self, test: impl AsyncFnOnce(NextHopWatcher) + Send) {
+            self.host
+                .run(|| block_on(async { test(NextHopWatcher::start().unwrap()).await }))
+                .unwrap();
+        }
+
+        fn next_hop(&self, interface: &str, source: &str, next_hop_mac: Option<[u8; 6]>) -> NextHop {
+            let link = self.host.link(interface).unwrap();
+            NextHop {
+                ifindex: link.ifindex,
+                source: ip(source),
+                source_mac: link.mac.unwrap(),
+                next_hop_mac,
+            }
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn set(addresses: &[&str]) -> BTreeSet<IpAddr> {
+        addresses.iter().map(|address| ip(address)).collect()
+    }
+
+    /// Waits until the way to an address is this one.
+    async fn becomes(watcher: &NextHopWatcher, address: &str, expected: Option<&NextHop>) {
+        let (mut published, address) = (watcher.next_hops(), ip(address));
+        let reached = timeout(
+            Duration::from_secs(20),
+            published.wait_for(|next_hops| next_hops.get(&address) == expected),
+        );
+        if reached.await.is_err() {
+            let last = watcher.next_hops().borrow().get(&address).cloned();
+            panic!(
+                "{address}: expected {expected:?}, last {last:?}, {:?}",
+                watcher.unresolved()
+            );
+        }
+    }
+
+    async fn neighbour(interface: u32, address: &str) -> Option<Neighbour> {
+        let netlink = Netlink::open().unwrap();
+        netlink
+            .neighbours()
+            .await
+            .unwrap()
+            .remove(&(interface, ip(address)))
+    }
+
+    #[test]
+    fn neighbours_on_the_link_are_resolved_in_both_families() {
+        let net = Net::new();
+        let v4 = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        let v6 = net.next_hop("eth1", "2001:db8:2::1", Some(SECOND));
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2", "2001:db8:2::2"])).await;
+            becomes(&watcher, "10.0.1.2", Some(&v4)).await;
+            becomes(&watcher, "2001:db8:2::2", Some(&v6)).await;
+            assert_eq!(watcher.unresolved(), BTreeMap::new());
+        });
+    }
+
+    #[test]
+    fn the_way_behind_a_gateway_follows_the_route() {
+        let net = Net::new();
+        let by_first = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        let by_second = net.next_hop("eth1", "10.0.2.1", Some(SECOND));
+        net.host.add_route("192.0.2.0/24", "10.0.1.2").unwrap();
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["192.0.2.1"])).await;
+            becomes(&watcher, "192.0.2.1", Some(&by_first)).await;
+            net.host.add_route("192.0.2.0/24", "10.0.2.2").unwrap();
+            becomes(&watcher, "192.0.2.1", Some(&by_second)).await;
+            net.host.remove_route("192.0.2.0/24").unwrap();
+            becomes(&watcher, "192.0.2.1", None).await;
+            net.host.add_route("192.0.0.0/16", "10.0.1.2").unwrap();
+            becomes(&watcher, "192.0.2.1", Some(&by_first)).await;
+        });
+    }
+
+    #[test]
+    fn an_ipv6_gateway_is_followed_too() {
+        let net = Net::new();
+        let way = net.next_hop("eth0", "2001:db8:1::1", Some(FIRST));
+        net.host.add_route("2001:db8:9::/48", "2001:db8:1::2").unwrap();
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["2001:db8:9::1"])).await;
+            becomes(&watcher, "2001:db8:9::1", Some(&way)).await;
+        });
+    }
+
+    #[test]
+    fn a_neighbour_that_announces_another_mac_is_followed() {
+        let net = Net::new();
+        let mut way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        // A gratuitous ARP with each change of the address, as a virtual machine sends it when it has moved.
+        net.first.sysctl("net/ipv4/conf/eth0/arp_notify", "1").unwrap();
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+            way.next_hop_mac = Some([2, 0, 0, 0, 0, 0x77]);
+            net.first.set_mac("eth0", [2, 0, 0, 0, 0, 0x77]).unwrap();
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+        });
+    }
+
+    #[test]
+    fn the_own_interface_s_mac_is_followed() {
+        let net = Net::new();
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            net.host.set_mac("eth0", [2, 0, 0, 0, 0, 0x99]).unwrap();
+            let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+            assert_eq!(way.source_mac, [2, 0, 0, 0, 0, 0x99]);
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+        });
+    }
+
+    #[test]
+    fn a_neighbour_that_stops_answering_loses_its_mac_and_gets_it_back() {
+        let net = Net::new();
+        let there = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        let gone = NextHop {
+            next_hop_mac: None,
+            ..there
+        };
+        // So that the kernel doubts a neighbour within seconds instead of half a minute.
+        for (key, value) in [
+            ("base_reachable_time_ms", "500"),
+            ("delay_first_probe_time", "1"),
+            ("retrans_time_ms", "100"),
+            ("interval_probe_time_ms", "500"),
+        ] {
+            net.host
+                .sysctl(&format!("net/ipv4/neigh/eth0/{key}"), value)
+                .unwrap();
+        }
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            becomes(&watcher, "10.0.1.2", Some(&there)).await;
+            net.first.remove_address(ip("10.0.1.2")).unwrap();
+            becomes(&watcher, "10.0.1.2", Some(&gone)).await;
+            assert_eq!(
+                watcher.unresolved()[&ip("10.0.1.2")],
+                "neighbour 10.0.1.2 on eth0 does not answer"
+            );
+            net.first.add_address("eth0", "10.0.1.2/24").unwrap();
+            becomes(&watcher, "10.0.1.2", Some(&there)).await;
+        });
+    }
+
+    #[test]
+    fn a_link_that_goes_down_and_comes_up_is_followed() {
+        let net = Net::new();
+        let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        let silent = NextHop {
+            next_hop_mac: None,
+            ..way
+        };
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+            net.host.set_down("eth0").unwrap();
+            becomes(&watcher, "10.0.1.2", None).await;
+            assert_eq!(watcher.unresolved()[&ip("10.0.1.2")], "there is no route to it");
+            net.host.set_up("eth0").unwrap();
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+            // The peer's end down takes the carrier away.
+            net.first.set_down("eth0").unwrap();
+            becomes(&watcher, "10.0.1.2", Some(&silent)).await;
+            net.first.set_up("eth0").unwrap();
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+        });
+    }
+
+    #[test]
+    fn what_cannot_be_forwarded_to_has_a_reason() {
+        let net = Net::new();
+        net.host.add_unreachable_route("198.51.100.0/24").unwrap();
+        net.host.add_unreachable_route("2001:db8:5::/48").unwrap();
+        let reasons = [
+            ("10.0.1.1", "it is an address of this host"),
+            ("127.0.0.1", "it is an address of this host"),
+            ("2001:db8:1::1", "it is an address of this host"),
+            ("10.0.1.255", "it is not the address of one host"),
+            ("198.51.100.1", "its route says unreachable"),
+            ("2001:db8:5::1", "its route says unreachable"),
+            ("192.0.2.1", "there is no route to it"),
+            ("2001:db8:9::1", "there is no route to it"),
+        ];
+        net.host(async |watcher| {
+            watcher
+                .set_addresses(reasons.iter().map(|(address, _)| ip(address)).collect())
+                .await;
+            let expected = reasons
+                .iter()
+                .map(|(address, reason)| (ip(address), (*reason).to_owned()))
+                .collect();
+            assert_eq!(watcher.unresolved(), expected);
+            assert_eq!(*watcher.next_hops().borrow(), BTreeMap::new());
+        });
+    }
+
+    #[test]
+    fn nothing_is_published_when_nothing_has_changed() {
+        let net = Net::new();
+        let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+            let mut published = watcher.next_hops();
+            published.mark_unchanged();
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            net.host.add_route("192.0.2.0/24", "10.0.1.2").unwrap();
+            tokio::time::sleep(DEBOUNCE * 10).await;
+            assert!(!published.has_changed().unwrap());
+        });
+    }
+
+    #[test]
+    fn the_kernel_keeps_what_is_watched_resolved_and_only_that() {
+        let net = Net::new();
+        let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        let eth0 = way.ifindex;
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2", "10.0.1.3"])).await;
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+            for address in ["10.0.1.2", "10.0.1.3"] {
+                let entry = neighbour(eth0, address).await.unwrap();
+                assert!(entry.own && entry.managed, "{entry:?}");
+            }
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            assert!(neighbour(eth0, "10.0.1.3").await.is_none());
+            // It outlives its daemon, until it is released.
+            drop(watcher);
+            assert!(neighbour(eth0, "10.0.1.2").await.unwrap().own);
+            assert_eq!(release_neighbours().await.unwrap(), 1);
+            assert!(neighbour(eth0, "10.0.1.2").await.is_none_or(|entry| !entry.own));
+        });
+    }
+
+    #[test]
+    fn a_daemon_that_restarts_finds_its_neighbours_resolved() {
+        let net = Net::new();
+        let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.2"])).await;
+            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+            drop(watcher);
+            let successor = NextHopWatcher::start().unwrap();
+            successor.set_addresses(set(&["10.0.1.2"])).await;
+            assert_eq!(successor.next_hops().borrow().get(&ip("10.0.1.2")), Some(&way));
+        });
+    }
+
+    #[test]
+    fn a_permanent_neighbour_is_used_and_left_alone() {
+        let net = Net::new();
+        let way = net.next_hop("eth0", "10.0.1.1", Some([2, 0, 0, 0, 0, 0x55]));
+        net.host
+            .add_neighbour("eth0", ip("10.0.1.9"), [2, 0, 0, 0, 0, 0x55])
+            .unwrap();
+        net.host(async |watcher| {
+            watcher.set_addresses(set(&["10.0.1.9"])).await;
+            becomes(&watcher, "10.0.1.9", Some(&way)).await;
+            watcher.set_addresses(set(&[])).await;
+            assert_eq!(release_neighbours().await.unwrap(), 0);
+            let entry = neighbour(way.ifindex, "10.0.1.9").await.unwrap();
+            assert_eq!(
+                (entry.state, entry.own, entry.managed),
+                (NeighbourState::Permanent, false, false)
+            );
+        });
     }
 }
