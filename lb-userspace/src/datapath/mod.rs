@@ -8,6 +8,7 @@ pub mod faulty;
 pub mod kernel;
 pub mod memory;
 mod packet_log;
+pub mod pass;
 mod pins;
 mod syscall;
 
