@@ -53,14 +53,25 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     let mut datapath = KernelDatapath::open(pins.clone(), size)?;
     datapath.start_packet_log()?;
     let size = datapath.flow_table_size()?;
-    info!("flow table: {size} flows, {} MB", flow_table_memory(size) / 1_000_000);
+    info!(
+        "flow table: {size} flows, {} MB",
+        flow_table_memory(size) / 1_000_000
+    );
     if took_over {
         info!("took over the maps of an earlier daemon, with their flows");
     }
 
     let (transitions, mut transition) = mpsc::channel(1024);
-    let (watcher, mut next_hops) = NextHopWatcher::start()?;
-    let parts = Parts { instance, config_path, config, datapath, driver: Driver::new(transitions), watcher };
+    let watcher = NextHopWatcher::start()?;
+    let mut next_hops = watcher.next_hops();
+    let parts = Parts {
+        instance,
+        config_path,
+        config,
+        datapath,
+        driver: Driver::new(transitions),
+        watcher,
+    };
     let mut controller = match Controller::start(parts).await {
         Ok(controller) => controller,
         Err(error) => {
@@ -117,7 +128,12 @@ async fn answer(controller: &mut Controller, request: Request) {
     match request {
         Request::Status(answer) => drop(answer.send(controller.status())),
         Request::Reload(answer) => drop(answer.send(controller.reload().await)),
-        Request::Administer { service, backend, change, answer } => {
+        Request::Administer {
+            service,
+            backend,
+            change,
+            answer,
+        } => {
             drop(answer.send(controller.administer(&service, &backend, change)));
         }
     }
@@ -129,7 +145,8 @@ async fn answer(controller: &mut Controller, request: Request) {
 /// Another daemon holds it, or the lock file cannot be made.
 pub fn lock(path: &Path) -> anyhow::Result<File> {
     if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("making the folder {} failed", folder.display()))?;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("making the folder {} failed", folder.display()))?;
     }
     let file = OpenOptions::new()
         .write(true)

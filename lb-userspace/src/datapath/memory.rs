@@ -6,7 +6,7 @@ use lb_common::abi::{
     Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, SLOT_COUNT,
 };
 
-use super::{Contents, Datapath, DatapathError, Operation};
+use super::{Contents, Counters, Datapath, DatapathError, Operation};
 
 /// A data path without a kernel.
 #[derive(Clone, Debug, Default)]
@@ -46,6 +46,16 @@ impl Datapath for MemoryDatapath {
             }
         }
         Ok(removed)
+    }
+
+    /// Replies are found without keys here.
+    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
+        Ok(0)
+    }
+
+    /// No packet passes here.
+    fn counters(&self, _services: &[u32], _backends: &[u32]) -> Result<Counters, DatapathError> {
+        Ok(Counters::default())
     }
 }
 
