@@ -54,7 +54,8 @@ pub struct Flow {
     pub source_port: u16,
     /// A [`TcpState`] as its number; 0 for UDP.
     pub tcp_state: u8,
-    pub _pad: u8,
+    /// The [`Forward`](super::Forward) of the service when the flow was recorded, as its number.
+    pub forward: u8,
 }
 
 const _: () = assert!(size_of::<Flow>() == 48);

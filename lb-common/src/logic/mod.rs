@@ -4,4 +4,5 @@ pub mod ageing;
 pub mod checksum;
 pub mod hash;
 pub mod headers;
+pub mod source_port;
 pub mod tcp_state;

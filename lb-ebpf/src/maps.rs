@@ -1,0 +1,106 @@
+//! Every map: who writes it, who reads it, and why it has its capacity.
+//!
+//! All are BTF maps, so that bpftool and libbpf can load the object too.
+
+use aya_ebpf::{
+    btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray},
+    macros::btf_map,
+};
+use lb_common::abi::{
+    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS,
+    MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, Totals,
+};
+
+/// What holds for all services. Written by the daemon.
+#[btf_map]
+static SETTINGS: Array<Settings, 1> = Array::new();
+
+/// Roles of the addresses of VIPs and backends. Written by the daemon.
+#[btf_map]
+pub static ADDRESSES: HashMap<Address, u32, { MAX_ADDRESSES as usize }> = HashMap::new();
+
+/// Service id by what clients connect to; one entry for each port. Written by the daemon.
+#[btf_map]
+pub static SERVICE_KEYS: HashMap<ServiceKey, u32, { MAX_SERVICE_KEYS as usize }> = HashMap::new();
+
+/// By service id. Written by the daemon.
+#[btf_map]
+static SERVICES: Array<Service, { MAX_SERVICES as usize }> = Array::new();
+
+/// A service's slot table: backend ids. A map in a map, so that the daemon swaps a whole table in one step and
+/// only services in use cost the 256 KiB of one.
+#[btf_map]
+pub static SLOT_TABLES: ArrayOfMaps<Array<u32, { SLOT_COUNT as usize }>, { MAX_SERVICES as usize }> =
+    ArrayOfMaps::new();
+
+/// By backend id. Written by the daemon.
+#[btf_map]
+static BACKENDS: Array<Backend, { MAX_BACKENDS as usize }> = Array::new();
+
+/// The flow table: by the client's 5-tuple. Written here, aged by the daemon, which sets the size at load time.
+/// LRU, so that it goes on without the daemon.
+#[btf_map]
+pub static FLOWS: LruHashMap<FlowKey, Flow, { DEFAULT_FLOWS as usize }> = LruHashMap::new();
+
+/// From the 5-tuple of a backend's replies to the client's; as many as there are flows.
+#[btf_map]
+pub static REPLIES: LruHashMap<FlowKey, FlowKey, { DEFAULT_FLOWS as usize }> = LruHashMap::new();
+
+/// Packets by verdict. Written here, read by the daemon, as are the counters below.
+#[btf_map]
+static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
+
+/// By reason: packets that belong to no service.
+#[btf_map]
+static COUNTERS: PerCpuArray<Count, { REASON_COUNT as usize }> = PerCpuArray::new();
+
+/// By service id and reason.
+#[btf_map]
+static SERVICE_COUNTERS: PerCpuArray<Count, { (MAX_SERVICES * REASON_COUNT) as usize }> = PerCpuArray::new();
+
+/// By backend id.
+#[btf_map]
+static BACKEND_COUNTERS: PerCpuArray<BackendCounters, { MAX_BACKENDS as usize }> = PerCpuArray::new();
+
+#[inline(always)]
+pub fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
+
+#[inline(always)]
+pub fn service(id: u32) -> Option<&'static Service> {
+    SERVICES.get(id)
+}
+
+#[inline(always)]
+pub fn backend(id: u32) -> Option<&'static Backend> {
+    BACKENDS.get(id)
+}
+
+#[inline(always)]
+pub fn totals() -> Option<&'static mut Totals> {
+    // SAFETY: the entry is this CPU's own and the program is not interrupted by itself.
+    TOTALS.get_ptr_mut(0).map(|totals| unsafe { &mut *totals })
+}
+
+#[inline(always)]
+pub fn counter(reason: u32) -> Option<&'static mut Count> {
+    // SAFETY: as in `totals`.
+    COUNTERS.get_ptr_mut(reason).map(|count| unsafe { &mut *count })
+}
+
+#[inline(always)]
+pub fn service_counter(service_id: u32, reason: u32) -> Option<&'static mut Count> {
+    // SAFETY: as in `totals`.
+    SERVICE_COUNTERS
+        .get_ptr_mut(service_id * REASON_COUNT + reason)
+        .map(|count| unsafe { &mut *count })
+}
+
+#[inline(always)]
+pub fn backend_counters(backend_id: u32) -> Option<&'static mut BackendCounters> {
+    // SAFETY: as in `totals`.
+    BACKEND_COUNTERS
+        .get_ptr_mut(backend_id)
+        .map(|counters| unsafe { &mut *counters })
+}

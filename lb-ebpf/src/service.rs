@@ -1,0 +1,36 @@
+//! Which service a packet is for.
+
+use lb_common::abi::{Address, FlowKey, ROLE_BACKEND, ROLE_VIP, ServiceKey};
+
+use crate::maps::{ADDRESSES, SERVICE_KEYS};
+
+/// The id of the service that a packet's destination belongs to.
+#[inline(always)]
+pub fn find(key: &FlowKey) -> Option<u32> {
+    let service_key = ServiceKey {
+        vip: key.destination.by_words(),
+        port: key.destination_port,
+        protocol: key.protocol as u8,
+        _pad: 0,
+    };
+    // SAFETY: the daemon may replace the value while it is read; a u32 is read whole.
+    unsafe { SERVICE_KEYS.get(&service_key) }.copied()
+}
+
+/// Tells whether an address is the VIP of a service.
+#[inline(always)]
+pub fn is_vip(address: &Address) -> bool {
+    roles(address) & ROLE_VIP != 0
+}
+
+/// Tells whether an address is that of a backend, so that its packets may be replies.
+#[inline(always)]
+pub fn is_backend(address: &Address) -> bool {
+    roles(address) & ROLE_BACKEND != 0
+}
+
+#[inline(always)]
+fn roles(address: &Address) -> u32 {
+    // SAFETY: as in `find`.
+    unsafe { ADDRESSES.get(address) }.copied().unwrap_or(0)
+}
