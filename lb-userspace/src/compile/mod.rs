@@ -88,14 +88,16 @@ pub fn compile(model: &Model, actual: &Contents) -> Result<Compiled, CompileErro
     Ok(Compiled { contents, directory })
 }
 
-/// Finds the ids that exist and gives the lowest ones that the maps know nothing of to the others.
+/// Finds the ids that exist and gives the lowest free ones to the others.
 fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, CompileError> {
     let mut directory = Directory::default();
     let backends = services.iter().map(|service| service.backends.len()).sum();
     check_limit("services", services.len(), MAX_SERVICES as usize)?;
     check_limit("backends", backends, MAX_BACKENDS as usize - 1)?;
 
-    let used_services = service_ids(actual);
+    // An id that no key leads to is out of reach of packets, whatever an interrupted change has left under it; a
+    // retry finds it again.
+    let used_services: BTreeSet<u32> = actual.service_keys.values().copied().collect();
     let mut free_services = (0..MAX_SERVICES).filter(|id| !used_services.contains(id));
     let mut free_backends = (1..MAX_BACKENDS).filter(|id| !actual.backends.contains_key(id));
     let known_backends = identity::backends(actual);
@@ -124,20 +126,6 @@ fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, Comp
         }
     }
     Ok(directory)
-}
-
-/// All service ids that anything in the maps refers to.
-fn service_ids(contents: &Contents) -> BTreeSet<u32> {
-    (contents.services.keys().copied())
-        .chain(contents.slots.keys().copied())
-        .chain(contents.service_keys.values().copied())
-        .chain(
-            contents
-                .backends
-                .values()
-                .filter_map(|backend| backend.service_plus_one.checked_sub(1)),
-        )
-        .collect()
 }
 
 fn settings(model: &Model) -> abi::Settings {
@@ -263,7 +251,8 @@ fn add_removed_backends(contents: &mut Contents, model: &Model, actual: &Content
         let in_service = (entry.service_plus_one.checked_sub(1))
             .is_some_and(|service| contents.services.contains_key(&service));
         let has_flows = model.live_flows.get(id) != Some(&0);
-        if contents.backends.contains_key(id) || !in_service || !has_flows {
+        if contents.backends.contains_key(id) || !(1..MAX_BACKENDS).contains(id) || !in_service || !has_flows
+        {
             continue;
         }
         let mut entry = abi::Backend {
@@ -328,3 +317,6 @@ fn check_limit_at_once(objects: &'static str, needed: usize, limit: usize) -> Re
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -39,7 +39,7 @@ impl Datapath for MemoryDatapath {
             if self
                 .flows
                 .get(key)
-                .is_some_and(|flow| flow.last_seen <= unless_seen_since)
+                .is_some_and(|flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX)
             {
                 self.flows.remove(key);
                 removed += 1;
@@ -201,8 +201,8 @@ mod tests {
                 ..Flow::default()
             },
         );
-        assert_eq!(datapath.remove_flows(&[key], 10).unwrap(), 0);
-        assert_eq!(datapath.remove_flows(&[key, key], 11).unwrap(), 1);
+        assert_eq!(datapath.remove_flows(&[key], 11).unwrap(), 0);
+        assert_eq!(datapath.remove_flows(&[key, key], 12).unwrap(), 1);
         assert!(datapath.flows.is_empty());
     }
 }
