@@ -103,6 +103,8 @@ pub struct HealthCheck {
 }
 
 /// What a probe does.
+///
+/// Without a port it goes to the backend's; to the first of the service's ports where the backend has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// No probe: the backend counts as `up`.
