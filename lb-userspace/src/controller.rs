@@ -36,6 +36,7 @@ use crate::{
 };
 
 /// The state of a running daemon.
+#[expect(missing_debug_implementations, reason = "nobody prints a whole daemon")]
 pub struct Controller {
     instance: Instance,
     config_path: PathBuf,
@@ -52,6 +53,7 @@ pub struct Controller {
 }
 
 /// What a controller starts from.
+#[expect(missing_debug_implementations, reason = "nobody prints a whole daemon")]
 pub struct Parts {
     pub instance: Instance,
     pub config_path: PathBuf,

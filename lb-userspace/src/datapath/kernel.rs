@@ -115,7 +115,7 @@ impl KernelDatapath {
             .map_max_entries(FLOWS, flow_table_size)
             .map_max_entries(REPLIES, flow_table_size);
         for (name, _, _) in MAPS {
-            loader.map_pin_path(*name, pins.map(name));
+            loader.map_pin_path(name, pins.map(name));
         }
         let mut ebpf = loader
             .load(OBJECT)
