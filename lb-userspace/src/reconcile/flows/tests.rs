@@ -5,7 +5,7 @@ use lb_common::abi::Address;
 use super::*;
 use crate::{
     compile::{Compiled, compile},
-    datapath::{Operation, memory::MemoryDatapath},
+    datapath::{Counters, Operation, memory::MemoryDatapath},
     model::fixture::{backend, model, service},
 };
 
@@ -181,6 +181,14 @@ impl Datapath for Revived {
             .values_mut()
             .for_each(|flow| flow.last_seen = NOW - 1);
         self.0.remove_flows(keys, unless_seen_since)
+    }
+
+    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
+        self.0.remove_orphan_replies()
+    }
+
+    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
+        self.0.counters(services, backends)
     }
 }
 
