@@ -120,7 +120,7 @@ fn the_maps_follow_a_service_through_its_life() {
     let mut model = web(vec![b(), c()]);
     model.next_hops.extend(web(vec![a()]).next_hops);
     settle(&mut testbed, &model);
-    let mut expected = started.clone();
+    let mut expected = started;
     expected.insert(2, "address 10.0.0.13 backend".to_owned());
     expected[4] = format!("backend 1 {A} next-hop-known,removed {}", way(11));
     expected.insert(6, format!("backend 3 {C} {healthy} {}", way(13)));
