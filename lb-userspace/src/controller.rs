@@ -162,9 +162,7 @@ impl Controller {
         }
         self.assign_vips().await;
         self.sweep();
-        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
-            warn!("flows of removed backends are left to their timeouts: {error}");
-        }
+        self.remove_orphan_replies();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");
@@ -228,6 +226,14 @@ impl Controller {
             Err(error) => self.problem("read the maps", &error.into()),
         }
         self.converge_or_retry();
+        self.remove_orphan_replies();
+    }
+
+    /// Removes what flows that have gone to another backend have left.
+    fn remove_orphan_replies(&mut self) {
+        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
+            warn!("keys of replies that lead nowhere stay for now: {error}");
+        }
     }
 
     /// Takes a reading of the counters, for rates.
