@@ -39,11 +39,9 @@ pub fn known(
     let flow = get(&segment.key)?;
     let backend_id = flow.backend;
     let backend = maps::backend(backend_id)?;
+    // The key of the old one's replies stays: another flow may have it by now, and while it leads here, a late
+    // reply is known as such. The daemon removes it.
     if is_over(settings, flow, now) || !stays(flow, backend, segment) {
-        if backend.generation == flow.generation {
-            let source = source_address(flow.forward, &segment.key, backend);
-            let _ = REPLIES.remove(&reply_key(&segment.key, flow.source_port, &source, backend));
-        }
         return None;
     }
     flow.last_seen = now;
@@ -135,6 +133,7 @@ pub fn of_reply(segment: &Segment) -> Result<Option<Reply>, Reason> {
     };
     if backend.generation != flow.generation
         || backend.address != segment.key.source
+        || backend_port(&client, backend) != segment.key.source_port
         || flow.source_port != segment.key.destination_port
     {
         return Err(Reason::NoFlow);
@@ -196,17 +195,23 @@ pub fn source_address(forward: u8, client: &FlowKey, backend: &Backend) -> Addre
     }
 }
 
+/// The port that the backend is reached on.
+#[inline(always)]
+pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
+    if backend.port == 0 {
+        client.destination_port
+    } else {
+        backend.port
+    }
+}
+
 /// The 5-tuple of a backend's replies.
 #[inline(always)]
 fn reply_key(client: &FlowKey, source_port: u16, source: &Address, backend: &Backend) -> FlowKey {
     FlowKey {
         source: backend.address.by_words(),
         destination: source.by_words(),
-        source_port: if backend.port == 0 {
-            client.destination_port
-        } else {
-            backend.port
-        },
+        source_port: backend_port(client, backend),
         destination_port: source_port,
         protocol: client.protocol,
     }

@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     api::{Change, Done, Refusal, Refused},
-    compile::{self, Directory},
+    compile::{self, Directory, SlotTables},
     config::{self, Config, Probe, Service, XdpMode},
     datapath::{
         Datapath,
@@ -43,6 +43,7 @@ pub struct Controller {
     started: Instant,
     model: Model,
     directory: Directory,
+    tables: SlotTables,
     reconciler: Reconciler<KernelDatapath>,
     attachments: Vec<Attachment>,
     driver: Driver,
@@ -94,6 +95,7 @@ impl Controller {
             started: Instant::now(),
             model,
             directory: Directory::default(),
+            tables: SlotTables::default(),
             reconciler,
             attachments: Vec::new(),
             driver,
@@ -101,11 +103,11 @@ impl Controller {
             rates: Rates::default(),
             problems: BTreeMap::new(),
         };
-        controller.sweep();
         controller.follow_configuration().await;
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;
+        controller.sweep();
         controller.assign_vips().await;
         Ok(controller)
     }
@@ -145,8 +147,10 @@ impl Controller {
         self.model.config = config;
         self.model.seed = seed;
         self.forget_vanished(&former.config);
+        self.follow_configuration().await;
         if let Err(error) = self.attach().and_then(|()| self.converge()) {
             self.model = former;
+            self.follow_configuration().await;
             self.converge_or_retry();
             if let Err(error) = self.attach() {
                 error!("the interfaces of the running configuration: {error:#}");
@@ -156,12 +160,9 @@ impl Controller {
                 format!("{error:#}; the running configuration stays"),
             ));
         }
-        self.follow_configuration().await;
         self.assign_vips().await;
         self.sweep();
-        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
-            warn!("flows of removed backends are left to their timeouts: {error}");
-        }
+        self.remove_orphan_replies();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");
@@ -225,6 +226,14 @@ impl Controller {
             Err(error) => self.problem("read the maps", &error.into()),
         }
         self.converge_or_retry();
+        self.remove_orphan_replies();
+    }
+
+    /// Removes what flows that have gone to another backend have left.
+    fn remove_orphan_replies(&mut self) {
+        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
+            warn!("keys of replies that lead nowhere stay for now: {error}");
+        }
     }
 
     /// Takes a reading of the counters, for rates.
@@ -340,7 +349,7 @@ impl Controller {
 
     /// Compiles the model and makes the maps hold the result.
     fn converge(&mut self) -> anyhow::Result<()> {
-        let compiled = compile::compile(&self.model, self.reconciler.actual())?;
+        let compiled = compile::compile(&mut self.tables, &self.model, self.reconciler.actual())?;
         self.reconciler.reconcile(compiled.contents)?;
         self.directory = compiled.directory;
         self.problems.remove("converge");
@@ -391,7 +400,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Has probes and next hops follow the configuration.
+    /// Has probes and next hops follow the configuration, and takes in what is known of both already.
     async fn follow_configuration(&mut self) {
         self.driver.set_targets(targets(&self.model));
         self.model.health = self.driver.health();
@@ -404,6 +413,7 @@ impl Controller {
         self.watcher
             .set_addresses(addresses.map(|backend| backend.address).collect())
             .await;
+        self.model.next_hops = self.watcher.next_hops().borrow().clone();
     }
 
     async fn assign_vips(&mut self) {

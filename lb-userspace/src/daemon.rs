@@ -50,7 +50,10 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     let pins = Pins::new(instance.name());
     let took_over = pins.exist();
     let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
-    let mut datapath = KernelDatapath::open(pins.clone(), size)?;
+    let listener = server::bind(&socket)?;
+    // What an earlier daemon has left running goes on; what this one has begun does not stay if it fails to start.
+    let unfinished = Unfinished((!took_over).then(|| pins.clone()));
+    let mut datapath = KernelDatapath::open(pins, size)?;
     datapath.start_packet_log()?;
     let size = datapath.flow_table_size()?;
     info!(
@@ -72,19 +75,11 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
         driver: Driver::new(transitions),
         watcher,
     };
-    let mut controller = match Controller::start(parts).await {
-        Ok(controller) => controller,
-        Err(error) => {
-            // What an earlier daemon has left running goes on; what this one has begun does not stay.
-            if !took_over {
-                pins.remove_all()?;
-            }
-            return Err(error);
-        }
-    };
+    let mut controller = Controller::start(parts).await?;
+    unfinished.finish();
 
     let (requests, mut request) = mpsc::channel(64);
-    let mut api = tokio::spawn(server::serve(server::bind(&socket)?, requests));
+    let mut api = tokio::spawn(server::serve(listener, requests));
     info!(socket = %socket.display(), "ready");
 
     let ticks = |period| {
@@ -121,6 +116,25 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     let _ = fs::remove_file(&socket);
     drop(lock);
     Ok(())
+}
+
+/// Pins to remove unless the start is finished.
+struct Unfinished(Option<Pins>);
+
+impl Unfinished {
+    fn finish(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(pins) = self.0.take()
+            && let Err(error) = pins.remove_all()
+        {
+            error!("{error}; `xlb detach` removes what is left");
+        }
+    }
 }
 
 async fn answer(controller: &mut Controller, request: Request) {
