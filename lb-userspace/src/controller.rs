@@ -141,7 +141,7 @@ impl Controller {
         let config = config::load(&self.config_path)
             .map_err(|error| refused(Refusal::BadConfiguration, error.render(false)))?;
         let seed = seed::load_or_make(&config.seed_file)
-            .map_err(|error| refused(Refusal::BadConfiguration, error.to_string()))?;
+            .map_err(|error| refused(Refusal::BadConfiguration, chain(error)))?;
         let warnings = self.restart_warnings(&config);
         let former = self.model.clone();
         self.model.config = config;
@@ -219,7 +219,7 @@ impl Controller {
     }
 
     /// Mends what somebody else has changed in the maps, and what could not be done before.
-    pub fn repair(&mut self) {
+    pub async fn repair(&mut self) {
         match self.reconciler.refresh() {
             Ok(0) => {}
             Ok(changes) => warn!(changes, "the maps were changed from outside; they are mended"),
@@ -227,12 +227,18 @@ impl Controller {
         }
         self.converge_or_retry();
         self.remove_orphan_replies();
+        // An interface that was made anew under its name has lost the program and the VIPs.
+        match self.attach() {
+            Ok(()) => drop(self.problems.remove("attach")),
+            Err(error) => self.problem("attach", &error),
+        }
+        self.assign_vips().await;
     }
 
     /// Removes what flows that have gone to another backend have left.
     fn remove_orphan_replies(&mut self) {
         if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
-            warn!("keys of replies that lead nowhere stay for now: {error}");
+            warn!("keys of replies that lead nowhere stay for now: {}", chain(error));
         }
     }
 
@@ -254,7 +260,7 @@ impl Controller {
             .datapath()
             .counters(&services, &backends)
             .unwrap_or_else(|error| {
-                problems.push(error.to_string());
+                problems.push(chain(error));
                 Default::default()
             });
         let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
@@ -449,15 +455,21 @@ impl Controller {
         self.model.administrative.retain(|name, _| stays(name));
     }
 
-    /// What of a new configuration takes effect only when the maps are made anew.
+    /// What of a new configuration does not take effect now.
     fn restart_warnings(&self, config: &Config) -> Vec<String> {
-        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
-        match config.flow_table.size {
-            Some(wanted) if wanted != size => vec![format!(
-                "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends all flows"
-            )],
-            _ => Vec::new(),
+        let mut warnings = Vec::new();
+        if config.socket != self.model.config.socket {
+            warnings
+                .push("the control socket stays where it is until the daemon is started again".to_owned());
         }
+        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
+        if config.flow_table.size.is_some_and(|wanted| wanted != size) {
+            warnings.push(format!(
+                "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends \
+                 all flows"
+            ));
+        }
+        warnings
     }
 
     fn find(&self, service: &str, backend: &str) -> Result<(), Refused> {
@@ -500,6 +512,11 @@ fn servers(config: &Config) -> BTreeMap<BackendName, (IpAddr, Option<u16>)> {
                 .map(move |backend| named(service, backend))
         })
         .collect()
+}
+
+/// An error with its causes, in one line.
+fn chain(error: impl Into<anyhow::Error>) -> String {
+    format!("{:#}", error.into())
 }
 
 /// What to probe, and where.

@@ -102,7 +102,7 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
                 error!("reload: {}", refused.message);
             },
             _ = sweeps.tick() => controller.sweep(),
-            _ = repairs.tick() => controller.repair(),
+            _ = repairs.tick() => controller.repair().await,
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");
@@ -130,9 +130,12 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if let Some(pins) = self.0.take()
-            && let Err(error) = pins.remove_all()
+            && let Err(error) = pins.remove_own_layout()
         {
-            error!("{error}; `xlb detach` removes what is left");
+            error!(
+                "{:#}; `xlb detach` removes what is left",
+                anyhow::Error::from(error)
+            );
         }
     }
 }

@@ -243,6 +243,7 @@ impl KernelDatapath {
     /// # Errors
     /// An interface is missing, has another XDP program, or refuses the mode; what was attached before stays.
     pub fn attach(&mut self, interfaces: &[String], mode: Mode) -> Result<Vec<Attachment>, DatapathError> {
+        self.pins.remove_other_layouts()?;
         let mut attachments = Vec::new();
         for interface in interfaces {
             attachments.push(self.attach_one(interface, mode)?);
@@ -284,7 +285,7 @@ impl KernelDatapath {
             ),
             Mode::Auto => match self.attach_new(interface, index, AttachMode::Native) {
                 Ok(()) => (AttachMode::Native, None),
-                Err(error) if error.source.raw_os_error() == Some(libc::EBUSY) => return Err(error),
+                Err(error) if error.source.kind() == io::ErrorKind::ResourceBusy => return Err(error),
                 Err(error) => {
                     self.attach_new(interface, index, AttachMode::Generic)?;
                     (AttachMode::Generic, Some(error.source.to_string()))

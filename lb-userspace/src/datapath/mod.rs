@@ -58,7 +58,7 @@ pub enum Operation {
 
 /// Why the kernel did not do what was asked.
 #[derive(Debug, thiserror::Error)]
-#[error("{operation} failed on {object}: {source}")]
+#[error("{operation} failed on {object}")]
 pub struct DatapathError {
     /// What was tried: `update`, `read`, `delete`, …
     pub operation: &'static str,
