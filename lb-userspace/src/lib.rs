@@ -3,9 +3,19 @@
 //! `ARCHITECTURE.md` at the top of the repository tells which way a packet, a change of configuration, a health
 //! transition and a metric take through these modules.
 
+pub mod api;
+pub mod cli;
+pub mod compile;
 pub mod config;
+pub mod controller;
+pub mod daemon;
 pub mod datapath;
+pub mod flow_table_size;
 pub mod health;
+pub mod instance;
 pub mod lab;
 pub mod model;
 pub mod net;
+pub mod observe;
+pub mod reconcile;
+pub mod seed;

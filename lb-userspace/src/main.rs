@@ -1,1 +1,7 @@
-fn main() {}
+//! The `xlb` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    xlb::cli::main()
+}

@@ -2,9 +2,23 @@
 //!
 //! [`Contents`] is everything that the reconciler governs; flows and counters are the kernel's own and only read.
 
-use std::{collections::BTreeMap, sync::Arc};
+mod contents;
+mod counters;
+pub mod faulty;
+pub mod kernel;
+pub mod memory;
+mod packet_log;
+pub mod pass;
+mod pins;
+mod syscall;
+
+use std::{collections::BTreeMap, io, sync::Arc};
 
 use lb_common::abi::{Address, Backend, Flow, FlowKey, Service, ServiceKey, Settings};
+
+pub use contents::contents_dump;
+pub use counters::Counters;
+pub use pins::Pins;
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,7 +65,42 @@ pub struct DatapathError {
     /// The map or program, with the key where there is one.
     pub object: String,
     #[source]
-    pub source: std::io::Error,
+    pub source: io::Error,
+}
+
+impl DatapathError {
+    pub fn new(operation: &'static str, object: impl Into<String>, source: io::Error) -> Self {
+        Self {
+            operation,
+            object: object.into(),
+            source,
+        }
+    }
+}
+
+/// How a program is attached to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// In the driver.
+    Native,
+    /// In the stack, after the kernel has made a socket buffer: several times slower.
+    Generic,
+}
+
+impl AttachMode {
+    /// The name that users see.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        [Self::Native, Self::Generic]
+            .into_iter()
+            .find(|mode| mode.name() == name)
+    }
 }
 
 /// The maps of one instance.
@@ -68,4 +117,10 @@ pub trait Datapath: Send {
     /// Removes flows, each with the key of its replies, unless a packet of it was seen after `unless_seen_since`
     /// (nanoseconds of `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError>;
+
+    /// Removes the keys of replies that lead to no flow. Tells how many were removed.
+    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError>;
+
+    /// Reads the counters of these services and backends, by id, and those that belong to none.
+    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError>;
 }

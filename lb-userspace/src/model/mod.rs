@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, Probe, Service};
 
 /// Names a backend: that of its service and its own.
 pub type BackendName = (String, String);
@@ -27,6 +27,26 @@ pub struct Model {
     pub administrative: BTreeMap<BackendName, Administrative>,
     /// By backend address; absent means not resolved.
     pub next_hops: BTreeMap<IpAddr, NextHop>,
+    /// Flows by backend id, as the last sweep counted them. A backend that has left the configuration goes when it
+    /// has 0 here; absent means not counted since it left.
+    pub live_flows: BTreeMap<u32, u64>,
+}
+
+impl Model {
+    /// Health of a backend; `up` where nothing is probed.
+    pub fn health_of(&self, service: &Service, backend: &str) -> Health {
+        if service.health.probe == Probe::None {
+            return Health::Up;
+        }
+        let name = (service.name.clone(), backend.to_owned());
+        self.health.get(&name).copied().unwrap_or_default()
+    }
+
+    /// Administrative state of a backend.
+    pub fn administrative_of(&self, service: &Service, backend: &str) -> Administrative {
+        let name = (service.name.clone(), backend.to_owned());
+        self.administrative.get(&name).copied().unwrap_or_default()
+    }
 }
 
 /// What the probes say of a backend.

@@ -1,0 +1,33 @@
+//! `xlb detach`: removes what a daemon has left in the kernel.
+
+use super::{block_on, exit, fail, require_root};
+use crate::{daemon, datapath::Pins, instance::Instance, net};
+
+/// Removes the pinned program, links and maps of a stopped daemon, with all flows, and the VIPs that it assigned
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+pub fn run(instance: &Instance, _args: &Args) -> u8 {
+    if let Err(code) = require_root("detaching a program from an interface") {
+        return code;
+    }
+    match block_on(detach(instance)) {
+        Ok(true) => {
+            anstream::println!("detached instance {instance}");
+            exit::DONE
+        }
+        Ok(false) => {
+            anstream::println!("instance {instance} has nothing attached");
+            exit::DONE
+        }
+        Err(error) => fail(&error),
+    }
+}
+
+async fn detach(instance: &Instance) -> anyhow::Result<bool> {
+    // A running daemon would miss its maps.
+    let _lock = daemon::lock(&instance.lock())?;
+    let removed = Pins::new(instance.name()).remove_all()?;
+    let vips = net::remove_vips().await?;
+    Ok(removed || !vips.is_empty())
+}

@@ -1,0 +1,64 @@
+//! Which ids the services and backends of a configuration already have in the maps.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lb_common::abi::{self, Address, BackendFlags, MAX_BACKENDS, MAX_SERVICES, ServiceKey};
+
+use crate::{
+    config::{Backend, Protocol, Service},
+    datapath::Contents,
+};
+
+/// The keys of a service, in the order of its ports.
+pub(super) fn keys(service: &Service) -> impl Iterator<Item = ServiceKey> {
+    let vip = Address::from(service.vip);
+    let protocol = match service.protocol {
+        Protocol::Tcp => abi::TCP,
+        Protocol::Udp => abi::UDP,
+    };
+    (service.ports.iter().flat_map(|range| range.first..=range.last)).map(move |port| ServiceKey {
+        vip,
+        port: port.to_be(),
+        protocol,
+        _pad: 0,
+    })
+}
+
+/// Finds the ids that services have by any of their keys, in the order of `services`.
+///
+/// When services were split or merged, the first in the order takes the id; none is given twice.
+pub(super) fn services(services: &[Service], actual: &Contents) -> Vec<Option<u32>> {
+    let mut taken = BTreeSet::new();
+    let mut find = |service| {
+        let id = keys(service)
+            .filter_map(|key| actual.service_keys.get(&key).copied())
+            .find(|id| *id < MAX_SERVICES && !taken.contains(id))?;
+        taken.insert(id);
+        Some(id)
+    };
+    services.iter().map(&mut find).collect()
+}
+
+/// What a backend is known by: service id, address and port as the maps have it.
+pub(super) type BackendIdentity = (u32, Address, u16);
+
+/// The identity of a backend of the configuration.
+pub(super) fn of_backend(service: u32, backend: &Backend) -> BackendIdentity {
+    (service, backend.address.into(), backend.port.unwrap_or(0).to_be())
+}
+
+/// Ids of the backends in the maps by their identity.
+pub(super) fn backends(actual: &Contents) -> BTreeMap<BackendIdentity, u32> {
+    let mut ids = BTreeMap::new();
+    let in_use = |removed: u16| {
+        (actual.backends.iter())
+            .filter(move |(_, backend)| backend.flags & BackendFlags::REMOVED == removed)
+            .filter(|(id, _)| (1..MAX_BACKENDS).contains(*id))
+    };
+    for (id, backend) in in_use(0).chain(in_use(BackendFlags::REMOVED)) {
+        if let Some(service) = backend.service_plus_one.checked_sub(1) {
+            ids.entry((service, backend.address, backend.port)).or_insert(*id);
+        }
+    }
+    ids
+}

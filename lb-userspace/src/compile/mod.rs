@@ -1,0 +1,330 @@
+//! From the desired state to exact map contents: ids, flags and slot tables; pure.
+//!
+//! What the maps hold now is an input, so that services and backends keep their ids, and their flows with them,
+//! over every change and over a restart of the daemon.
+
+mod identity;
+pub mod maglev;
+mod restore;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use lb_common::abi::{
+    self, BackendFlags, Link, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, ROLE_BACKEND,
+    ROLE_VIP,
+};
+
+pub use self::restore::{Restored, restore};
+use crate::{
+    config::{Backend, Forward, Service, Strategy},
+    datapath::Contents,
+    model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
+};
+
+/// What the maps shall hold, and who is who in them.
+#[derive(Clone, Debug, Default)]
+pub struct Compiled {
+    pub contents: Contents,
+    pub directory: Directory,
+}
+
+/// Ids of what the configuration names; backends that have left it are not in here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Directory {
+    /// By name.
+    pub services: BTreeMap<String, u32>,
+    /// By the name of the service and its own.
+    pub backends: BTreeMap<BackendName, u32>,
+}
+
+/// Why a configuration does not fit into the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CompileError {
+    #[error("the configuration has {needed} {objects}, {limit} fit: remove some")]
+    TooMany {
+        objects: &'static str,
+        needed: usize,
+        limit: usize,
+    },
+    /// Old entries leave the maps only after the new ones are in place.
+    #[error(
+        "the new configuration's {objects} do not fit beside the old ones: {needed} together, {limit} fit; \
+         change the configuration in two steps, first without the services and backends to be replaced"
+    )]
+    TooManyAtOnce {
+        objects: &'static str,
+        needed: usize,
+        limit: usize,
+    },
+}
+
+/// Says what the maps shall hold, given what they hold; compiling again from the result gives the same.
+///
+/// A backend that has left its service stays, marked as removed, until its last flow has ended; those of a service
+/// that is gone leave at once.
+///
+/// # Errors
+/// When something does not fit into the maps, also together with what has to leave them first.
+pub fn compile(model: &Model, actual: &Contents) -> Result<Compiled, CompileError> {
+    let directory = assign_ids(&model.config.services, actual)?;
+    let mut contents = Contents {
+        settings: settings(model),
+        ..Contents::default()
+    };
+    for service in &model.config.services {
+        let Some(id) = directory.services.get(&service.name) else {
+            continue;
+        };
+        add_service(&mut contents, *id, service, &directory, model, actual);
+    }
+    add_removed_backends(&mut contents, model, actual);
+    add_addresses(&mut contents);
+    check_limits(&contents, actual)?;
+    Ok(Compiled { contents, directory })
+}
+
+/// Finds the ids that exist and gives the lowest ones that the maps know nothing of to the others.
+fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, CompileError> {
+    let mut directory = Directory::default();
+    let backends = services.iter().map(|service| service.backends.len()).sum();
+    check_limit("services", services.len(), MAX_SERVICES as usize)?;
+    check_limit("backends", backends, MAX_BACKENDS as usize - 1)?;
+
+    let used_services = service_ids(actual);
+    let mut free_services = (0..MAX_SERVICES).filter(|id| !used_services.contains(id));
+    let mut free_backends = (1..MAX_BACKENDS).filter(|id| !actual.backends.contains_key(id));
+    let known_backends = identity::backends(actual);
+
+    for (service, known) in services.iter().zip(identity::services(services, actual)) {
+        let id = known
+            .or_else(|| free_services.next())
+            .ok_or(CompileError::TooManyAtOnce {
+                objects: "services",
+                needed: used_services.len() + services.len(),
+                limit: MAX_SERVICES as usize,
+            })?;
+        directory.services.insert(service.name.clone(), id);
+        for backend in &service.backends {
+            let known = known_backends.get(&identity::of_backend(id, backend)).copied();
+            let id = known
+                .or_else(|| free_backends.next())
+                .ok_or(CompileError::TooManyAtOnce {
+                    objects: "backends",
+                    needed: actual.backends.len() + backends,
+                    limit: MAX_BACKENDS as usize - 1,
+                })?;
+            directory
+                .backends
+                .insert((service.name.clone(), backend.name.clone()), id);
+        }
+    }
+    Ok(directory)
+}
+
+/// All service ids that anything in the maps refers to.
+fn service_ids(contents: &Contents) -> BTreeSet<u32> {
+    (contents.services.keys().copied())
+        .chain(contents.slots.keys().copied())
+        .chain(contents.service_keys.values().copied())
+        .chain(
+            contents
+                .backends
+                .values()
+                .filter_map(|backend| backend.service_plus_one.checked_sub(1)),
+        )
+        .collect()
+}
+
+fn settings(model: &Model) -> abi::Settings {
+    let flow_table = &model.config.flow_table;
+    let (source_port_first, source_port_count) = model.source_ports;
+    abi::Settings {
+        seed: model.seed,
+        tcp_idle: nanoseconds(flow_table.tcp_idle_timeout),
+        tcp_opening: nanoseconds(TCP_OPENING_TIMEOUT),
+        tcp_closing: nanoseconds(TCP_CLOSING_TIMEOUT),
+        udp_idle: nanoseconds(flow_table.udp_idle_timeout),
+        source_port_first,
+        source_port_count,
+        _pad: 0,
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    duration.as_nanos().try_into().unwrap_or(u64::MAX)
+}
+
+fn add_service(
+    contents: &mut Contents,
+    id: u32,
+    service: &Service,
+    directory: &Directory,
+    model: &Model,
+    actual: &Contents,
+) {
+    let mut candidates = Vec::new();
+    for backend in &service.backends {
+        let name = (service.name.clone(), backend.name.clone());
+        let Some(backend_id) = directory.backends.get(&name).copied() else {
+            continue;
+        };
+        let identity = maglev::identity(model.seed, backend.address, backend.port.unwrap_or(0));
+        let mut entry = abi::Backend {
+            address: backend.address.into(),
+            port: backend.port.unwrap_or(0).to_be(),
+            flags: flags(model, service, backend),
+            service_plus_one: id + 1,
+            // From the server's identity rather than a counter: nothing has to remember which were given before,
+            // and a server that returns to its id also returns to what is left of its flows.
+            generation: (actual.backends.get(&backend_id)).map_or(identity as u32, |entry| entry.generation),
+            ..abi::Backend::default()
+        };
+        set_next_hop(&mut entry, model);
+        contents.backends.insert(backend_id, entry);
+        if entry.flags & BackendFlags::ACCEPTS_NEW != 0 {
+            candidates.push(maglev::Candidate {
+                id: backend_id,
+                identity,
+                weight: backend.weight,
+            });
+        }
+    }
+
+    let table = maglev::table(&candidates);
+    let unchanged = actual.slots.get(&id).filter(|old| ***old == *table);
+    contents.slots.insert(id, unchanged.map_or(table, Arc::clone));
+    contents.services.insert(id, service_entry(service));
+    contents
+        .service_keys
+        .extend(identity::keys(service).map(|key| (key, id)));
+}
+
+fn service_entry(service: &Service) -> abi::Service {
+    let strategy = match service.strategy {
+        Strategy::ConsistentHash => abi::Strategy::ConsistentHash,
+        Strategy::IpHash => abi::Strategy::IpHash,
+    };
+    let forward = match service.forward {
+        Forward::Nat => abi::Forward::Nat,
+        Forward::FullNat => abi::Forward::FullNat,
+    };
+    abi::Service {
+        strategy: strategy.number(),
+        forward: forward.number(),
+        _pad: 0,
+        in_use: 1,
+    }
+}
+
+/// All flags but [`BackendFlags::NEXT_HOP_KNOWN`].
+fn flags(model: &Model, service: &Service, backend: &Backend) -> u16 {
+    let health = model.health_of(service, &backend.name);
+    let administrative = model.administrative_of(service, &backend.name);
+    let mut flags = match health {
+        Health::Unknown => 0,
+        Health::Up => BackendFlags::UP,
+        Health::Down => BackendFlags::DOWN,
+    };
+    flags |= match administrative {
+        Administrative::Enabled => 0,
+        Administrative::Draining { .. } => BackendFlags::DRAINING,
+        Administrative::Disabled => BackendFlags::DISABLED,
+    };
+    if health == Health::Up && administrative == Administrative::Enabled && backend.weight > 0 {
+        flags |= BackendFlags::ACCEPTS_NEW;
+    }
+    if health != Health::Down && administrative != Administrative::Disabled {
+        flags |= BackendFlags::KEEPS_UDP;
+    }
+    flags
+}
+
+/// Sets the way to the backend as far as it is known.
+fn set_next_hop(entry: &mut abi::Backend, model: &Model) {
+    let next_hop = model.next_hops.get(&IpAddr::from(entry.address));
+    entry.flags &= !BackendFlags::NEXT_HOP_KNOWN;
+    entry.ifindex = next_hop.map_or(0, |hop| hop.ifindex);
+    entry.source = next_hop.map(|hop| hop.source.into()).unwrap_or_default();
+    entry.link = Link::default();
+    if let Some((hop, mac)) = next_hop.and_then(|hop| Some((hop, hop.next_hop_mac?))) {
+        entry.flags |= BackendFlags::NEXT_HOP_KNOWN;
+        entry.link = Link::new(mac, hop.source_mac);
+    }
+}
+
+/// Adds the backends that have left their service but may still have flows.
+fn add_removed_backends(contents: &mut Contents, model: &Model, actual: &Contents) {
+    for (id, entry) in &actual.backends {
+        let in_service = (entry.service_plus_one.checked_sub(1))
+            .is_some_and(|service| contents.services.contains_key(&service));
+        let has_flows = model.live_flows.get(id) != Some(&0);
+        if contents.backends.contains_key(id) || !in_service || !has_flows {
+            continue;
+        }
+        let mut entry = abi::Backend {
+            flags: BackendFlags::REMOVED,
+            ..*entry
+        };
+        set_next_hop(&mut entry, model);
+        contents.backends.insert(*id, entry);
+    }
+}
+
+fn add_addresses(contents: &mut Contents) {
+    for key in contents.service_keys.keys() {
+        *contents.addresses.entry(key.vip).or_default() |= ROLE_VIP;
+    }
+    for backend in contents.backends.values() {
+        *contents.addresses.entry(backend.address).or_default() |= ROLE_BACKEND;
+    }
+}
+
+/// Checks what is found by key; ids have been checked when they were assigned.
+fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileError> {
+    let (keys, limit) = (&contents.service_keys, MAX_SERVICE_KEYS as usize);
+    check_limit("ports", keys.len(), limit)?;
+    let leaving = actual
+        .service_keys
+        .keys()
+        .filter(|key| !keys.contains_key(key))
+        .count();
+    check_limit_at_once("ports", keys.len() + leaving, limit)?;
+
+    let (addresses, limit) = (&contents.addresses, MAX_ADDRESSES as usize);
+    check_limit("addresses", addresses.len(), limit)?;
+    let leaving = actual
+        .addresses
+        .keys()
+        .filter(|address| !addresses.contains_key(address))
+        .count();
+    check_limit_at_once("addresses", addresses.len() + leaving, limit)
+}
+
+fn check_limit(objects: &'static str, needed: usize, limit: usize) -> Result<(), CompileError> {
+    if needed <= limit {
+        Ok(())
+    } else {
+        Err(CompileError::TooMany {
+            objects,
+            needed,
+            limit,
+        })
+    }
+}
+
+fn check_limit_at_once(objects: &'static str, needed: usize, limit: usize) -> Result<(), CompileError> {
+    if needed <= limit {
+        Ok(())
+    } else {
+        Err(CompileError::TooManyAtOnce {
+            objects,
+            needed,
+            limit,
+        })
+    }
+}

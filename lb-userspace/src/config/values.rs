@@ -1,0 +1,636 @@
+//! One kind of value per function: what is written to what it means, each value for itself.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use toml::de::DeValue;
+
+use super::validated::{Forward, PortRange, Protocol, Strategy, XdpMode};
+
+/// What a value means, or what is wrong with it.
+pub(super) type Parsed<T> = Result<T, Problem>;
+
+/// What is wrong with a value, and what to write instead.
+#[derive(Debug)]
+pub(super) struct Problem {
+    pub(super) message: String,
+    pub(super) help: String,
+}
+
+impl Problem {
+    fn new(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            help: help.into(),
+        }
+    }
+
+    fn not_built(what: &str, help: impl Into<String>) -> Self {
+        Self::new(format!("{what} is not built yet"), help)
+    }
+}
+
+/// Address of a backend with the ports that are given with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BackendAddress {
+    pub(super) address: IpAddr,
+    pub(super) ports: Option<BackendPorts>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BackendPorts {
+    One(u16),
+    /// One backend for each.
+    Each(PortRange),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ProbeType {
+    None,
+    Tcp,
+    Http,
+}
+
+/// Entries of the flow table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FlowTableSize {
+    Auto,
+    Entries(u32),
+}
+
+/// Longest duration that is accepted anywhere: no idle timeout or interval is longer for a purpose.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+/// Characters of a name: it becomes a label of metrics and an argument of commands.
+const LONGEST_NAME: usize = 63;
+/// Bytes of an interface's name (IFNAMSIZ without the final NUL).
+const LONGEST_INTERFACE: usize = 15;
+/// Bytes of a unix socket's path (`sun_path` without the final NUL).
+const LONGEST_SOCKET: usize = 107;
+
+pub(super) fn interface(value: &DeValue<'_>) -> Parsed<String> {
+    let name = text(value, "the name of an interface", "eth0")?;
+    // As the kernel's dev_valid_name() has it.
+    let wrong = |character: char| character == '/' || character == ':' || character.is_whitespace();
+    if name.is_empty()
+        || name.len() > LONGEST_INTERFACE
+        || name == "."
+        || name == ".."
+        || name.contains(wrong)
+        || name.contains(char::is_control)
+    {
+        return Err(Problem::new(
+            format!("{} cannot be the name of an interface", quoted(name)),
+            format!(
+                "write a name that `ip link` shows: 1 to {LONGEST_INTERFACE} characters without `/`, `:` and spaces"
+            ),
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+pub(super) fn xdp_mode(value: &DeValue<'_>) -> Parsed<XdpMode> {
+    let modes = [
+        ("auto", XdpMode::Auto),
+        ("native", XdpMode::Native),
+        ("generic", XdpMode::Generic),
+    ];
+    choice(value, "xdp-mode", &modes, &[])
+}
+
+pub(super) fn flow_table_size(value: &DeValue<'_>) -> Parsed<FlowTableSize> {
+    match value {
+        DeValue::String(text) if text == "auto" => Ok(FlowTableSize::Auto),
+        DeValue::Integer(_) => Ok(FlowTableSize::Entries(number(
+            value,
+            "the size of the flow table",
+            1024..=16_777_216,
+        )?)),
+        other => Err(Problem::new(
+            format!("expected a number of entries or \"auto\", found {}", shown(other)),
+            "write \"auto\" or a number from 1024 to 16777216, without quotes",
+        )),
+    }
+}
+
+pub(super) fn socket(value: &DeValue<'_>) -> Parsed<PathBuf> {
+    let path = file(value, "/run/xlb/xlb.sock")?;
+    if path.as_os_str().len() > LONGEST_SOCKET {
+        return Err(Problem::new(
+            format!("the path of the socket is {} bytes long", path.as_os_str().len()),
+            format!("write a path of at most {LONGEST_SOCKET} bytes: unix sockets have no longer ones"),
+        ));
+    }
+    Ok(path)
+}
+
+/// Absolute path of a file.
+pub(super) fn file(value: &DeValue<'_>, example: &str) -> Parsed<PathBuf> {
+    let path = text(value, "the path of a file", example)?;
+    if !path.starts_with('/') || path.ends_with('/') || path.contains('\0') {
+        return Err(Problem::new(
+            format!("{} is not the absolute path of a file", quoted(path)),
+            format!("write the whole path from `/` on, such as \"{example}\""),
+        ));
+    }
+    Ok(PathBuf::from(path))
+}
+
+pub(super) fn listen(value: &DeValue<'_>) -> Parsed<()> {
+    text(value, "an address and a port", "127.0.0.1:9870")?;
+    Err(Problem::not_built(
+        "`listen`",
+        "leave the key out; the daemon is reached through `socket` alone",
+    ))
+}
+
+pub(super) fn token_file(value: &DeValue<'_>) -> Parsed<()> {
+    file(value, "/etc/xlb/token")?;
+    Err(Problem::not_built(
+        "`token-file`",
+        "leave the key out; the daemon is reached through `socket` alone, which only root and its group may open",
+    ))
+}
+
+/// Name of a service or backend.
+pub(super) fn name(value: &DeValue<'_>) -> Parsed<String> {
+    let name = text(value, "a name", "web")?;
+    let right = |character: char| character.is_ascii_alphanumeric() || "._-".contains(character);
+    if name.is_empty() || name.len() > LONGEST_NAME || !name.chars().all(right) {
+        return Err(Problem::new(
+            format!("{} cannot be a name", quoted(name)),
+            format!(
+                "write 1 to {LONGEST_NAME} characters of A-Z, a-z, 0-9, `.`, `_` and `-`, such as \"web-1\""
+            ),
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+/// Name of one of the backends that share an entry, `name` and its port.
+pub(super) fn name_with_port(name: &str, port: u16) -> Parsed<String> {
+    let whole = format!("{name}-{port}");
+    if whole.len() > LONGEST_NAME {
+        return Err(Problem::new(
+            format!("{} is too long for a name", quoted(&whole)),
+            format!(
+                "write a name of at most {} characters: each port of the range is added to it",
+                LONGEST_NAME - "-65535".len()
+            ),
+        ));
+    }
+    Ok(whole)
+}
+
+pub(super) fn vip(value: &DeValue<'_>) -> Parsed<IpAddr> {
+    let example = "203.0.113.10";
+    let text = text(value, "an address", example)?;
+    if let Ok(address) = text.parse() {
+        return usable(address);
+    }
+    let help = if text.parse::<std::net::SocketAddr>().is_ok() || address_and_ports(text).is_some() {
+        "write the address alone: the port goes under `port`".to_owned()
+    } else if text.parse::<IpNet>().is_ok() {
+        "write the address without the length of a prefix".to_owned()
+    } else {
+        format!("write an address such as \"{example}\"; host names are not looked up")
+    };
+    Err(Problem::new(format!("{} is not an address", quoted(text)), help))
+}
+
+pub(super) fn backend_address(value: &DeValue<'_>) -> Parsed<BackendAddress> {
+    let text = text(value, "an address", "10.0.0.11:8080")?;
+    if let Ok(address) = text.parse() {
+        let address = usable(address)?;
+        return Ok(BackendAddress { address, ports: None });
+    }
+    let Some((address, ports)) = address_and_ports(text) else {
+        return Err(Problem::new(
+            format!("{} is not an address", quoted(text)),
+            "write an address such as \"10.0.0.11\", \"10.0.0.11:8080\" or \"10.0.0.11:8000-8003\"; host names are \
+             not looked up",
+        ));
+    };
+    let (address, ports) = (usable(address)?, port_range_in(ports, false)?);
+    let ports = if text.ends_with(&format!(":{}", ports.first)) {
+        BackendPorts::One(ports.first)
+    } else {
+        BackendPorts::Each(ports)
+    };
+    Ok(BackendAddress {
+        address,
+        ports: Some(ports),
+    })
+}
+
+/// Ports of a service: a number or a range in quotes.
+pub(super) fn port_range(value: &DeValue<'_>) -> Parsed<PortRange> {
+    match value {
+        DeValue::Integer(_) => {
+            let port = port(value)?;
+            Ok(PortRange {
+                first: port,
+                last: port,
+            })
+        }
+        DeValue::String(text) if text == "any" => Err(Problem::not_built(
+            "port \"any\"",
+            "write the ports: 80, [80, 443] or \"8000-8099\"",
+        )),
+        DeValue::String(text) => port_range_in(text, true),
+        other => Err(Problem::new(
+            format!("expected a port, found {}", shown(other)),
+            "write 80, [80, 443] or \"8000-8099\"",
+        )),
+    }
+}
+
+pub(super) fn port(value: &DeValue<'_>) -> Parsed<u16> {
+    let number = number(value, "a port", 1..=u32::from(u16::MAX))?;
+    u16::try_from(number).map_err(|error| Problem::new(error.to_string(), "write a number from 1 to 65535"))
+}
+
+pub(super) fn protocol(value: &DeValue<'_>) -> Parsed<Protocol> {
+    choice(
+        value,
+        "protocol",
+        &[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)],
+        &[],
+    )
+}
+
+pub(super) fn strategy(value: &DeValue<'_>) -> Parsed<Strategy> {
+    let built = [
+        ("consistent-hash", Strategy::ConsistentHash),
+        ("ip-hash", Strategy::IpHash),
+    ];
+    choice(value, "strategy", &built, &["round-robin", "least-connections"])
+}
+
+pub(super) fn forward(value: &DeValue<'_>) -> Parsed<Forward> {
+    let built = [("nat", Forward::Nat), ("full-nat", Forward::FullNat)];
+    choice(value, "forward", &built, &["dsr", "ipip", "gue", "local"])
+}
+
+pub(super) fn probe_type(value: &DeValue<'_>) -> Parsed<ProbeType> {
+    let built = [
+        ("tcp", ProbeType::Tcp),
+        ("http", ProbeType::Http),
+        ("none", ProbeType::None),
+    ];
+    choice(
+        value,
+        "health type",
+        &built,
+        &["https", "grpc", "udp", "icmp", "exec"],
+    )
+}
+
+/// A duration of at least `shortest`.
+pub(super) fn duration(shortest: Duration) -> impl Fn(&DeValue<'_>) -> Parsed<Duration> {
+    move |value| {
+        let example = "write a number with its unit in quotes, such as \"500ms\", \"10s\", \"5m\" or \"1h\"";
+        let written = match value {
+            DeValue::String(text) => text,
+            DeValue::Integer(number) => {
+                let seconds = number.as_str();
+                return Err(if seconds.starts_with('-') {
+                    Problem::new(format!("the duration {} is negative", shown(value)), example)
+                } else {
+                    Problem::new(
+                        format!("the duration {} has no unit", shown(value)),
+                        if seconds.len() < 10 {
+                            format!("write \"{seconds}s\" for seconds, or another unit: ms, m, h")
+                        } else {
+                            example.to_owned()
+                        },
+                    )
+                });
+            }
+            other => return Err(mismatch("a duration", other, example)),
+        };
+        if written.trim_start().starts_with('-') {
+            return Err(Problem::new(
+                format!("the duration {} is negative", quoted(written)),
+                example,
+            ));
+        }
+        let duration = humantime::parse_duration(written).map_err(|error| {
+            Problem::new(format!("{} is not a duration: {error}", quoted(written)), example)
+        })?;
+        if duration < shortest || duration > LONGEST {
+            let which = if duration < shortest { "short" } else { "long" };
+            return Err(Problem::new(
+                format!("{} is too {which}", quoted(written)),
+                format!(
+                    "write a duration from \"{}\" to \"365d\"",
+                    humantime::format_duration(shortest)
+                ),
+            ));
+        }
+        Ok(duration)
+    }
+}
+
+/// Successes or failures in a row.
+pub(super) fn consecutive(value: &DeValue<'_>) -> Parsed<u32> {
+    number(value, "a number of consecutive probes", 1..=1000)
+}
+
+pub(super) fn weight(value: &DeValue<'_>) -> Parsed<u32> {
+    number(value, "a weight", 0..=65_535)
+}
+
+/// Path of a request (RFC 9112 section 3.2.1: origin form).
+pub(super) fn request_path(value: &DeValue<'_>) -> Parsed<String> {
+    let path = text(value, "the path of a request", "/healthz")?;
+    let help = "write a path from `/` on, with anything but ASCII letters, digits and punctuation percent-encoded, \
+                such as \"/healthz\"";
+    if !path.starts_with('/') {
+        return Err(Problem::new(
+            format!("{} does not begin with `/`", quoted(path)),
+            help,
+        ));
+    }
+    // A space or a line break would end the request line and begin something else; a fragment is never sent.
+    if !path
+        .chars()
+        .all(|character| character.is_ascii_graphic() && character != '#')
+    {
+        return Err(Problem::new(
+            format!("{} is not the path of a request", quoted(path)),
+            help,
+        ));
+    }
+    Ok(path.to_owned())
+}
+
+/// Value of the header `Host`.
+pub(super) fn host(value: &DeValue<'_>) -> Parsed<String> {
+    let host = text(value, "a host name", "www.example.com")?;
+    let right = |character: char| character.is_ascii_alphanumeric() || ".-_:[]".contains(character);
+    if host.is_empty() || host.len() > 255 || !host.chars().all(right) {
+        return Err(Problem::new(
+            format!("{} cannot be a host name", quoted(host)),
+            "write a name such as \"www.example.com\"",
+        ));
+    }
+    Ok(host.to_owned())
+}
+
+pub(super) fn boolean(value: &DeValue<'_>) -> Parsed<bool> {
+    value
+        .as_bool()
+        .ok_or_else(|| mismatch("true or false", value, "write true or false, without quotes"))
+}
+
+/// Source prefix that may use a service: so far only that of all addresses.
+pub(super) fn allow(value: &DeValue<'_>) -> Parsed<()> {
+    let prefix = prefix(value)?;
+    if prefix.prefix_len() != 0 {
+        return Err(Problem::not_built(
+            "`allow` with a part of the addresses",
+            "leave the key out, which allows all, and filter with the host's firewall",
+        ));
+    }
+    Ok(())
+}
+
+/// Source prefix that may not use a service: so far none.
+pub(super) fn deny(value: &DeValue<'_>) -> Parsed<()> {
+    prefix(value)?;
+    Err(Problem::not_built(
+        "`deny`",
+        "leave the key out and filter with the host's firewall",
+    ))
+}
+
+pub(super) fn when_all_down(value: &DeValue<'_>) -> Parsed<()> {
+    choice(value, "when-all-down", &[("reject", ())], &["try-all"])
+}
+
+pub(super) fn slow_start(value: &DeValue<'_>) -> Parsed<()> {
+    if duration(Duration::ZERO)(value)?.is_zero() {
+        return Ok(());
+    }
+    Err(Problem::not_built(
+        "`slow-start`",
+        "leave the key out or write \"0s\"; a backend gets its whole share at once",
+    ))
+}
+
+pub(super) fn min_healthy(value: &DeValue<'_>) -> Parsed<()> {
+    match number(value, "a number of healthy backends", 1..=65_535)? {
+        1 => Ok(()),
+        _ => Err(Problem::not_built(
+            "`min-healthy` over 1",
+            "leave the key out or write 1",
+        )),
+    }
+}
+
+pub(super) fn max_connections(value: &DeValue<'_>) -> Parsed<()> {
+    number(value, "a number of connections", 1..=u32::MAX)?;
+    Err(Problem::not_built(
+        "`max-connections`",
+        "leave the key out and limit the connections in the server itself",
+    ))
+}
+
+pub(super) fn backup(value: &DeValue<'_>) -> Parsed<()> {
+    if boolean(value)? {
+        return Err(Problem::not_built(
+            "`backup = true`",
+            "leave the backend out, or give it a small `weight`",
+        ));
+    }
+    Ok(())
+}
+
+/// The known word that was probably meant.
+pub(super) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if word.len() > 2 * LONGEST_NAME {
+        return None;
+    }
+    let word = word.to_lowercase().replace('_', "-");
+    known
+        .into_iter()
+        .map(|known| (strsim::damerau_levenshtein(&word, known), known))
+        .min()
+        .filter(|(distance, known)| *distance <= 1 + known.len() / 4)
+        .map(|(_, known)| known)
+}
+
+/// Text of the file in a message: in quotes, on one line, not endlessly long.
+pub(super) fn quoted(text: &str) -> String {
+    const LONGEST: usize = 60;
+    let escaped = text.chars().take(LONGEST).collect::<String>();
+    let rest = if text.chars().nth(LONGEST).is_some() {
+        "…"
+    } else {
+        ""
+    };
+    format!("\"{}{rest}\"", escaped.escape_debug())
+}
+
+/// What kind of value this is.
+pub(super) fn kind(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "text in quotes",
+        DeValue::Integer(_) => "a whole number",
+        DeValue::Float(_) => "a number with a fraction",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date or time",
+        DeValue::Array(_) => "a list",
+        DeValue::Table(_) => "a table",
+    }
+}
+
+fn text<'a>(value: &'a DeValue<'_>, what: &str, example: &str) -> Parsed<&'a str> {
+    value.as_str().ok_or_else(|| {
+        mismatch(
+            what,
+            value,
+            &format!("write one text in quotes, such as \"{example}\""),
+        )
+    })
+}
+
+fn number(value: &DeValue<'_>, what: &str, range: RangeInclusive<u32>) -> Parsed<u32> {
+    let help = format!(
+        "write a number from {} to {}, without quotes",
+        range.start(),
+        range.end()
+    );
+    let DeValue::Integer(integer) = value else {
+        return Err(mismatch(what, value, &help));
+    };
+    i64::from_str_radix(integer.as_str(), integer.radix())
+        .ok()
+        .and_then(|number| u32::try_from(number).ok())
+        .filter(|number| range.contains(number))
+        .ok_or_else(|| Problem::new(format!("{} cannot be {what}", shown(value)), help))
+}
+
+fn choice<T: Copy>(value: &DeValue<'_>, what: &str, built: &[(&str, T)], planned: &[&str]) -> Parsed<T> {
+    let words: Vec<&str> = built.iter().map(|(word, _)| *word).collect();
+    let all = format!("write {}", alternatives(&words));
+    let Some(written) = value.as_str() else {
+        return Err(mismatch(&format!("a {what} in quotes"), value, &all));
+    };
+    if let Some((_, meaning)) = built.iter().find(|(word, _)| *word == written) {
+        return Ok(*meaning);
+    }
+    if planned.contains(&written) {
+        return Err(Problem::not_built(&format!("{what} \"{written}\""), all));
+    }
+    let help = match nearest(written, words) {
+        Some(word) => format!("write \"{word}\""),
+        None => all,
+    };
+    Err(Problem::new(format!("unknown {what} {}", quoted(written)), help))
+}
+
+fn prefix(value: &DeValue<'_>) -> Parsed<IpNet> {
+    let prefix = text(value, "a prefix", "192.0.2.0/24")?;
+    prefix.parse().map_err(|_| {
+        Problem::new(
+            format!("{} is not a prefix", quoted(prefix)),
+            "write an address and the length of the prefix, such as \"192.0.2.0/24\"",
+        )
+    })
+}
+
+/// Splits `10.0.0.11:8080` or `[2001:db8::11]:8080`; the ports may be anything.
+fn address_and_ports(text: &str) -> Option<(IpAddr, &str)> {
+    if let Some(rest) = text.strip_prefix('[') {
+        let (address, ports) = rest.split_once("]:")?;
+        return Some((IpAddr::V6(address.parse().ok()?), ports));
+    }
+    let (address, ports) = text.split_once(':')?;
+    Some((IpAddr::V4(address.parse().ok()?), ports))
+}
+
+/// An address that a server, or its clients, can have.
+fn usable(address: IpAddr) -> Parsed<IpAddr> {
+    let unusable = if address.is_loopback() {
+        "a loopback address"
+    } else if address.is_multicast() {
+        "a multicast address"
+    } else if address.is_unspecified() {
+        "the unspecified address"
+    } else if address == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        "the broadcast address"
+    } else {
+        return Ok(address);
+    };
+    Err(Problem::new(
+        format!("{address} is {unusable}"),
+        "write an address that belongs to one host on the network, such as \"10.0.0.11\"",
+    ))
+}
+
+fn port_range_in(text: &str, of_service: bool) -> Parsed<PortRange> {
+    let help = if of_service {
+        "write 80, [80, 443] or \"8000-8099\", with ports from 1 to 65535"
+    } else {
+        "write one port, \"10.0.0.11:8080\", or a range, \"10.0.0.11:8000-8003\", with ports from 1 to 65535"
+    };
+    let port = |digits: &str| {
+        let port = digits
+            .bytes()
+            .all(|byte| byte.is_ascii_digit())
+            .then(|| digits.parse());
+        match port {
+            Some(Ok(0)) | Some(Err(_)) if !digits.is_empty() => {
+                Err(Problem::new(format!("{} cannot be a port", quoted(digits)), help))
+            }
+            Some(Ok(port)) => Ok(port),
+            _ => Err(Problem::new(
+                format!("{} is not a port or a range of ports", quoted(text)),
+                help,
+            )),
+        }
+    };
+    let (first, last) = match text.split_once('-') {
+        Some((first, last)) => (port(first)?, port(last)?),
+        None => (port(text)?, port(text)?),
+    };
+    if first > last {
+        return Err(Problem::new(
+            format!("the range {first}-{last} is reversed"),
+            format!("write the lower port first: {last}-{first}"),
+        ));
+    }
+    Ok(PortRange { first, last })
+}
+
+fn mismatch(expected: &str, found: &DeValue<'_>, help: &str) -> Problem {
+    Problem::new(format!("expected {expected}, found {}", shown(found)), help)
+}
+
+/// The value itself where it is short, otherwise its kind.
+fn shown(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => format!("the text {}", quoted(text)),
+        DeValue::Integer(integer) if integer.as_str().len() <= 20 => integer.to_string(),
+        DeValue::Float(float) if float.as_str().len() <= 20 => float.to_string(),
+        DeValue::Boolean(boolean) => boolean.to_string(),
+        other => kind(other).to_owned(),
+    }
+}
+
+fn alternatives(words: &[&str]) -> String {
+    match words {
+        [] => String::new(),
+        [word] => format!("\"{word}\""),
+        [first @ .., last] => {
+            let first: Vec<String> = first.iter().map(|word| format!("\"{word}\"")).collect();
+            format!("{} or \"{last}\"", first.join(", "))
+        }
+    }
+}

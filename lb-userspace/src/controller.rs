@@ -1,0 +1,451 @@
+//! What decides: takes in configuration, health, next hops and commands, and has the maps follow.
+//!
+//! Everything ends in [`Controller::converge`]: compile the model, plan, apply. There is no other way to a map.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::{Instant, SystemTime},
+};
+
+use nix::time::{ClockId, clock_gettime};
+use tracing::{error, info, warn};
+
+use crate::{
+    api::{Change, Done, Refusal, Refused},
+    compile::{self, Directory},
+    config::{self, Config, Probe, Service, XdpMode},
+    datapath::{
+        Datapath,
+        kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
+    },
+    health::{Driver, Target, Transition},
+    instance::Instance,
+    model::{Administrative, BackendName, Health, Model, NextHop},
+    net::{self, NextHopWatcher},
+    observe::{
+        rates::Rates,
+        status::{
+            BackendStatus, FlowTableStatus, InterfaceStatus, PacketTotals, ServiceStatus, Status, Traffic, by_reason,
+        },
+    },
+    reconcile::{Reconciler, drained},
+    seed,
+};
+
+/// The state of a running daemon.
+pub struct Controller {
+    instance: Instance,
+    config_path: PathBuf,
+    started: Instant,
+    model: Model,
+    directory: Directory,
+    reconciler: Reconciler<KernelDatapath>,
+    attachments: Vec<Attachment>,
+    driver: Driver,
+    watcher: NextHopWatcher,
+    rates: Rates,
+    /// Problems that the last attempt at something has left, by what was tried.
+    problems: BTreeMap<&'static str, String>,
+}
+
+/// What a controller starts from.
+pub struct Parts {
+    pub instance: Instance,
+    pub config_path: PathBuf,
+    pub config: Config,
+    pub datapath: KernelDatapath,
+    pub driver: Driver,
+    pub watcher: NextHopWatcher,
+}
+
+impl Controller {
+    /// Takes over what the maps hold, makes them hold what the configuration says, and attaches the program.
+    ///
+    /// # Errors
+    /// The maps cannot be read or written, or an interface refuses the program.
+    pub async fn start(parts: Parts) -> anyhow::Result<Self> {
+        let Parts { instance, config_path, config, datapath, driver, watcher } = parts;
+        let reconciler = Reconciler::new(datapath)?;
+        let restored = compile::restore(&config, reconciler.actual(), SystemTime::now());
+        let model = Model {
+            seed: seed::load_or_make(&config.seed_file)?,
+            source_ports: net::source_ports()?,
+            health: restored.health,
+            administrative: restored.administrative,
+            next_hops: BTreeMap::new(),
+            live_flows: BTreeMap::new(),
+            config,
+        };
+        let mut controller = Self {
+            instance,
+            config_path,
+            started: Instant::now(),
+            model,
+            directory: Directory::default(),
+            reconciler,
+            attachments: Vec::new(),
+            driver,
+            watcher,
+            rates: Rates::default(),
+            problems: BTreeMap::new(),
+        };
+        controller.sweep();
+        controller.follow_configuration();
+        // The maps first: the program finds services from its first packet on.
+        controller.converge()?;
+        controller.attach()?;
+        controller.assign_vips().await;
+        Ok(controller)
+    }
+
+    /// A backend's health has changed.
+    pub fn transition(&mut self, transition: Transition) {
+        let Transition { service, backend, health, cause } = transition;
+        match health {
+            Health::Up => info!(service, backend, cause, "backend is up"),
+            Health::Down => warn!(service, backend, cause, "backend is down"),
+            Health::Unknown => {}
+        }
+        self.model.health.insert((service, backend), health);
+        self.converge_or_retry();
+    }
+
+    /// The ways to the backends have changed.
+    pub fn next_hops(&mut self, next_hops: BTreeMap<IpAddr, NextHop>) {
+        self.model.next_hops = next_hops;
+        self.converge_or_retry();
+    }
+
+    /// Reads the configuration anew and follows it; a bad one changes nothing.
+    pub async fn reload(&mut self) -> Result<Done, Refused> {
+        let config = config::load(&self.config_path)
+            .map_err(|error| refused(Refusal::BadConfiguration, error.render(false)))?;
+        let seed = seed::load_or_make(&config.seed_file)
+            .map_err(|error| refused(Refusal::BadConfiguration, error.to_string()))?;
+        let warnings = self.restart_warnings(&config);
+        let former = self.model.clone();
+        self.model.config = config;
+        self.model.seed = seed;
+        self.forget_vanished();
+        if let Err(error) = self.attach().and_then(|()| self.converge()) {
+            self.model = former;
+            self.converge_or_retry();
+            if let Err(error) = self.attach() {
+                error!("the interfaces of the running configuration: {error:#}");
+            }
+            return Err(refused(Refusal::Failed, format!("{error:#}; the running configuration stays")));
+        }
+        self.follow_configuration();
+        self.assign_vips().await;
+        self.sweep();
+        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
+            warn!("flows of removed backends are left to their timeouts: {error}");
+        }
+        let services = self.model.config.services.len();
+        let message = format!("reloaded {}: {services} services", self.config_path.display());
+        info!("{message}");
+        Ok(Done { message, warnings })
+    }
+
+    /// Changes the administrative state of a backend.
+    pub fn administer(&mut self, service: &str, backend: &str, change: Change) -> Result<Done, Refused> {
+        self.find(service, backend)?;
+        let name = (service.to_owned(), backend.to_owned());
+        let state = match change {
+            Change::Enable => Administrative::Enabled,
+            Change::Disable => Administrative::Disabled,
+            // A drain that goes on is not begun anew.
+            Change::Drain => match self.model.administrative.get(&name) {
+                Some(draining @ Administrative::Draining { .. }) => *draining,
+                _ => Administrative::Draining { since: SystemTime::now() },
+            },
+        };
+        let former = self.model.administrative.insert(name.clone(), state);
+        if let Err(error) = self.converge() {
+            match former {
+                Some(former) => self.model.administrative.insert(name, former),
+                None => self.model.administrative.remove(&name),
+            };
+            return Err(refused(Refusal::Failed, format!("{error:#}")));
+        }
+        self.sweep();
+        let message = match change {
+            Change::Enable => format!("{service}/{backend} is enabled"),
+            Change::Drain => format!("{service}/{backend} is draining: no new flows, existing ones may end"),
+            Change::Disable => format!("{service}/{backend} is disabled: its flows have ended"),
+        };
+        info!("{message}");
+        Ok(Done { message, warnings: Vec::new() })
+    }
+
+    /// Ends flows that are over, counts the others, and lets removed backends without flows go.
+    pub fn sweep(&mut self) {
+        let ending = drained(&self.model, &self.directory, SystemTime::now());
+        match self.reconciler.sweep(monotonic_now(), &ending) {
+            Ok(sweep) => {
+                self.problems.remove("sweep");
+                self.model.live_flows = sweep.live;
+                self.converge_or_retry();
+            }
+            Err(error) => self.problem("sweep", &error.into()),
+        }
+    }
+
+    /// Mends what somebody else has changed in the maps, and what could not be done before.
+    pub fn repair(&mut self) {
+        match self.reconciler.refresh() {
+            Ok(0) => {}
+            Ok(changes) => warn!(changes, "the maps were changed from outside; they are mended"),
+            Err(error) => self.problem("read the maps", &error.into()),
+        }
+        self.converge_or_retry();
+    }
+
+    /// Takes a reading of the counters, for rates.
+    pub fn sample(&mut self) {
+        let backends: Vec<u32> = self.directory.backends.values().copied().collect();
+        if let Ok(counters) = self.reconciler.datapath().counters(&[], &backends) {
+            self.rates.add(Instant::now(), &counters);
+        }
+    }
+
+    /// The state of everything.
+    pub fn status(&self) -> Status {
+        let services: Vec<u32> = self.directory.services.values().copied().collect();
+        let backends: Vec<u32> = self.directory.backends.values().copied().collect();
+        let mut problems: Vec<String> = self.problems.values().cloned().collect();
+        let counters = self.reconciler.datapath().counters(&services, &backends).unwrap_or_else(|error| {
+            problems.push(error.to_string());
+            Default::default()
+        });
+        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
+        let reports = self.driver.report();
+        let unresolved = self.watcher.unresolved();
+        let service_status = |service: &Service| {
+            let id = self.directory.services.get(&service.name).copied().unwrap_or(u32::MAX);
+            let slots = self.reconciler.actual().slots.get(&id);
+            let backend_status = |backend: &config::Backend| {
+                let name: BackendName = (service.name.clone(), backend.name.clone());
+                let id = self.directory.backends.get(&name).copied().unwrap_or(0);
+                let counted = counters.backends.get(&id).copied().unwrap_or_default();
+                let rate = self.rates.of(id);
+                let share = slots.map_or(0.0, |slots| {
+                    slots.iter().filter(|slot| **slot == id && id != 0).count() as f64 / slots.len() as f64
+                });
+                BackendStatus {
+                    name: backend.name.clone(),
+                    address: match backend.port {
+                        Some(port) => SocketAddr::new(backend.address, port).to_string(),
+                        None => backend.address.to_string(),
+                    },
+                    weight: backend.weight,
+                    administrative: match self.model.administrative_of(service, &backend.name) {
+                        Administrative::Enabled => "enabled",
+                        Administrative::Draining { .. } => "draining",
+                        Administrative::Disabled => "disabled",
+                    }
+                    .to_owned(),
+                    health: self.model.health_of(service, &backend.name),
+                    probe: reports.get(&name).map(|report| report.last_result.clone()),
+                    next_hop_problem: next_hop_problem(&self.model, &unresolved, backend.address),
+                    share,
+                    flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
+                    flows_total: counted.flows,
+                    forwarded: Traffic::from(counted.forwarded),
+                    returned: Traffic::from(counted.returned),
+                    packets_per_second: rate.packets_per_second,
+                    bytes_per_second: rate.bytes_per_second,
+                }
+            };
+            ServiceStatus {
+                name: service.name.clone(),
+                vip: service.vip.to_string(),
+                port: service.ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
+                protocol: service.protocol.to_string(),
+                strategy: service.strategy.to_string(),
+                forward: service.forward.to_string(),
+                reasons: counters.services.get(&id).map(|counts| by_reason(counts)).unwrap_or_default(),
+                backends: service.backends.iter().map(backend_status).collect(),
+            }
+        };
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            instance: self.instance.to_string(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            interfaces: self
+                .attachments
+                .iter()
+                .map(|attachment| InterfaceStatus {
+                    name: attachment.interface.clone(),
+                    xdp_mode: attachment.mode.name().to_owned(),
+                    fallback: attachment.fallback.clone(),
+                })
+                .collect(),
+            flow_table: FlowTableStatus {
+                size,
+                flows: self.model.live_flows.values().sum(),
+                memory_bytes: flow_table_memory(size),
+            },
+            packets: PacketTotals::of(&counters.totals),
+            reasons: by_reason(&counters.reasons),
+            services: self.model.config.services.iter().map(service_status).collect(),
+            problems,
+        }
+    }
+
+    /// Compiles the model and makes the maps hold the result.
+    fn converge(&mut self) -> anyhow::Result<()> {
+        let compiled = compile::compile(&self.model, self.reconciler.actual())?;
+        self.reconciler.reconcile(compiled.contents)?;
+        self.directory = compiled.directory;
+        self.problems.remove("converge");
+        Ok(())
+    }
+
+    /// As [`Self::converge`]; what fails is told in the status and tried again by the next [`Self::repair`].
+    fn converge_or_retry(&mut self) {
+        if let Err(error) = self.converge() {
+            self.problem("converge", &error);
+        }
+    }
+
+    fn problem(&mut self, what: &'static str, problem: &anyhow::Error) {
+        error!("{what}: {problem:#}");
+        self.problems.insert(what, format!("{problem:#}"));
+    }
+
+    fn attach(&mut self) -> anyhow::Result<()> {
+        let mode = match self.model.config.xdp_mode {
+            XdpMode::Auto => Mode::Auto,
+            XdpMode::Native => Mode::Native,
+            XdpMode::Generic => Mode::Generic,
+        };
+        let attachments = self.reconciler.datapath_mut().attach(&self.model.config.interfaces, mode)?;
+        for attachment in &attachments {
+            if self.attachments.contains(attachment) {
+                continue;
+            }
+            let Attachment { interface, mode, fallback } = attachment;
+            match fallback {
+                None => info!(interface, mode = mode.name(), "attached"),
+                Some(why) => warn!(
+                    interface,
+                    mode = mode.name(),
+                    "attached in generic mode, which is several times slower: native mode was refused ({why})"
+                ),
+            }
+        }
+        self.attachments = attachments;
+        Ok(())
+    }
+
+    /// Has probes and next hops follow the configuration.
+    fn follow_configuration(&mut self) {
+        self.driver.set_targets(targets(&self.model));
+        let addresses = self.model.config.services.iter().flat_map(|service| &service.backends);
+        self.watcher.set_addresses(addresses.map(|backend| backend.address).collect());
+    }
+
+    async fn assign_vips(&mut self) {
+        let Some(interface) = self.model.config.interfaces.first() else { return };
+        let services = self.model.config.services.iter();
+        let desired: BTreeSet<IpAddr> =
+            services.filter(|service| service.assign_vip).map(|service| service.vip).collect();
+        match net::reconcile_vips(&desired, interface).await {
+            Ok(changes) => {
+                self.problems.remove("assign VIPs");
+                for vip in changes.added {
+                    info!(%vip, interface, "assigned VIP");
+                }
+                for vip in changes.removed {
+                    info!(%vip, "removed VIP");
+                }
+            }
+            Err(error) => self.problem("assign VIPs", &error.into()),
+        }
+    }
+
+    /// Drops what is known of backends that the configuration no longer has: one of the same name that comes
+    /// later is another one.
+    fn forget_vanished(&mut self) {
+        let services = self.model.config.services.iter();
+        let names: BTreeSet<BackendName> = services
+            .flat_map(|service| {
+                service.backends.iter().map(|backend| (service.name.clone(), backend.name.clone()))
+            })
+            .collect();
+        self.model.health.retain(|name, _| names.contains(name));
+        self.model.administrative.retain(|name, _| names.contains(name));
+    }
+
+    /// What of a new configuration takes effect only when the maps are made anew.
+    fn restart_warnings(&self, config: &Config) -> Vec<String> {
+        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
+        match config.flow_table.size {
+            Some(wanted) if wanted != size => vec![format!(
+                "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends all flows"
+            )],
+            _ => Vec::new(),
+        }
+    }
+
+    fn find(&self, service: &str, backend: &str) -> Result<(), Refused> {
+        let services = &self.model.config.services;
+        let Some(found) = services.iter().find(|candidate| candidate.name == service) else {
+            let names: Vec<&str> = services.iter().map(|service| service.name.as_str()).collect();
+            let message = format!("there is no service {service:?}; there are: {}", names.join(", "));
+            return Err(refused(Refusal::NotFound, message));
+        };
+        if found.backends.iter().any(|candidate| candidate.name == backend) {
+            return Ok(());
+        }
+        let names: Vec<&str> = found.backends.iter().map(|backend| backend.name.as_str()).collect();
+        let message = format!("service {service:?} has no backend {backend:?}; it has: {}", names.join(", "));
+        Err(refused(Refusal::NotFound, message))
+    }
+}
+
+/// What to probe, and where.
+fn targets(model: &Model) -> Vec<Target> {
+    let mut targets = Vec::new();
+    for service in &model.config.services {
+        let probe_port = match &service.health.probe {
+            Probe::None => continue,
+            Probe::Tcp { port } | Probe::Http { port, .. } => *port,
+        };
+        let client_port = service.ports.first().map_or(0, |range| range.first);
+        for backend in &service.backends {
+            let port = probe_port.or(backend.port).unwrap_or(client_port);
+            targets.push(Target {
+                service: service.name.clone(),
+                backend: backend.name.clone(),
+                address: SocketAddr::new(backend.address, port),
+                check: service.health.clone(),
+                initial: model.health_of(service, &backend.name),
+            });
+        }
+    }
+    targets
+}
+
+fn next_hop_problem(model: &Model, unresolved: &BTreeMap<IpAddr, String>, address: IpAddr) -> Option<String> {
+    if model.next_hops.get(&address).is_some_and(|next_hop| next_hop.next_hop_mac.is_some()) {
+        return None;
+    }
+    Some(unresolved.get(&address).cloned().unwrap_or_else(|| "not resolved yet".to_owned()))
+}
+
+fn refused(reason: Refusal, message: String) -> Refused {
+    Refused { reason, message }
+}
+
+/// Now on the clock of the flow table, in nanoseconds.
+fn monotonic_now() -> u64 {
+    // The clock exists on every Linux; without it no flow would be found idle.
+    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
+        .map(|now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+        .unwrap_or(0)
+}

@@ -1,0 +1,186 @@
+//! What an operation makes of the contents, and how they are written down for people.
+
+use std::{
+    collections::BTreeMap,
+    fmt::{self, Display},
+    net::{IpAddr, SocketAddr},
+};
+
+use lb_common::abi::{
+    Backend, BackendFlags, ROLE_BACKEND, ROLE_VIP, Service, ServiceKey, Settings, TCP, UDP,
+};
+
+use super::{Contents, Operation};
+
+impl Contents {
+    /// Does to the contents what the operation does to the maps; removing what is absent changes nothing.
+    pub fn record(&mut self, operation: &Operation) {
+        match operation {
+            Operation::PutSettings(settings) => self.settings = *settings,
+            Operation::PutAddress(address, roles) => drop(self.addresses.insert(*address, *roles)),
+            Operation::RemoveAddress(address) => drop(self.addresses.remove(address)),
+            Operation::PutBackend(id, backend) => drop(self.backends.insert(*id, *backend)),
+            Operation::RemoveBackend(id) => drop(self.backends.remove(id)),
+            Operation::PutSlots(id, table) => drop(self.slots.insert(*id, table.clone())),
+            Operation::RemoveSlots(id) => drop(self.slots.remove(id)),
+            Operation::PutService(id, service) => drop(self.services.insert(*id, *service)),
+            Operation::RemoveService(id) => drop(self.services.remove(id)),
+            Operation::PutServiceKey(key, id) => drop(self.service_keys.insert(*key, *id)),
+            Operation::RemoveServiceKey(key) => drop(self.service_keys.remove(key)),
+        }
+    }
+}
+
+/// Writes the contents as one line for each entry, sorted by map and key; the same contents give the same lines.
+///
+/// A slot table is the number of slots by backend id. The seed is secret and not written.
+pub fn contents_dump(contents: &Contents) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (address, roles) in &contents.addresses {
+        let roles = names(*roles, &[(ROLE_VIP, "vip"), (ROLE_BACKEND, "backend")]);
+        lines.push(format!("address {address} {roles}"));
+    }
+    for (id, backend) in &contents.backends {
+        lines.push(format!("backend {id} {}", DisplayBackend(backend)));
+    }
+    for (id, service) in &contents.services {
+        lines.push(format!("service {id} {}", DisplayService(service)));
+    }
+    for (key, id) in &contents.service_keys {
+        lines.push(format!("service-key {} service {id}", DisplayKey(key)));
+    }
+    if contents.settings != Settings::default() {
+        lines.push(format!("settings {}", DisplaySettings(&contents.settings)));
+    }
+    for (id, table) in &contents.slots {
+        let mut counts = BTreeMap::<u32, u32>::new();
+        for backend in table.iter() {
+            *counts.entry(*backend).or_default() += 1;
+        }
+        let counts: Vec<_> = counts
+            .iter()
+            .map(|(backend, count)| format!("{backend}={count}"))
+            .collect();
+        lines.push(format!("slots {id} {}", counts.join(" ")));
+    }
+    lines
+}
+
+struct DisplayBackend<'a>(&'a Backend);
+
+impl Display for DisplayBackend<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let backend = self.0;
+        match backend.service_plus_one.checked_sub(1) {
+            Some(service) => write!(f, "service {service} ")?,
+            None => write!(f, "unused ")?,
+        }
+        match u16::from_be(backend.port) {
+            0 => write!(f, "{}", backend.address)?,
+            port => write!(f, "{}", SocketAddr::new(backend.address.into(), port))?,
+        }
+        write!(
+            f,
+            " generation {:08x} {}",
+            backend.generation,
+            names(u32::from(backend.flags), FLAGS)
+        )?;
+        if backend.ifindex != 0 {
+            write!(f, " interface {} source {}", backend.ifindex, backend.source)?;
+        }
+        if backend.flags & BackendFlags::NEXT_HOP_KNOWN != 0 {
+            write!(
+                f,
+                " link {} > {}",
+                mac(backend.link.source()),
+                mac(backend.link.destination())
+            )?;
+        }
+        Ok(())
+    }
+}
+
+const FLAGS: &[(u32, &str)] = &[
+    (BackendFlags::NEXT_HOP_KNOWN as u32, "next-hop-known"),
+    (BackendFlags::ACCEPTS_NEW as u32, "accepts-new"),
+    (BackendFlags::KEEPS_UDP as u32, "keeps-udp"),
+    (BackendFlags::UP as u32, "up"),
+    (BackendFlags::DOWN as u32, "down"),
+    (BackendFlags::DRAINING as u32, "draining"),
+    (BackendFlags::DISABLED as u32, "disabled"),
+    (BackendFlags::REMOVED as u32, "removed"),
+];
+
+struct DisplayService<'a>(&'a Service);
+
+impl Display for DisplayService<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let strategy = match self.0.strategy {
+            1 => "consistent-hash",
+            2 => "ip-hash",
+            _ => "unknown-strategy",
+        };
+        let forward = match self.0.forward {
+            1 => "nat",
+            2 => "full-nat",
+            _ => "unknown-forward",
+        };
+        let unused = if self.0.in_use == 0 { " unused" } else { "" };
+        write!(f, "{strategy} {forward}{unused}")
+    }
+}
+
+struct DisplayKey<'a>(&'a ServiceKey);
+
+impl Display for DisplayKey<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let vip = SocketAddr::new(IpAddr::from(self.0.vip), u16::from_be(self.0.port));
+        match self.0.protocol {
+            TCP => write!(f, "tcp {vip}"),
+            UDP => write!(f, "udp {vip}"),
+            other => write!(f, "protocol-{other} {vip}"),
+        }
+    }
+}
+
+struct DisplaySettings<'a>(&'a Settings);
+
+impl Display for DisplaySettings<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let milliseconds = |nanoseconds| nanoseconds / 1_000_000;
+        let Settings {
+            source_port_first: first,
+            source_port_count: count,
+            ..
+        } = self.0;
+        write!(
+            f,
+            "tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
+            milliseconds(self.0.tcp_idle),
+            milliseconds(self.0.tcp_opening),
+            milliseconds(self.0.tcp_closing),
+            milliseconds(self.0.udp_idle),
+        )
+    }
+}
+
+/// The names of the bits that are set, `-` for none and the bits as a number for those without a name.
+fn names(bits: u32, table: &[(u32, &str)]) -> String {
+    let mut names: Vec<String> = (table.iter())
+        .filter(|(bit, _)| bits & bit != 0)
+        .map(|(_, name)| (*name).to_owned())
+        .collect();
+    let unnamed = table.iter().fold(bits, |bits, (bit, _)| bits & !bit);
+    if unnamed != 0 {
+        names.push(format!("{unnamed:#x}"));
+    }
+    if names.is_empty() {
+        "-".to_owned()
+    } else {
+        names.join(",")
+    }
+}
+
+fn mac(bytes: [u8; 6]) -> String {
+    bytes.map(|byte| format!("{byte:02x}")).join(":")
+}

@@ -1,0 +1,673 @@
+//! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
+
+use std::{fmt, fs, io, os::fd::AsFd, path::Path};
+
+use aya::{
+    Ebpf, EbpfLoader, Pod, include_bytes_aligned,
+    maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    programs::{
+        ProgramError, ProgramInfo, Xdp, XdpMode,
+        links::{FdLink, LinkError, PinnedLink},
+        xdp::XdpLink,
+    },
+    util::nr_cpus,
+};
+use lb_common::abi::{
+    Address, Backend, BackendCounters, Count, Flow, FlowKey, Forward, REASON_COUNT, SLOT_COUNT, Service,
+    ServiceKey, Settings, Totals,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::{AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, counters, packet_log, syscall};
+
+/// The object that lb-userspace/build.rs has built.
+pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
+
+/// Name of the XDP program in the object.
+pub const PROGRAM: &str = "xlb";
+
+/// Lets aya read and write a type of the shared layouts.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+pub struct Raw<T>(pub T);
+
+// SAFETY: zerocopy's traits hold for T: any bytes are a value of it, it has no padding, and it is Copy.
+unsafe impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> Pod for Raw<T> {}
+
+/// Memory of a flow table with room for `flows` flows: keys and values of both maps, and what the kernel adds to
+/// each entry of an LRU hash (`struct htab_elem` with its node, and a bucket).
+pub const fn flow_table_memory(flows: u32) -> u64 {
+    const OVERHEAD: u64 = 48 + 16;
+    let flow = (size_of::<FlowKey>() + size_of::<Flow>()) as u64 + OVERHEAD;
+    let reply = 2 * size_of::<FlowKey>() as u64 + OVERHEAD;
+    (flow + reply) * flows as u64
+}
+
+/// An interface that the program is attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    pub interface: String,
+    pub mode: AttachMode,
+    /// Why native mode was not obtained, where `auto` had to fall back.
+    pub fallback: Option<String>,
+}
+
+/// The maps and the program of one instance.
+pub struct KernelDatapath {
+    pins: Pins,
+    /// Holds the program; the maps are taken out of it.
+    ebpf: Ebpf,
+    settings: Array<MapData, Raw<Settings>>,
+    addresses: HashMap<MapData, Raw<Address>, u32>,
+    service_keys: HashMap<MapData, Raw<ServiceKey>, u32>,
+    services: Array<MapData, Raw<Service>>,
+    slot_tables: ArrayOfMaps<MapData, Array<MapData, u32>>,
+    slot_tables_data: MapData,
+    backends: Array<MapData, Raw<Backend>>,
+    flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
+    replies: HashMap<MapData, Raw<FlowKey>, Raw<FlowKey>>,
+    totals: PerCpuArray<MapData, Raw<Totals>>,
+    reasons: PerCpuArray<MapData, Raw<Count>>,
+    service_counters: PerCpuArray<MapData, Raw<Count>>,
+    backend_counters: PerCpuArray<MapData, Raw<BackendCounters>>,
+}
+
+impl fmt::Debug for KernelDatapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelDatapath")
+            .field("pins", &self.pins)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Every map of the object that is pinned, with the size of its keys and values.
+const MAPS: &[(&str, usize, usize)] = &[
+    ("SETTINGS", 4, size_of::<Settings>()),
+    ("ADDRESSES", size_of::<Address>(), 4),
+    ("SERVICE_KEYS", size_of::<ServiceKey>(), 4),
+    ("SERVICES", 4, size_of::<Service>()),
+    ("SLOT_TABLES", 4, 4),
+    ("BACKENDS", 4, size_of::<Backend>()),
+    (FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
+    (REPLIES, size_of::<FlowKey>(), size_of::<FlowKey>()),
+    ("TOTALS", 4, size_of::<Totals>()),
+    ("COUNTERS", 4, size_of::<Count>()),
+    ("SERVICE_COUNTERS", 4, size_of::<Count>()),
+    ("BACKEND_COUNTERS", 4, size_of::<BackendCounters>()),
+];
+
+const FLOWS: &str = "FLOWS";
+const REPLIES: &str = "REPLIES";
+
+impl KernelDatapath {
+    /// Loads the program on the maps that an earlier daemon has pinned, or on new ones with room for
+    /// `flow_table_size` flows.
+    ///
+    /// # Errors
+    /// bpffs is not mounted, a permission is missing, the kernel refuses the program, or the pinned maps are of
+    /// another build.
+    pub fn open(pins: Pins, flow_table_size: u32) -> Result<Self, DatapathError> {
+        pins.create()?;
+        let mut loader = EbpfLoader::new();
+        loader
+            .map_max_entries(FLOWS, flow_table_size)
+            .map_max_entries(REPLIES, flow_table_size);
+        for (name, _, _) in MAPS {
+            loader.map_pin_path(*name, pins.map(name));
+        }
+        let mut ebpf = loader
+            .load(OBJECT)
+            .map_err(|error| failed("load", "the program's maps", error))?;
+        let program = xdp_program(&mut ebpf)?;
+        program
+            .load()
+            .map_err(|error| failed("load", "the program", error))?;
+
+        let data = |name: &str| {
+            let data = MapData::from_pin(pins.map(name)).map_err(|error| failed("open", name, error))?;
+            let info = data.info().map_err(|error| failed("read", name, error))?;
+            let (_, key, value) = MAPS
+                .iter()
+                .find(|(map, _, _)| *map == name)
+                .copied()
+                .unwrap_or((name, 0, 0));
+            if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
+                let hint = "it was made by another build of xlb: `xlb detach` removes it, with all flows";
+                return Err(DatapathError::new(
+                    "open",
+                    name,
+                    io::Error::new(io::ErrorKind::InvalidData, hint),
+                ));
+            }
+            Ok(data)
+        };
+        let converted = |name: &str, error: MapError| failed("open", name, error);
+        Ok(Self {
+            settings: array(data("SETTINGS")?).map_err(|error| converted("SETTINGS", error))?,
+            addresses: hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?,
+            service_keys: hash(data("SERVICE_KEYS")?).map_err(|error| converted("SERVICE_KEYS", error))?,
+            services: array(data("SERVICES")?).map_err(|error| converted("SERVICES", error))?,
+            slot_tables: ArrayOfMaps::try_from(Map::ArrayOfMaps(data("SLOT_TABLES")?))
+                .map_err(|error| converted("SLOT_TABLES", error))?,
+            slot_tables_data: data("SLOT_TABLES")?,
+            backends: array(data("BACKENDS")?).map_err(|error| converted("BACKENDS", error))?,
+            flows: lru_hash(data(FLOWS)?).map_err(|error| converted(FLOWS, error))?,
+            replies: lru_hash(data(REPLIES)?).map_err(|error| converted(REPLIES, error))?,
+            totals: per_cpu(data("TOTALS")?).map_err(|error| converted("TOTALS", error))?,
+            reasons: per_cpu(data("COUNTERS")?).map_err(|error| converted("COUNTERS", error))?,
+            service_counters: per_cpu(data("SERVICE_COUNTERS")?)
+                .map_err(|error| converted("SERVICE_COUNTERS", error))?,
+            backend_counters: per_cpu(data("BACKEND_COUNTERS")?)
+                .map_err(|error| converted("BACKEND_COUNTERS", error))?,
+            ebpf,
+            pins,
+        })
+    }
+
+    /// The object with its loaded program, for a caller that starts log readers or test runs.
+    pub fn ebpf_mut(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// Logs what the program says of each packet, where it was built to; to be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// The records cannot be read.
+    pub fn start_packet_log(&mut self) -> Result<(), DatapathError> {
+        if cfg!(debug_assertions) { packet_log::start(&mut self.ebpf) } else { Ok(()) }
+    }
+
+    /// Flows that the table has room for: that of the pinned one, whatever was asked for.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn flow_table_size(&self) -> Result<u32, DatapathError> {
+        let info = self
+            .flows
+            .map()
+            .info()
+            .map_err(|error| failed("read", FLOWS, error))?;
+        Ok(info.max_entries())
+    }
+
+    /// Attaches the program to exactly these interfaces: a pinned link of one of them is kept and given this
+    /// program if it ran another, those of other interfaces are removed.
+    ///
+    /// # Errors
+    /// An interface is missing, has another XDP program, or refuses the mode; what was attached before stays.
+    pub fn attach(&mut self, interfaces: &[String], mode: Mode) -> Result<Vec<Attachment>, DatapathError> {
+        let mut attachments = Vec::new();
+        for interface in interfaces {
+            attachments.push(self.attach_one(interface, mode)?);
+        }
+        for (interface, _, path) in self.pins.list_links() {
+            if !interfaces.contains(&interface) {
+                remove_pin(&path)?;
+            }
+        }
+        Ok(attachments)
+    }
+
+    fn attach_one(&mut self, interface: &str, mode: Mode) -> Result<Attachment, DatapathError> {
+        let index = nix::net::if_::if_nametoindex(interface)
+            .map_err(|errno| DatapathError::new("attach", interface, io::Error::from(errno)))?;
+        for (pinned, obtained, path) in self.pins.list_links() {
+            if pinned != interface {
+                continue;
+            }
+            if mode.admits(obtained) && self.take_over(&path, index)? {
+                return Ok(Attachment {
+                    interface: interface.to_owned(),
+                    mode: obtained,
+                    fallback: None,
+                });
+            }
+            remove_pin(&path)?;
+        }
+        let (obtained, fallback) = match mode {
+            Mode::Native => (
+                self.attach_new(interface, index, AttachMode::Native)
+                    .map(|()| AttachMode::Native)?,
+                None,
+            ),
+            Mode::Generic => (
+                self.attach_new(interface, index, AttachMode::Generic)
+                    .map(|()| AttachMode::Generic)?,
+                None,
+            ),
+            Mode::Auto => match self.attach_new(interface, index, AttachMode::Native) {
+                Ok(()) => (AttachMode::Native, None),
+                Err(error) if error.source.raw_os_error() == Some(libc::EBUSY) => return Err(error),
+                Err(error) => {
+                    self.attach_new(interface, index, AttachMode::Generic)?;
+                    (AttachMode::Generic, Some(error.source.to_string()))
+                }
+            },
+        };
+        Ok(Attachment {
+            interface: interface.to_owned(),
+            mode: obtained,
+            fallback,
+        })
+    }
+
+    /// Puts this program on a pinned link; tells whether the link is still that of the interface.
+    fn take_over(&mut self, path: &Path, index: u32) -> Result<bool, DatapathError> {
+        let object = path.display().to_string();
+        // A link outlives its interface, with index 0 in place of the interface's.
+        if syscall::pinned_link_ifindex(path).ok() != Some(index) {
+            return Ok(false);
+        }
+        let pinned = PinnedLink::from_pin(path).map_err(|error| failed("open", &object, error))?;
+        let link = FdLink::from(pinned);
+        let program = xdp_program(&mut self.ebpf)?;
+        let running = link.info().ok().map(|info| info.program_id());
+        if let (Some(running), Ok(own)) = (running, program.info())
+            && aya::programs::loaded_programs()
+                .flatten()
+                .any(|info| info.id() == running && same_program(&info, &own))
+        {
+            return Ok(true);
+        }
+        let link = XdpLink::try_from(link).map_err(|error| failed("open", &object, error))?;
+        let id = program
+            .attach_to_link(link)
+            .map_err(|error| failed("replace the program of", &object, error))?;
+        // Out of the program's hands, or it would be detached with it; the pin keeps it.
+        let link = program
+            .take_link(id)
+            .map_err(|error| failed("replace the program of", &object, error))?;
+        drop(FdLink::try_from(link).map_err(|error| failed("replace the program of", &object, error))?);
+        Ok(true)
+    }
+
+    fn attach_new(&mut self, interface: &str, index: u32, mode: AttachMode) -> Result<(), DatapathError> {
+        let path = self.pins.link(interface, mode);
+        let program = xdp_program(&mut self.ebpf)?;
+        let flags = match mode {
+            AttachMode::Native => XdpMode::Driver,
+            AttachMode::Generic => XdpMode::Skb,
+        };
+        let operation = match mode {
+            AttachMode::Native => "attach in native mode",
+            AttachMode::Generic => "attach in generic mode",
+        };
+        let id = program.attach_to_if_index(index, flags).map_err(|error| {
+            let error = failed(operation, interface, error);
+            match error.source.raw_os_error() {
+                Some(libc::EBUSY) => DatapathError::new(
+                    operation,
+                    interface,
+                    io::Error::new(
+                        io::ErrorKind::ResourceBusy,
+                        format!(
+                            "it has another XDP program: `ip link set dev {interface} xdp off` removes it, \
+                             or `xlb detach` if it is that of another instance"
+                        ),
+                    ),
+                ),
+                _ => error,
+            }
+        })?;
+        let link = program
+            .take_link(id)
+            .map_err(|error| failed(operation, interface, error))?;
+        let link = FdLink::try_from(link).map_err(|error: LinkError| failed(operation, interface, error))?;
+        link.pin(&path)
+            .map_err(|error| failed("pin", path.display().to_string(), error))?;
+        Ok(())
+    }
+
+    fn put_slots(&mut self, service: u32, slots: &[u32]) -> Result<(), DatapathError> {
+        let object = format!("SLOT_TABLES[{service}]");
+        let table: Array<MapData, u32> =
+            Array::create(SLOT_COUNT, 0).map_err(|error| failed("create", &object, error))?;
+        syscall::fill(table.map().fd().as_fd(), slots)
+            .map_err(|source| DatapathError::new("fill", &object, source))?;
+        self.slot_tables
+            .set(service, &table, 0)
+            .map_err(|error| failed("update", &object, error))
+    }
+
+    fn clear_service_counters(&mut self, service: u32) -> Result<(), DatapathError> {
+        for reason in 0..REASON_COUNT {
+            zero(
+                &mut self.service_counters,
+                service * REASON_COUNT + reason,
+                Count::default(),
+            )
+            .map_err(|error| failed("clear", format!("SERVICE_COUNTERS[{service}]"), error))?;
+        }
+        Ok(())
+    }
+}
+
+/// What the configuration asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Auto,
+    Native,
+    Generic,
+}
+
+impl Mode {
+    fn admits(self, obtained: AttachMode) -> bool {
+        match self {
+            Self::Auto => true,
+            Self::Native => obtained == AttachMode::Native,
+            Self::Generic => obtained == AttachMode::Generic,
+        }
+    }
+}
+
+impl Datapath for KernelDatapath {
+    fn read(&self) -> Result<Contents, DatapathError> {
+        let mut contents = Contents {
+            settings: self
+                .settings
+                .get(&0, 0)
+                .map_err(|error| failed("read", "SETTINGS", error))?
+                .0,
+            ..Contents::default()
+        };
+        syscall::for_each(
+            self.addresses.map().fd().as_fd(),
+            |address: &Address, roles: &u32| {
+                contents.addresses.insert(*address, *roles);
+            },
+        )
+        .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
+        syscall::for_each(
+            self.service_keys.map().fd().as_fd(),
+            |key: &ServiceKey, id: &u32| {
+                contents.service_keys.insert(*key, *id);
+            },
+        )
+        .map_err(|source| DatapathError::new("read", "SERVICE_KEYS", source))?;
+        syscall::for_each(self.services.map().fd().as_fd(), |id: &u32, service: &Service| {
+            if service.in_use != 0 {
+                contents.services.insert(*id, *service);
+            }
+        })
+        .map_err(|source| DatapathError::new("read", "SERVICES", source))?;
+        syscall::for_each(self.backends.map().fd().as_fd(), |id: &u32, backend: &Backend| {
+            if backend.service_plus_one != 0 {
+                contents.backends.insert(*id, *backend);
+            }
+        })
+        .map_err(|source| DatapathError::new("read", "BACKENDS", source))?;
+        for id in 0..self.slot_tables.len() {
+            let table = match self.slot_tables.get(&id, 0) {
+                Ok(table) => table,
+                Err(MapError::KeyNotFound) => continue,
+                Err(error) => return Err(failed("read", format!("SLOT_TABLES[{id}]"), error)),
+            };
+            let mut slots = vec![0; SLOT_COUNT as usize];
+            syscall::for_each(table.map().fd().as_fd(), |slot: &u32, backend: &u32| {
+                if let Some(entry) = slots.get_mut(*slot as usize) {
+                    *entry = *backend;
+                }
+            })
+            .map_err(|source| DatapathError::new("read", format!("SLOT_TABLES[{id}]"), source))?;
+            contents.slots.insert(id, slots.into());
+        }
+        Ok(contents)
+    }
+
+    fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError> {
+        match operation {
+            Operation::PutSettings(settings) => self
+                .settings
+                .set(0, Raw(*settings), 0)
+                .map_err(|error| failed("update", "SETTINGS", error)),
+            Operation::PutAddress(address, roles) => self
+                .addresses
+                .insert(Raw(*address), roles, 0)
+                .map_err(|error| failed("update", format!("ADDRESSES[{address}]"), error)),
+            Operation::RemoveAddress(address) => self
+                .addresses
+                .remove(&Raw(*address))
+                .map_err(|error| failed("delete", format!("ADDRESSES[{address}]"), error)),
+            Operation::PutBackend(id, backend) => self
+                .backends
+                .set(*id, Raw(*backend), 0)
+                .map_err(|error| failed("update", format!("BACKENDS[{id}]"), error)),
+            Operation::RemoveBackend(id) => {
+                let object = format!("BACKENDS[{id}]");
+                self.backends
+                    .set(*id, Raw(Backend::default()), 0)
+                    .map_err(|error| failed("delete", &object, error))?;
+                zero(&mut self.backend_counters, *id, BackendCounters::default())
+                    .map_err(|error| failed("clear", &object, error))
+            }
+            Operation::PutSlots(service, slots) => self.put_slots(*service, slots),
+            Operation::RemoveSlots(service) => syscall::delete(self.slot_tables_data.fd().as_fd(), *service)
+                .map_err(|source| DatapathError::new("delete", format!("SLOT_TABLES[{service}]"), source)),
+            Operation::PutService(id, service) => self
+                .services
+                .set(*id, Raw(*service), 0)
+                .map_err(|error| failed("update", format!("SERVICES[{id}]"), error)),
+            Operation::RemoveService(id) => {
+                self.services
+                    .set(*id, Raw(Service::default()), 0)
+                    .map_err(|error| failed("delete", format!("SERVICES[{id}]"), error))?;
+                self.clear_service_counters(*id)
+            }
+            Operation::PutServiceKey(key, id) => self
+                .service_keys
+                .insert(Raw(*key), id, 0)
+                .map_err(|error| failed("update", format!("SERVICE_KEYS[{}]", key.vip), error)),
+            Operation::RemoveServiceKey(key) => self
+                .service_keys
+                .remove(&Raw(*key))
+                .map_err(|error| failed("delete", format!("SERVICE_KEYS[{}]", key.vip), error)),
+        }
+    }
+
+    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError> {
+        syscall::for_each(self.flows.map().fd().as_fd(), |key, flow| visit(key, flow))
+            .map_err(|source| DatapathError::new("read", FLOWS, source))
+    }
+
+    fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
+        let mut removed = 0;
+        for key in keys {
+            let flow = match self.flows.get(&Raw(*key), 0) {
+                Ok(Raw(flow)) => flow,
+                Err(MapError::KeyNotFound) => continue,
+                Err(error) => return Err(failed("read", FLOWS, error)),
+            };
+            if flow.last_seen >= unless_seen_since {
+                continue;
+            }
+            let backend = self
+                .backends
+                .get(&flow.backend, 0)
+                .map_err(|error| failed("read", "BACKENDS", error))?
+                .0;
+            remove_present(&mut self.flows, key, FLOWS)?;
+            removed += 1;
+            // Where the backend is gone, what its replies lead to nowhere is found by `remove_orphan_replies`.
+            let reply = reply_key(key, &flow, &backend);
+            if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
+                && client == *key
+            {
+                remove_present(&mut self.replies, &reply, REPLIES)?;
+            }
+        }
+        Ok(removed)
+    }
+
+    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
+        let mut suspects = Vec::new();
+        syscall::for_each(
+            self.replies.map().fd().as_fd(),
+            |reply: &FlowKey, client: &FlowKey| {
+                if self.flows.get(&Raw(*client), 0).is_err() {
+                    suspects.push((*reply, *client));
+                }
+            },
+        )
+        .map_err(|source| DatapathError::new("read", REPLIES, source))?;
+        let mut removed = 0;
+        for (reply, client) in suspects {
+            // The program writes the reply's key just before the flow: look once more.
+            if self.flows.get(&Raw(client), 0).is_err() {
+                remove_present(&mut self.replies, &reply, REPLIES)?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+
+    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
+        let totals = self
+            .totals
+            .get(&0, 0)
+            .map_err(|error| failed("read", "TOTALS", error))?;
+        let mut result = Counters {
+            totals: totals.iter().map(|Raw(totals)| *totals).collect(),
+            ..Counters::default()
+        };
+        for reason in 0..REASON_COUNT {
+            let count = sum(&self.reasons, reason).map_err(|error| failed("read", "COUNTERS", error))?;
+            result.reasons.push(count);
+        }
+        for service in services {
+            let mut counts = Vec::with_capacity(REASON_COUNT as usize);
+            for reason in 0..REASON_COUNT {
+                let count = sum(&self.service_counters, service * REASON_COUNT + reason)
+                    .map_err(|error| failed("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
+                counts.push(count);
+            }
+            result.services.insert(*service, counts);
+        }
+        for backend in backends {
+            let cpus = self
+                .backend_counters
+                .get(backend, 0)
+                .map_err(|error| failed("read", format!("BACKEND_COUNTERS[{backend}]"), error))?;
+            let mut total = BackendCounters::default();
+            for Raw(cpu) in cpus.iter() {
+                counters::add(&mut total.forwarded, &cpu.forwarded);
+                counters::add(&mut total.returned, &cpu.returned);
+                total.flows += cpu.flows;
+            }
+            result.backends.insert(*backend, total);
+        }
+        Ok(result)
+    }
+}
+
+/// The 5-tuple of the replies of a flow; the data path builds the same.
+fn reply_key(client: &FlowKey, flow: &Flow, backend: &Backend) -> FlowKey {
+    FlowKey {
+        source: backend.address,
+        destination: if flow.forward == Forward::FullNat.number() {
+            backend.source
+        } else {
+            client.source
+        },
+        source_port: if backend.port == 0 {
+            client.destination_port
+        } else {
+            backend.port
+        },
+        destination_port: flow.source_port,
+        protocol: client.protocol,
+    }
+}
+
+/// Removes an entry that the data path may have removed meanwhile.
+fn remove_present<V: Pod>(
+    map: &mut HashMap<MapData, Raw<FlowKey>, V>,
+    key: &FlowKey,
+    name: &str,
+) -> Result<(), DatapathError> {
+    match map.remove(&Raw(*key)) {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(error) => Err(failed("delete", name, error)),
+    }
+}
+
+fn sum(map: &PerCpuArray<MapData, Raw<Count>>, index: u32) -> Result<Count, MapError> {
+    let mut total = Count::default();
+    for Raw(count) in map.get(&index, 0)?.iter() {
+        counters::add(&mut total, count);
+    }
+    Ok(total)
+}
+
+fn zero<T>(map: &mut PerCpuArray<MapData, Raw<T>>, index: u32, value: T) -> Result<(), MapError>
+where
+    Raw<T>: Pod,
+    T: Copy,
+{
+    let cpus = nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
+    map.set(index, PerCpuValues::try_from(vec![Raw(value); cpus])?, 0)
+}
+
+fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
+    let missing = || {
+        DatapathError::new(
+            "load",
+            "the program",
+            io::Error::other("the object does not hold it"),
+        )
+    };
+    ebpf.program_mut(PROGRAM)
+        .ok_or_else(missing)?
+        .try_into()
+        .map_err(|_: ProgramError| missing())
+}
+
+fn array<T: Pod>(data: MapData) -> Result<Array<MapData, T>, MapError> {
+    Array::try_from(Map::Array(data))
+}
+
+fn hash<K: Pod, V: Pod>(data: MapData) -> Result<HashMap<MapData, K, V>, MapError> {
+    HashMap::try_from(Map::HashMap(data))
+}
+
+fn lru_hash<K: Pod, V: Pod>(data: MapData) -> Result<HashMap<MapData, K, V>, MapError> {
+    HashMap::try_from(Map::LruHashMap(data))
+}
+
+fn per_cpu<T: Pod>(data: MapData) -> Result<PerCpuArray<MapData, T>, MapError> {
+    PerCpuArray::try_from(Map::PerCpuArray(data))
+}
+
+/// Tells whether two programs have the same instructions on the same maps, so that one need not replace the other.
+fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
+    let maps = |program: &ProgramInfo| {
+        program.map_ids().ok().flatten().map(|mut ids| {
+            ids.sort_unstable();
+            ids
+        })
+    };
+    one.tag() == other.tag() && maps(one).is_some() && maps(one) == maps(other)
+}
+
+fn remove_pin(path: &Path) -> Result<(), DatapathError> {
+    fs::remove_file(path).map_err(|source| DatapathError::new("remove", path.display().to_string(), source))
+}
+
+/// Turns an error of aya into ours; the number of the system error is kept where there is one, for callers that
+/// act on it.
+fn failed(
+    operation: &'static str,
+    object: impl Into<String>,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> DatapathError {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(current) = cause {
+        if let Some(found) = current.downcast_ref::<io::Error>()
+            && let Some(number) = found.raw_os_error()
+        {
+            return DatapathError::new(operation, object, io::Error::from_raw_os_error(number));
+        }
+        cause = current.source();
+    }
+    DatapathError::new(operation, object, io::Error::other(error))
+}

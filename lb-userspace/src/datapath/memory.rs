@@ -1,0 +1,198 @@
+//! The maps as plain collections, as strict as the kernel or stricter; for tests and for trying out a plan.
+
+use std::{collections::BTreeMap, io};
+
+use lb_common::abi::{
+    Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, SLOT_COUNT,
+};
+
+use super::{Contents, Datapath, DatapathError, Operation};
+
+/// A data path without a kernel.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryDatapath {
+    /// Change it to play somebody else who changes the maps.
+    pub contents: Contents,
+    /// The flow table, by the client's 5-tuple.
+    pub flows: BTreeMap<FlowKey, Flow>,
+}
+
+impl Datapath for MemoryDatapath {
+    fn read(&self) -> Result<Contents, DatapathError> {
+        Ok(self.contents.clone())
+    }
+
+    fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError> {
+        self.check(operation)?;
+        self.contents.record(operation);
+        Ok(())
+    }
+
+    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError> {
+        self.flows.iter().for_each(|(key, flow)| visit(key, flow));
+        Ok(())
+    }
+
+    fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
+        let mut removed = 0;
+        for key in keys {
+            if self
+                .flows
+                .get(key)
+                .is_some_and(|flow| flow.last_seen <= unless_seen_since)
+            {
+                self.flows.remove(key);
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+}
+
+impl MemoryDatapath {
+    /// Refuses what the kernel refuses: keys beyond an array, more entries than a hash holds, values of another
+    /// size, and removing what is not there.
+    fn check(&self, operation: &Operation) -> Result<(), DatapathError> {
+        let contents = &self.contents;
+        match operation {
+            Operation::PutSettings(_) => Ok(()),
+            Operation::PutAddress(key, _) => check_room(&contents.addresses, key, MAX_ADDRESSES, "addresses"),
+            Operation::PutServiceKey(key, id) => {
+                check_index(*id, MAX_SERVICES, "service-keys")?;
+                check_room(&contents.service_keys, key, MAX_SERVICE_KEYS, "service-keys")
+            }
+            Operation::PutService(id, _) => check_index(*id, MAX_SERVICES, "services"),
+            Operation::PutSlots(id, table) if table.len() != SLOT_COUNT as usize => {
+                Err(refusal("update", format!("slots [{id}]"), libc::EINVAL))
+            }
+            Operation::PutSlots(id, _) => check_index(*id, MAX_SERVICES, "slots"),
+            Operation::PutBackend(0, _) => Err(refusal("update", "backends [0]".to_owned(), libc::EINVAL)),
+            Operation::PutBackend(id, _) => check_index(*id, MAX_BACKENDS, "backends"),
+            Operation::RemoveAddress(key) => check_present(&contents.addresses, key, "addresses"),
+            Operation::RemoveServiceKey(key) => check_present(&contents.service_keys, key, "service-keys"),
+            Operation::RemoveService(id) => check_present(&contents.services, id, "services"),
+            Operation::RemoveSlots(id) => check_present(&contents.slots, id, "slots"),
+            Operation::RemoveBackend(id) => check_present(&contents.backends, id, "backends"),
+        }
+    }
+}
+
+fn check_index(index: u32, limit: u32, map: &str) -> Result<(), DatapathError> {
+    if index < limit {
+        Ok(())
+    } else {
+        Err(refusal("update", format!("{map} [{index}]"), libc::E2BIG))
+    }
+}
+
+fn check_room<K: Ord + std::fmt::Debug, V>(
+    entries: &BTreeMap<K, V>,
+    key: &K,
+    limit: u32,
+    map: &str,
+) -> Result<(), DatapathError> {
+    if entries.len() < limit as usize || entries.contains_key(key) {
+        Ok(())
+    } else {
+        Err(refusal("update", format!("{map} [{key:?}]"), libc::E2BIG))
+    }
+}
+
+fn check_present<K: Ord + std::fmt::Debug, V>(
+    entries: &BTreeMap<K, V>,
+    key: &K,
+    map: &str,
+) -> Result<(), DatapathError> {
+    if entries.contains_key(key) {
+        Ok(())
+    } else {
+        Err(refusal("delete", format!("{map} [{key:?}]"), libc::ENOENT))
+    }
+}
+
+fn refusal(operation: &'static str, object: String, errno: i32) -> DatapathError {
+    DatapathError {
+        operation,
+        object,
+        source: io::Error::from_raw_os_error(errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::abi::{Address, Backend};
+
+    use super::*;
+
+    fn errno(result: Result<(), DatapathError>) -> Option<i32> {
+        result.err().and_then(|error| error.source.raw_os_error())
+    }
+
+    #[test]
+    fn removing_what_is_absent_is_refused() {
+        let mut datapath = MemoryDatapath::default();
+        for operation in [
+            Operation::RemoveAddress(Address::default()),
+            Operation::RemoveBackend(1),
+            Operation::RemoveSlots(0),
+            Operation::RemoveService(0),
+            Operation::RemoveServiceKey(Default::default()),
+        ] {
+            assert_eq!(
+                errno(datapath.apply(&operation)),
+                Some(libc::ENOENT),
+                "{operation:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let mut datapath = MemoryDatapath::default();
+        let backend = Backend::default();
+        assert_eq!(
+            errno(datapath.apply(&Operation::PutBackend(0, backend))),
+            Some(libc::EINVAL)
+        );
+        assert_eq!(
+            errno(datapath.apply(&Operation::PutBackend(MAX_BACKENDS, backend))),
+            Some(libc::E2BIG)
+        );
+        assert_eq!(
+            errno(datapath.apply(&Operation::PutBackend(MAX_BACKENDS - 1, backend))),
+            None
+        );
+        assert_eq!(
+            errno(datapath.apply(&Operation::PutService(MAX_SERVICES, Default::default()))),
+            Some(libc::E2BIG)
+        );
+        assert_eq!(
+            errno(datapath.apply(&Operation::PutSlots(0, vec![0; 7].into()))),
+            Some(libc::EINVAL)
+        );
+        for number in 0..MAX_ADDRESSES {
+            let operation = Operation::PutAddress(Address([number, 0, 0, 0]), 1);
+            assert_eq!(errno(datapath.apply(&operation)), None);
+        }
+        let known = Operation::PutAddress(Address([0; 4]), 2);
+        assert_eq!(errno(datapath.apply(&known)), None);
+        let one_more = Operation::PutAddress(Address([MAX_ADDRESSES, 0, 0, 0]), 1);
+        assert_eq!(errno(datapath.apply(&one_more)), Some(libc::E2BIG));
+    }
+
+    #[test]
+    fn a_flow_seen_since_is_not_removed() {
+        let mut datapath = MemoryDatapath::default();
+        let key = FlowKey::default();
+        datapath.flows.insert(
+            key,
+            Flow {
+                last_seen: 11,
+                ..Flow::default()
+            },
+        );
+        assert_eq!(datapath.remove_flows(&[key], 10).unwrap(), 0);
+        assert_eq!(datapath.remove_flows(&[key, key], 11).unwrap(), 1);
+        assert!(datapath.flows.is_empty());
+    }
+}

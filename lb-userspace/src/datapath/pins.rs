@@ -1,0 +1,126 @@
+//! Where an instance's maps, program and links are pinned.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use lb_common::abi::LAYOUT_VERSION;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::{AttachMode, DatapathError};
+
+/// Where bpffs is expected.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// Paths of the pins of one instance; the version of the map layouts is part of them.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    instance: PathBuf,
+    version: PathBuf,
+}
+
+impl Pins {
+    pub fn new(instance: &str) -> Self {
+        let instance = Path::new(BPFFS).join("xlb").join(instance);
+        let version = instance.join(format!("v{LAYOUT_VERSION}"));
+        Self { instance, version }
+    }
+
+    /// Path of a pinned map.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.version.join("maps").join(name)
+    }
+
+    /// Folder of the pinned links.
+    pub fn links(&self) -> PathBuf {
+        self.version.join("links")
+    }
+
+    /// Path of the pinned link of an interface; the mode that was obtained is part of its name.
+    pub fn link(&self, interface: &str, mode: AttachMode) -> PathBuf {
+        self.links().join(format!("{}-{interface}", mode.name()))
+    }
+
+    /// Tells whether an earlier daemon has left maps.
+    pub fn exist(&self) -> bool {
+        self.map("SETTINGS").exists()
+    }
+
+    /// Makes the folders.
+    ///
+    /// # Errors
+    /// bpffs is not mounted, or the folders cannot be made.
+    pub fn create(&self) -> Result<(), DatapathError> {
+        match statfs(BPFFS) {
+            Ok(stat) if stat.filesystem_type() == BPF_FS_MAGIC => {}
+            _ => {
+                let hint = "bpffs is not mounted there: run `mount -t bpf bpf /sys/fs/bpf`; under `ip netns exec`, \
+                            which hides it, use `nsenter --net=/run/netns/NAME` instead";
+                return Err(DatapathError::new(
+                    "open",
+                    BPFFS,
+                    io::Error::new(io::ErrorKind::NotFound, hint),
+                ));
+            }
+        }
+        for folder in [self.version.join("maps"), self.links()] {
+            fs::create_dir_all(&folder)
+                .map_err(|source| DatapathError::new("create", folder.display().to_string(), source))?;
+        }
+        Ok(())
+    }
+
+    /// The pinned links: interface, mode and path.
+    pub fn list_links(&self) -> Vec<(String, AttachMode, PathBuf)> {
+        let Ok(folder) = fs::read_dir(self.links()) else {
+            return Vec::new();
+        };
+        let named = |name: OsString| {
+            let name = name.to_str()?.to_owned();
+            let (mode, interface) = name.split_once('-')?;
+            Some((interface.to_owned(), AttachMode::from_name(mode)?))
+        };
+        let mut links: Vec<_> = folder
+            .flatten()
+            .filter_map(|entry| {
+                named(entry.file_name()).map(|(interface, mode)| (interface, mode, entry.path()))
+            })
+            .collect();
+        links.sort_by(|a, b| a.0.cmp(&b.0));
+        links
+    }
+
+    /// Removes every pin of the instance, of this and of other layout versions: the program is detached and its
+    /// maps are freed. Tells whether there were any.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn remove_all(&self) -> Result<bool, DatapathError> {
+        match remove_tree(&self.instance) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(DatapathError::new(
+                "remove",
+                self.instance.display().to_string(),
+                source,
+            )),
+        }
+    }
+}
+
+/// As `fs::remove_dir_all`, which bpffs refuses for its odd file types.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    // Links first, so that no program runs while its maps go.
+    let mut entries: Vec<_> = fs::read_dir(path)?.collect::<io::Result<_>>()?;
+    entries.sort_by_key(|entry| entry.file_name() != "links");
+    for entry in entries {
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}

@@ -1,0 +1,199 @@
+//! The commands of bpf(2) that aya does not have: many map entries at once, and the interface of a link.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+
+/// The part of `union bpf_attr` that batch commands read (`include/uapi/linux/bpf.h`).
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttributes {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// The part of `union bpf_attr` that commands on one element read.
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttributes {
+    map_fd: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// The part of `union bpf_attr` that `BPF_OBJ_GET` reads.
+#[repr(C)]
+#[derive(Default)]
+struct ObjectAttributes {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// The part of `union bpf_attr` that `BPF_OBJ_GET_INFO_BY_FD` reads.
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttributes {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+/// The beginning of `struct bpf_link_info` as an XDP link fills it (Linux 5.9).
+#[repr(C)]
+#[derive(Default)]
+struct XdpLinkInfo {
+    kind: u32,
+    id: u32,
+    program_id: u32,
+    _pad: u32,
+    ifindex: u32,
+    _rest: [u32; 3],
+}
+
+/// Entries asked for at once; large enough for any bucket of a hash map, which is read whole.
+const CHUNK: usize = 4096;
+
+/// Calls `visit` with each entry of a map; entries that come or go meanwhile may be seen or not.
+///
+/// # Errors
+/// What the kernel says to `BPF_MAP_LOOKUP_BATCH` (Linux 5.6).
+pub(super) fn for_each<K, V>(map: BorrowedFd<'_>, mut visit: impl FnMut(&K, &V)) -> io::Result<()>
+where
+    K: FromBytes + IntoBytes + Immutable + Clone,
+    V: FromBytes + IntoBytes + Immutable + Clone,
+{
+    let mut chunk = CHUNK;
+    let mut keys = vec![zeroed::<K>(); chunk];
+    let mut values = vec![zeroed::<V>(); chunk];
+    // The position is the kernel's own: a bucket for hash maps, a key for arrays, 4 bytes for both.
+    let mut position = 0u32;
+    let mut first = true;
+    loop {
+        let mut next = 0u32;
+        let mut attributes = BatchAttributes {
+            in_batch: if first { 0 } else { address_of(&mut position) },
+            out_batch: address_of(&mut next),
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: chunk as u32,
+            map_fd: map.as_raw_fd() as u32,
+            ..BatchAttributes::default()
+        };
+        let result = bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes);
+        let end = match &result {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            // A bucket holds more than was asked for: nothing was read, ask for more.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                chunk *= 2;
+                keys.resize(chunk, zeroed());
+                values.resize(chunk, zeroed());
+                continue;
+            }
+            Err(_) => return result.map(drop),
+        };
+        let count = (attributes.count as usize).min(chunk);
+        for (key, value) in keys[..count].iter().zip(&values[..count]) {
+            visit(key, value);
+        }
+        if end {
+            return Ok(());
+        }
+        position = next;
+        first = false;
+    }
+}
+
+/// Writes an array map from index 0 on.
+///
+/// # Errors
+/// What the kernel says to `BPF_MAP_UPDATE_BATCH` (Linux 5.6).
+pub(super) fn fill(map: BorrowedFd<'_>, values: &[u32]) -> io::Result<()> {
+    let keys: Vec<u32> = (0..values.len() as u32).collect();
+    let mut attributes = BatchAttributes {
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: values.len() as u32,
+        map_fd: map.as_raw_fd() as u32,
+        ..BatchAttributes::default()
+    };
+    bpf(BPF_MAP_UPDATE_BATCH, &mut attributes).map(drop)
+}
+
+/// Deletes one element, of a map type for which aya has no way to.
+///
+/// # Errors
+/// What the kernel says; `ENOENT` where there is none.
+pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+    let mut attributes = ElementAttributes {
+        map_fd: map.as_raw_fd() as u32,
+        key: (&raw const key) as u64,
+        ..ElementAttributes::default()
+    };
+    bpf(BPF_MAP_DELETE_ELEM, &mut attributes).map(drop)
+}
+
+/// Index of the interface that a pinned XDP link is on; 0 where the interface is gone.
+///
+/// # Errors
+/// There is no such pin, or the kernel does not tell.
+pub(super) fn pinned_link_ifindex(path: &Path) -> io::Result<u32> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = ObjectAttributes {
+        path: path.as_ptr() as u64,
+        ..ObjectAttributes::default()
+    };
+    let fd = bpf(BPF_OBJ_GET, &mut attributes)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut info = XdpLinkInfo::default();
+    let mut attributes = InfoAttributes {
+        fd: fd.as_raw_fd() as u32,
+        length: size_of::<XdpLinkInfo>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(info.ifindex)
+}
+
+fn zeroed<T: FromBytes>() -> T {
+    T::new_zeroed()
+}
+
+fn address_of(value: &mut u32) -> u64 {
+    (&raw mut *value) as u64
+}
+
+fn bpf<A>(command: libc::c_long, attributes: &mut A) -> io::Result<i32> {
+    // SAFETY: the attributes are those of the command; the pointers in them are to live buffers of the length that
+    // they name, for map entries of types that have the map's sizes, which were compared when it was opened.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<A>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result as i32)
+    }
+}

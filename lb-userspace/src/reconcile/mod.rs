@@ -1,0 +1,14 @@
+//! The way from what the maps hold to what they shall hold; start, reload, health change, drain and repair are one.
+
+pub mod apply;
+pub mod flows;
+pub mod plan;
+
+pub use self::{
+    apply::{Applied, ReconcileError, Reconciler},
+    flows::{Sweep, drained, sweep},
+    plan::plan,
+};
+
+#[cfg(test)]
+mod tests;

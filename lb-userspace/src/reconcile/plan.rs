@@ -1,0 +1,60 @@
+//! Which operations lead from one state of the maps to another, and in which order; pure.
+
+use std::collections::BTreeMap;
+
+use crate::datapath::{Contents, Operation};
+
+/// Lists the operations that make `desired` of `actual`: none if they are equal.
+///
+/// What is referred to comes before what refers to it and goes after it: settings, addresses, backends, slot tables,
+/// services, keys; then removals the other way round. A packet meets a whole state at any point in between.
+pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
+    let mut operations = Vec::new();
+    if actual.settings != desired.settings {
+        operations.push(Operation::PutSettings(desired.settings));
+    }
+    // An address loses a role only after what needed it is gone.
+    let widened = (desired.addresses.iter())
+        .map(|(address, roles)| (*address, roles | actual.addresses.get(address).unwrap_or(&0)))
+        .collect();
+    operations.extend(changed(&actual.addresses, &widened).map(|(k, v)| Operation::PutAddress(*k, *v)));
+    operations
+        .extend(changed(&actual.backends, &desired.backends).map(|(k, v)| Operation::PutBackend(*k, *v)));
+    operations
+        .extend(changed(&actual.slots, &desired.slots).map(|(k, v)| Operation::PutSlots(*k, v.clone())));
+    operations
+        .extend(changed(&actual.services, &desired.services).map(|(k, v)| Operation::PutService(*k, *v)));
+    operations.extend(
+        changed(&actual.service_keys, &desired.service_keys).map(|(k, v)| Operation::PutServiceKey(*k, *v)),
+    );
+
+    operations.extend(
+        gone(&actual.service_keys, &desired.service_keys).map(|key| Operation::RemoveServiceKey(*key)),
+    );
+    operations.extend(gone(&actual.services, &desired.services).map(|id| Operation::RemoveService(*id)));
+    operations.extend(gone(&actual.slots, &desired.slots).map(|id| Operation::RemoveSlots(*id)));
+    operations.extend(gone(&actual.backends, &desired.backends).map(|id| Operation::RemoveBackend(*id)));
+    operations.extend(changed(&widened, &desired.addresses).map(|(k, v)| Operation::PutAddress(*k, *v)));
+    operations.extend(
+        gone(&actual.addresses, &desired.addresses).map(|address| Operation::RemoveAddress(*address)),
+    );
+    operations
+}
+
+/// Entries of `desired` that are not so in `actual`.
+fn changed<'a, K: Ord, V: PartialEq>(
+    actual: &'a BTreeMap<K, V>,
+    desired: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, &'a V)> {
+    desired
+        .iter()
+        .filter(|(key, value)| actual.get(key) != Some(value))
+}
+
+/// Keys of `actual` that are not in `desired`.
+fn gone<'a, K: Ord, V>(
+    actual: &'a BTreeMap<K, V>,
+    desired: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = &'a K> {
+    actual.keys().filter(|key| !desired.contains_key(key))
+}

@@ -1,0 +1,682 @@
+//! The configuration from its text: what is accepted, and what is told about everything else.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use proptest::prelude::*;
+use xlb::config::{
+    self, Config, ConfigError, Diagnostics, Forward, HealthCheck, PortRange, Probe, Protocol,
+    Strategy as Spread, XdpMode, raw::KEYS,
+};
+
+/// The smallest that balances something.
+const SMALLEST: &str = r#"
+interfaces = ["eth0"]
+[[service]]
+name = "web"
+vip = "203.0.113.10"
+port = 80
+protocol = "tcp"
+[[service.backend]]
+address = "10.0.0.11:8080"
+[[service.backend]]
+address = "10.0.0.12:8080"
+"#;
+
+#[test]
+fn ten_lines_are_a_configuration_and_the_rest_is_defaults() {
+    let config = parsed(SMALLEST);
+    assert_eq!(config.interfaces, ["eth0"]);
+    assert_eq!(config.xdp_mode, XdpMode::Auto);
+    assert_eq!(config.flow_table.size, None);
+    assert_eq!(config.flow_table.tcp_idle_timeout, Duration::from_secs(3600));
+    assert_eq!(config.flow_table.udp_idle_timeout, Duration::from_secs(60));
+    assert_eq!(config.seed_file, Path::new("/etc/xlb/seed"));
+    assert_eq!(config.socket, None);
+    let service = &config.services[0];
+    assert_eq!(service.name, "web");
+    assert_eq!(service.vip, "203.0.113.10".parse::<IpAddr>().unwrap());
+    assert_eq!(service.ports, [PortRange { first: 80, last: 80 }]);
+    assert_eq!(service.protocol, Protocol::Tcp);
+    assert_eq!(service.strategy, Spread::ConsistentHash);
+    assert_eq!(service.forward, Forward::Nat);
+    assert_eq!(service.drain_timeout, Duration::from_secs(60));
+    assert!(!service.assign_vip);
+    assert_eq!(
+        service.health,
+        HealthCheck {
+            probe: Probe::Tcp { port: None },
+            interval: Duration::from_secs(2),
+            timeout: Duration::from_secs(1),
+            rise: 2,
+            fall: 3,
+        }
+    );
+    let backends: Vec<_> = service
+        .backends
+        .iter()
+        .map(|backend| {
+            (
+                backend.name.as_str(),
+                backend.address.to_string(),
+                backend.port,
+                backend.weight,
+            )
+        })
+        .collect();
+    assert_eq!(
+        backends,
+        [
+            ("10.0.0.11:8080", "10.0.0.11".to_owned(), Some(8080), 100),
+            ("10.0.0.12:8080", "10.0.0.12".to_owned(), Some(8080), 100),
+        ]
+    );
+}
+
+#[test]
+fn defaults_that_are_written_out_change_nothing() {
+    let written_out = SMALLEST
+        .replace("interfaces = [\"eth0\"]", "interfaces = [\"eth0\"]\nxdp-mode = \"auto\"\nflow-table = { size = \"auto\", tcp-idle-timeout = \"1h\", udp-idle-timeout = \"60s\" }\nhash.seed-file = \"/etc/xlb/seed\"\napi = {}")
+        .replace(
+            "protocol = \"tcp\"",
+            "protocol = \"tcp\"\nstrategy = \"consistent-hash\"\nforward = \"nat\"\ndrain-timeout = \"1m\"\nassign-vip = false\n\
+             allow = [\"0.0.0.0/0\", \"::/0\"]\ndeny = []\nwhen-all-down = \"reject\"\nslow-start = \"0s\"\nmin-healthy = 1\n\
+             health = { type = \"tcp\", interval = \"2s\", timeout = \"1s\", rise = 2, fall = 3 }",
+        )
+        .replace("address = \"10.0.0.11:8080\"", "address = \"10.0.0.11:8080\"\nweight = 100\nbackup = false");
+    assert_eq!(parsed(&written_out), parsed(SMALLEST));
+}
+
+#[test]
+fn every_key_can_say_something_else() {
+    let config = parsed(
+        r#"
+        interfaces = ["eth0", "bond0.100"]
+        xdp-mode = "native"
+        [flow-table]
+        size = 1_048_576
+        tcp-idle-timeout = "2h 30m"
+        udp-idle-timeout = "500ms"
+        [hash]
+        seed-file = "/var/lib/xlb/seed"
+        [api]
+        socket = "/run/other.sock"
+        [[service]]
+        name = "web"
+        vip = "203.0.113.10"
+        port = ["8000-8099", 443, 80]
+        protocol = "tcp"
+        strategy = "ip-hash"
+        forward = "full-nat"
+        drain-timeout = "0s"
+        assign-vip = true
+        [service.health]
+        type = "http"
+        path = "/healthz?deep=1"
+        host = "www.example.com"
+        port = 9000
+        interval = "500ms"
+        rise = 1
+        fall = 5
+        [[service.backend]]
+        name = "a"
+        address = "10.0.0.11"
+        weight = 0
+        [[service.backend]]
+        name = "b"
+        address = "10.0.0.12:8080"
+        weight = 65535
+        "#,
+    );
+    assert_eq!(config.interfaces, ["eth0", "bond0.100"]);
+    assert_eq!(config.xdp_mode, XdpMode::Native);
+    assert_eq!(config.flow_table.size, Some(1 << 20));
+    assert_eq!(config.flow_table.tcp_idle_timeout, Duration::from_secs(9000));
+    assert_eq!(config.flow_table.udp_idle_timeout, Duration::from_millis(500));
+    assert_eq!(config.seed_file, Path::new("/var/lib/xlb/seed"));
+    assert_eq!(config.socket.as_deref(), Some(Path::new("/run/other.sock")));
+    let service = &config.services[0];
+    let ports: Vec<_> = service
+        .ports
+        .iter()
+        .map(|range| (range.first, range.last))
+        .collect();
+    assert_eq!(ports, [(80, 80), (443, 443), (8000, 8099)]);
+    assert_eq!(
+        (service.strategy, service.forward),
+        (Spread::IpHash, Forward::FullNat)
+    );
+    assert_eq!(
+        (service.drain_timeout, service.assign_vip),
+        (Duration::ZERO, true)
+    );
+    assert_eq!(
+        service.health,
+        HealthCheck {
+            probe: Probe::Http {
+                port: Some(9000),
+                path: "/healthz?deep=1".to_owned(),
+                host: Some("www.example.com".to_owned()),
+            },
+            interval: Duration::from_millis(500),
+            // Not longer than the interval.
+            timeout: Duration::from_millis(500),
+            rise: 1,
+            fall: 5,
+        }
+    );
+    assert_eq!((service.backends[0].port, service.backends[0].weight), (None, 0));
+    assert_eq!(
+        (service.backends[1].port, service.backends[1].weight),
+        (Some(8080), 65535)
+    );
+}
+
+#[test]
+fn a_udp_service_is_not_probed_unless_it_says_so() {
+    let udp = SMALLEST.replace("\"tcp\"", "\"udp\"");
+    assert_eq!(parsed(&udp).services[0].health.probe, Probe::None);
+    let probed = udp.replace("port = 80\n", "port = 80\nhealth.type = \"tcp\"\n");
+    assert_eq!(
+        parsed(&probed).services[0].health.probe,
+        Probe::Tcp { port: None }
+    );
+}
+
+#[test]
+fn a_backend_with_a_range_of_ports_is_one_backend_for_each() {
+    let named = SMALLEST.replace(
+        "address = \"10.0.0.11:8080\"",
+        "name = \"a\"\naddress = \"10.0.0.11:8000-8003\"\nweight = 7",
+    );
+    let backends = &parsed(&named).services[0].backends;
+    let names: Vec<_> = backends.iter().map(|backend| backend.name.as_str()).collect();
+    assert_eq!(names, ["a-8000", "a-8001", "a-8002", "a-8003", "10.0.0.12:8080"]);
+    assert_eq!(backends[3].port, Some(8003));
+    assert_eq!(backends[3].weight, 7);
+
+    let unnamed = SMALLEST.replace("10.0.0.11:8080", "10.0.0.11:8000-8001");
+    let backends = &parsed(&unnamed).services[0].backends;
+    assert_eq!(backends[1].name, "10.0.0.11:8001");
+}
+
+#[test]
+fn one_address_is_two_backends_with_two_ports() {
+    let config = parsed(
+        &SMALLEST
+            .replace("10.0.0.11:8080", "10.0.0.11:3000")
+            .replace("10.0.0.12:8080", "10.0.0.11:3001"),
+    );
+    let ports: Vec<_> = config.services[0]
+        .backends
+        .iter()
+        .map(|backend| backend.port)
+        .collect();
+    assert_eq!(ports, [Some(3000), Some(3001)]);
+}
+
+#[test]
+fn a_daemon_may_run_without_services() {
+    assert_eq!(parsed("interfaces = [\"eth0\"]").services, []);
+}
+
+#[test]
+fn services_share_a_vip_when_port_or_protocol_differs() {
+    let other = |name: &str, port: &str, protocol: &str| {
+        SMALLEST
+            .replace("interfaces = [\"eth0\"]", "")
+            .replace("\"web\"", &format!("{name:?}"))
+            .replace("port = 80\n", &format!("port = {port}\n"))
+            .replace("\"tcp\"", &format!("{protocol:?}"))
+    };
+    let text = [
+        SMALLEST,
+        &other("b", "80", "udp"),
+        &other("c", "\"81-90\"", "tcp"),
+        &other("d", "91", "tcp"),
+    ]
+    .concat();
+    assert_eq!(parsed(&text).services.len(), 4);
+}
+
+#[test]
+fn each_broken_configuration_is_told_with_every_place_and_the_fix() {
+    let files = files(&here("tests/broken"), "toml");
+    assert!(files.len() >= 30, "only {} broken configurations", files.len());
+    for file in files {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        let text = fs::read_to_string(&file).unwrap();
+        let expected = Expectation::all_in(&text);
+        assert!(!expected.is_empty(), "{name} expects nothing");
+        let told = rejected(&text);
+        let mut left: Vec<Told> = Told::all_of(&told, &text);
+        for expectation in &expected {
+            let found = left.iter().position(|told| expectation.is_met_by(told));
+            let Some(found) = found else {
+                panic!(
+                    "{name}: {expectation:?} is not told, but:\n{}",
+                    told.render(false)
+                );
+            };
+            left.remove(found);
+        }
+        assert!(
+            left.is_empty(),
+            "{name}: {left:#?} is told, too:\n{}",
+            told.render(false)
+        );
+    }
+}
+
+#[test]
+fn missing_interfaces_are_told_at_the_top() {
+    let told = rejected("# nothing\n").located();
+    assert_eq!(told.len(), 1);
+    assert_eq!((told[0].line, told[0].column), (1, 1));
+    assert_eq!(told[0].message, "`interfaces` is missing");
+    assert!(told[0].help.contains("interfaces = [\"eth0\"]"));
+    assert_eq!(rejected("").located().len(), 1);
+}
+
+#[test]
+fn five_errors_are_shown_at_once_as_in_the_stored_picture() {
+    let text = fs::read_to_string(here("tests/five-errors/xlb.toml")).unwrap();
+    let told = config::parse(&text, "/etc/xlb/xlb.toml").unwrap_err();
+    assert_eq!(told.found().len(), 5);
+    let expected = fs::read_to_string(here("tests/five-errors/expected.txt")).unwrap();
+    assert_eq!(told.render(false), expected, "\n{}", told.render(false));
+}
+
+#[test]
+fn colours_are_added_only_when_asked_for() {
+    let told = rejected("interfaces = []");
+    assert!(!told.render(false).contains('\u{1b}'));
+    assert!(told.render(true).contains('\u{1b}'));
+}
+
+#[test]
+fn text_of_the_file_cannot_smuggle_escape_sequences_into_the_terminal() {
+    for text in [
+        "interfaces = [\"\\u001b[2J\"]",
+        "\"\\u001b[2J\" = 1",
+        "interfaces = \u{1b}[2J",
+        "x = \"\u{1b}[2J",
+    ] {
+        let told = rejected(text);
+        assert!(
+            !told.render(false).contains('\u{1b}'),
+            "{}",
+            told.render(false).escape_debug()
+        );
+        assert!(
+            !told.to_string().contains('\u{1b}'),
+            "{}",
+            told.to_string().escape_debug()
+        );
+    }
+}
+
+#[test]
+fn columns_count_characters_and_lines_end_in_either_way() {
+    let told = rejected("interfaces = [\"eth0\"]\r\nflow-table = { \"größe\" = 1, size = 5 }\r\n").located();
+    let places: Vec<_> = told.iter().map(|told| (told.line, told.column)).collect();
+    assert_eq!(places, [(2, 16), (2, 36)]);
+    let rendered = rejected("interfaces = [\"ä\", 5]").render(false);
+    assert!(rendered.contains("xlb.toml:1:20"), "{rendered}");
+}
+
+#[test]
+fn an_unclosed_list_is_told_once_and_what_is_wrong_by_itself_further_down_as_well() {
+    let told = rejected("interfaces = [\"eth0\"\nxdp-mode = \"auto\"\n[flow-table]\nsize = auto\n").located();
+    let lines: Vec<_> = told.iter().map(|told| told.line).collect();
+    assert!(lines == [1, 4] || lines == [2, 4], "{told:#?}");
+}
+
+#[test]
+fn more_than_the_maps_hold_is_told_where_it_begins() {
+    let service = |index: u32, port: &str, ports: &str| {
+        format!(
+            "[[service]]\nname = \"s{index}\"\nvip = \"10.1.{}.{}\"\nport = {port}\nprotocol = \"tcp\"\n\
+             [[service.backend]]\naddress = \"10.0.0.1{ports}\"\n",
+            index / 250,
+            index % 250 + 1
+        )
+    };
+    let many = |count: u32, port: &str, ports: &str| {
+        let services: String = (0..count).map(|index| service(index, port, ports)).collect();
+        format!("interfaces = [\"eth0\"]\n{services}")
+    };
+    assert_eq!(parsed(&many(1024, "80", "")).services.len(), 1024);
+    let told = rejected(&many(1025, "80", "")).located();
+    assert_eq!(
+        (told[0].line, told[0].message.as_str()),
+        (2 + 1024 * 7, "more than 1024 services")
+    );
+
+    parsed(&many(1, "\"1-65535\"", ""));
+    let told = rejected(&many(2, "\"1-65535\"", "")).located();
+    assert_eq!(
+        (told[0].line, told[0].message.as_str()),
+        (2 + 7 + 3, "more than 65536 ports of all services together")
+    );
+
+    parsed(&many(1, "80", ":1-16383"));
+    let told = rejected(&many(500, "80", ":1-65535")).located();
+    assert_eq!(told.len(), 1);
+    assert_eq!(
+        (told[0].line, told[0].message.as_str()),
+        (2 + 6, "more than 16383 backends of all services together")
+    );
+}
+
+#[test]
+fn every_key_is_read_and_refuses_a_value_of_no_use() {
+    for table in KEYS {
+        for key in table.keys {
+            // Tables are no date; a date is nowhere of use.
+            let line = format!("{key} = 1979-05-27");
+            let text = match table.header {
+                "" => line,
+                "[service.health]" => format!("[[service]]\n[service.health]\n{line}"),
+                "[[service.backend]]" => format!("[[service]]\n[[service.backend]]\n{line}"),
+                header => format!("{header}\n{line}"),
+            };
+            let (line, column) = (text.lines().count(), key.len() + 4);
+            let told = rejected(&text).located();
+            assert!(
+                told.iter().any(|told| (told.line, told.column) == (line, column)),
+                "{} {key} is not read: {told:#?}",
+                table.header
+            );
+        }
+    }
+}
+
+#[test]
+fn files_that_cannot_be_read_are_told_apart() {
+    let directory = tempfile::tempdir().unwrap();
+    let missing = config::load(&directory.path().join("none.toml")).unwrap_err();
+    assert!(matches!(missing, ConfigError::Missing { .. }));
+    assert_eq!(missing.exit_code(), 78);
+    assert!(missing.render(false).contains("none.toml"));
+    assert!(
+        missing
+            .render(false)
+            .contains("help: name the file with `-c FILE`")
+    );
+
+    let no_file = config::load(directory.path()).unwrap_err();
+    assert!(matches!(no_file, ConfigError::Unreadable { .. }));
+    assert_eq!(no_file.exit_code(), 78);
+
+    let binary = directory.path().join("binary.toml");
+    fs::write(&binary, b"interfaces = [\"eth0\"]\nname = \"\xff\xfe\"").unwrap();
+    let ConfigError::Invalid(told) = config::load(&binary).unwrap_err() else {
+        panic!("not text, and yet not invalid");
+    };
+    let told = &told.located()[0];
+    assert_eq!(
+        (told.line, told.column, told.message.as_str()),
+        (2, 9, "not UTF-8 text")
+    );
+
+    let good = directory.path().join("good.toml");
+    fs::write(&good, SMALLEST).unwrap();
+    assert_eq!(config::load(&good).unwrap(), parsed(SMALLEST));
+}
+
+#[test]
+fn every_example_parses() {
+    let files = files(&here("../examples"), "toml");
+    assert!(!files.is_empty());
+    for file in files {
+        if let Err(error) = config::load(&file) {
+            panic!("{}", error.render(false));
+        }
+    }
+}
+
+#[test]
+fn every_configuration_in_the_documentation_parses() {
+    let mut seen = 0;
+    for block in documentation().split("```toml\n").skip(1) {
+        let text = block.split("```").next().unwrap();
+        if let Err(told) = config::parse(text, "docs/configure.md") {
+            panic!("{}", told.render(false));
+        }
+        seen += 1;
+    }
+    assert!(seen >= 2);
+}
+
+#[test]
+fn the_documentation_has_exactly_the_keys_that_there_are() {
+    let documented: BTreeSet<(String, String)> = documentation()
+        .lines()
+        .filter_map(|line| {
+            let mut cells = line.strip_prefix("| ")?.split(" | ");
+            let table = cells.next()?.trim_matches('`');
+            let key = cells.next()?.strip_prefix('`')?.strip_suffix('`')?;
+            let table = if table == "(top)" { "" } else { table };
+            Some((table.to_owned(), key.to_owned()))
+        })
+        .collect();
+    let known: BTreeSet<(String, String)> = KEYS
+        .iter()
+        .flat_map(|table| {
+            table
+                .keys
+                .iter()
+                .map(|key| (table.header.to_owned(), (*key).to_owned()))
+        })
+        // The keys that hold other tables are headers.
+        .filter(|(_, key)| {
+            !["flow-table", "hash", "api", "service", "health", "backend"].contains(&key.as_str())
+        })
+        .collect();
+    assert_eq!(documented, known);
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        never_panics(&bytes);
+    }
+
+    #[test]
+    fn no_text_of_toml_signs_makes_it_panic(text in "[\\[\\]{}=.,\"'#\\\\\n\r a-c0-9_é-]{0,80}") {
+        never_panics(text.as_bytes());
+    }
+
+    #[test]
+    fn no_mutation_of_a_valid_configuration_makes_it_panic(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3), 1..8),
+    ) {
+        let mut bytes = SMALLEST.as_bytes().to_vec();
+        for (place, byte, change) in changes {
+            if bytes.is_empty() {
+                break;
+            }
+            let place = place.index(bytes.len());
+            match change {
+                0 => bytes[place] = byte,
+                1 => bytes.insert(place, byte),
+                _ => drop(bytes.remove(place)),
+            }
+        }
+        never_panics(&bytes);
+    }
+
+    #[test]
+    fn no_value_under_any_key_makes_it_panic(
+        table in prop::sample::select(KEYS),
+        key in any::<prop::sample::Index>(),
+        value in "-?[0-9]{1,25}|\"[0-9a-z.:/ -]{0,40}\"|\\[(\"[0-9.:/-]{0,12}\",|[0-9]{1,6},){0,4}\\]|\\{\\}|\"[0-9]{1,20}(ns|ms|s|m|h|d|y)\"|\\PC{0,20}",
+    ) {
+        let key = table.keys[key.index(table.keys.len())];
+        let prefix = match table.header {
+            "[service.health]" | "[[service.backend]]" => "[[service]]\n",
+            _ => "",
+        };
+        never_panics(format!("{prefix}{}\n{key} = {value}\n", table.header).as_bytes());
+    }
+
+    #[test]
+    fn services_overlap_exactly_when_they_share_a_port(
+        first in (1u16..30, 0u16..10),
+        second in (1u16..30, 0u16..10),
+        third in (1u16..30, 0u16..10),
+    ) {
+        let ranges = [first, second, third].map(|(first, length)| (first, first + length));
+        let text: String = ranges
+            .iter()
+            .enumerate()
+            .map(|(index, (first, last))| {
+                format!(
+                    "[[service]]\nname = \"s{index}\"\nvip = \"203.0.113.10\"\nport = \"{first}-{last}\"\nprotocol = \"tcp\"\n\
+                     [[service.backend]]\naddress = \"10.0.0.11\"\n"
+                )
+            })
+            .collect();
+        let share = |one: usize, other: usize| ranges[one].0 <= ranges[other].1 && ranges[other].0 <= ranges[one].1;
+        let accepted = config::parse(&format!("interfaces = [\"eth0\"]\n{text}"), "xlb.toml").is_ok();
+        prop_assert_eq!(accepted, !(share(0, 1) || share(0, 2) || share(1, 2)));
+    }
+}
+
+/// Parses, and whatever is told can be located and shown.
+fn never_panics(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    if let Err(told) = config::parse(&text, "xlb.toml") {
+        assert!(!told.found().is_empty());
+        assert_eq!(told.located().len(), told.found().len());
+        assert!(told.render(false).contains("xlb.toml"));
+        assert!(!told.to_string().is_empty());
+    }
+}
+
+/// A line of a broken configuration that says what is told of the line above it: carets under the place, a part of
+/// the message, `|` and a part of the help; or dashes under the other place and its label.
+#[derive(Debug)]
+struct Expectation {
+    line: usize,
+    column: usize,
+    length: usize,
+    related: bool,
+    message: String,
+    help: String,
+}
+
+impl Expectation {
+    fn all_in(text: &str) -> Vec<Self> {
+        let mut line_above = 0;
+        let mut all = Vec::new();
+        for (index, line) in text.lines().enumerate() {
+            let Some(comment) = line.strip_prefix('#') else {
+                line_above = index + 1;
+                continue;
+            };
+            let marks = comment.trim_start();
+            let words = marks.trim_start_matches(['^', '-']);
+            let (message, help) = words.trim().split_once(" | ").unwrap_or((words.trim(), ""));
+            all.push(Self {
+                line: line_above,
+                column: 2 + comment.len() - marks.len(),
+                length: marks.len() - words.len(),
+                related: marks.starts_with('-'),
+                message: message.to_owned(),
+                help: help.to_owned(),
+            });
+        }
+        all
+    }
+
+    fn is_met_by(&self, told: &Told) -> bool {
+        (self.line, self.column, self.length, self.related)
+            == (told.line, told.column, told.length, told.related)
+            && told.message.contains(&self.message)
+            && told.help.contains(&self.help)
+    }
+}
+
+/// One place of a diagnostic.
+#[derive(Debug)]
+struct Told {
+    line: usize,
+    column: usize,
+    length: usize,
+    related: bool,
+    message: String,
+    help: String,
+}
+
+impl Told {
+    fn all_of(told: &Diagnostics, text: &str) -> Vec<Self> {
+        let place = |offset: usize| {
+            let before = &text[..offset];
+            (
+                before.matches('\n').count() + 1,
+                offset - before.rfind('\n').map_or(0, |newline| newline + 1) + 1,
+            )
+        };
+        let mut all = Vec::new();
+        for (diagnostic, located) in told.found().iter().zip(told.located()) {
+            assert_eq!(place(diagnostic.span.start), (located.line, located.column));
+            assert!(!located.help.is_empty());
+            all.push(Self {
+                line: located.line,
+                column: located.column,
+                length: diagnostic.span.len().max(1),
+                related: false,
+                message: located.message,
+                help: located.help,
+            });
+            if let Some((span, label)) = &diagnostic.related {
+                let (line, column) = place(span.start);
+                all.push(Self {
+                    line,
+                    column,
+                    length: span.len(),
+                    related: true,
+                    message: label.clone(),
+                    help: String::new(),
+                });
+            }
+        }
+        all
+    }
+}
+
+fn parsed(text: &str) -> Config {
+    match config::parse(text, "xlb.toml") {
+        Ok(config) => config,
+        Err(told) => panic!("{}", told.render(false)),
+    }
+}
+
+fn rejected(text: &str) -> Diagnostics {
+    config::parse(text, "xlb.toml").expect_err(text)
+}
+
+fn documentation() -> String {
+    fs::read_to_string(here("../docs/configure.md")).expect("docs/configure.md can be read")
+}
+
+fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = fs::read_dir(directory)
+        .unwrap_or_else(|error| panic!("{}: {error}", directory.display()))
+        .map(|entry| entry.expect("the directory can be listed").path())
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
+        .collect();
+    files.sort();
+    files
+}
+
+fn here(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
