@@ -37,7 +37,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let seconds = arguments.seconds.to_string();
     let program: Vec<_> = if arguments.shell {
         // setsid gives the shell its terminal, and so Ctrl-C to what runs in it.
-        ["/bin/setsid", "-c", "/bin/sh", "-l"].map(Into::into).into()
+        ["/bin/setsid", "-c", "/bin/bash", "-l"].map(Into::into).into()
     } else {
         ["/bin/xlb", "demo", "--seconds", &seconds].map(Into::into).into()
     };

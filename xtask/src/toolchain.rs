@@ -62,7 +62,8 @@ impl Toolchain {
             Self::Nightly => {
                 let cargo = rustup_which("cargo")?;
                 let rustc = rustup_which("rustc")?;
-                let source = rustc.join("../../lib/rustlib/src/rust/library/core/src/lib.rs");
+                let root = rustc.parent()?.parent()?;
+                let source = root.join("lib/rustlib/src/rust/library/core/src/lib.rs");
                 source.exists().then_some((cargo, rustc))
             }
             Self::Debian => {

@@ -23,7 +23,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{build, kernel::Kernel, packages, process};
 
 /// Programs of this machine that the tests and the demo use, and that come along if they are here.
-const TOOLS: &[&str] = &["ip", "tc", "ss", "nginx", "curl"];
+const TOOLS: &[&str] = &["sh", "bash", "ip", "tc", "ss", "nginx", "curl"];
 /// How long a kernel may take to say its first word; beyond, the acceleration does not work.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// QEMU's status for `code` in the first process's exit device.
@@ -128,19 +128,11 @@ fn start(machine: &Machine<'_>, folder: &Path, initramfs: &Path, acceleration: &
                 "chardev:program",
             ])
             // Two virtio interfaces, joined by a wire.
-            .args([
-                "-netdev",
-                "hubport,id=wire0,hubid=0",
-                "-device",
-                "virtio-net-pci,netdev=wire0",
-            ])
-            .args([
-                "-netdev",
-                "hubport,id=wire1,hubid=0",
-                "-device",
-                "virtio-net-pci,netdev=wire1",
-            ])
+            .args(["-netdev", &wire(0, 1), "-device", "virtio-net-pci,netdev=wire0"])
+            .args(["-netdev", &wire(1, 0), "-device", "virtio-net-pci,netdev=wire1"])
             .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
+            // The sockets of the wire have short names, relative to here.
+            .current_dir(folder)
             .stdin(if machine.keyboard {
                 Stdio::inherit()
             } else {
@@ -187,6 +179,11 @@ fn start(machine: &Machine<'_>, folder: &Path, initramfs: &Path, acceleration: &
     }
     eprintln!("  the machine ran for {:.1} s", started.elapsed().as_secs_f32());
     Ok(code)
+}
+
+/// One end of the wire between the two interfaces.
+fn wire(from: u8, to: u8) -> String {
+    format!("dgram,id=wire{from},local.type=unix,local.path=wire{from},remote.type=unix,remote.path=wire{to}")
 }
 
 fn exit_code(status: i32) -> Option<u8> {
