@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     api::{Change, Done, Refusal, Refused},
-    compile::{self, Directory},
+    compile::{self, Directory, SlotTables},
     config::{self, Config, Probe, Service, XdpMode},
     datapath::{
         Datapath,
@@ -27,7 +27,8 @@ use crate::{
     observe::{
         rates::Rates,
         status::{
-            BackendStatus, FlowTableStatus, InterfaceStatus, PacketTotals, ServiceStatus, Status, Traffic, by_reason,
+            BackendStatus, FlowTableStatus, InterfaceStatus, PacketTotals, ServiceStatus, Status, Traffic,
+            by_reason,
         },
     },
     reconcile::{Reconciler, drained},
@@ -35,12 +36,14 @@ use crate::{
 };
 
 /// The state of a running daemon.
+#[expect(missing_debug_implementations, reason = "nobody prints a whole daemon")]
 pub struct Controller {
     instance: Instance,
     config_path: PathBuf,
     started: Instant,
     model: Model,
     directory: Directory,
+    tables: SlotTables,
     reconciler: Reconciler<KernelDatapath>,
     attachments: Vec<Attachment>,
     driver: Driver,
@@ -51,6 +54,7 @@ pub struct Controller {
 }
 
 /// What a controller starts from.
+#[expect(missing_debug_implementations, reason = "nobody prints a whole daemon")]
 pub struct Parts {
     pub instance: Instance,
     pub config_path: PathBuf,
@@ -66,7 +70,14 @@ impl Controller {
     /// # Errors
     /// The maps cannot be read or written, or an interface refuses the program.
     pub async fn start(parts: Parts) -> anyhow::Result<Self> {
-        let Parts { instance, config_path, config, datapath, driver, watcher } = parts;
+        let Parts {
+            instance,
+            config_path,
+            config,
+            datapath,
+            driver,
+            watcher,
+        } = parts;
         let reconciler = Reconciler::new(datapath)?;
         let restored = compile::restore(&config, reconciler.actual(), SystemTime::now());
         let model = Model {
@@ -84,6 +95,7 @@ impl Controller {
             started: Instant::now(),
             model,
             directory: Directory::default(),
+            tables: SlotTables::default(),
             reconciler,
             attachments: Vec::new(),
             driver,
@@ -91,24 +103,30 @@ impl Controller {
             rates: Rates::default(),
             problems: BTreeMap::new(),
         };
-        controller.sweep();
-        controller.follow_configuration();
+        controller.follow_configuration().await;
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;
+        controller.sweep();
         controller.assign_vips().await;
         Ok(controller)
     }
 
     /// A backend's health has changed.
     pub fn transition(&mut self, transition: Transition) {
-        let Transition { service, backend, health, cause } = transition;
+        let Transition {
+            service,
+            backend,
+            health,
+            cause,
+        } = transition;
         match health {
             Health::Up => info!(service, backend, cause, "backend is up"),
             Health::Down => warn!(service, backend, cause, "backend is down"),
             Health::Unknown => {}
         }
-        self.model.health.insert((service, backend), health);
+        // The driver's own word, not that of a transition that may have waited behind a change of the targets.
+        self.model.health = self.driver.health();
         self.converge_or_retry();
     }
 
@@ -128,16 +146,20 @@ impl Controller {
         let former = self.model.clone();
         self.model.config = config;
         self.model.seed = seed;
-        self.forget_vanished();
+        self.forget_vanished(&former.config);
+        self.follow_configuration().await;
         if let Err(error) = self.attach().and_then(|()| self.converge()) {
             self.model = former;
+            self.follow_configuration().await;
             self.converge_or_retry();
             if let Err(error) = self.attach() {
                 error!("the interfaces of the running configuration: {error:#}");
             }
-            return Err(refused(Refusal::Failed, format!("{error:#}; the running configuration stays")));
+            return Err(refused(
+                Refusal::Failed,
+                format!("{error:#}; the running configuration stays"),
+            ));
         }
-        self.follow_configuration();
         self.assign_vips().await;
         self.sweep();
         if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
@@ -159,7 +181,9 @@ impl Controller {
             // A drain that goes on is not begun anew.
             Change::Drain => match self.model.administrative.get(&name) {
                 Some(draining @ Administrative::Draining { .. }) => *draining,
-                _ => Administrative::Draining { since: SystemTime::now() },
+                _ => Administrative::Draining {
+                    since: SystemTime::now(),
+                },
             },
         };
         let former = self.model.administrative.insert(name.clone(), state);
@@ -177,7 +201,10 @@ impl Controller {
             Change::Disable => format!("{service}/{backend} is disabled: its flows have ended"),
         };
         info!("{message}");
-        Ok(Done { message, warnings: Vec::new() })
+        Ok(Done {
+            message,
+            warnings: Vec::new(),
+        })
     }
 
     /// Ends flows that are over, counts the others, and lets removed backends without flows go.
@@ -216,15 +243,24 @@ impl Controller {
         let services: Vec<u32> = self.directory.services.values().copied().collect();
         let backends: Vec<u32> = self.directory.backends.values().copied().collect();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
-        let counters = self.reconciler.datapath().counters(&services, &backends).unwrap_or_else(|error| {
-            problems.push(error.to_string());
-            Default::default()
-        });
+        let counters = self
+            .reconciler
+            .datapath()
+            .counters(&services, &backends)
+            .unwrap_or_else(|error| {
+                problems.push(error.to_string());
+                Default::default()
+            });
         let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
         let reports = self.driver.report();
         let unresolved = self.watcher.unresolved();
         let service_status = |service: &Service| {
-            let id = self.directory.services.get(&service.name).copied().unwrap_or(u32::MAX);
+            let id = self
+                .directory
+                .services
+                .get(&service.name)
+                .copied()
+                .unwrap_or(u32::MAX);
             let slots = self.reconciler.actual().slots.get(&id);
             let backend_status = |backend: &config::Backend| {
                 let name: BackendName = (service.name.clone(), backend.name.clone());
@@ -262,11 +298,20 @@ impl Controller {
             ServiceStatus {
                 name: service.name.clone(),
                 vip: service.vip.to_string(),
-                port: service.ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
+                port: service
+                    .ports
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(","),
                 protocol: service.protocol.to_string(),
                 strategy: service.strategy.to_string(),
                 forward: service.forward.to_string(),
-                reasons: counters.services.get(&id).map(|counts| by_reason(counts)).unwrap_or_default(),
+                reasons: counters
+                    .services
+                    .get(&id)
+                    .map(|counts| by_reason(counts))
+                    .unwrap_or_default(),
                 backends: service.backends.iter().map(backend_status).collect(),
             }
         };
@@ -298,7 +343,7 @@ impl Controller {
 
     /// Compiles the model and makes the maps hold the result.
     fn converge(&mut self) -> anyhow::Result<()> {
-        let compiled = compile::compile(&self.model, self.reconciler.actual())?;
+        let compiled = compile::compile(&mut self.tables, &self.model, self.reconciler.actual())?;
         self.reconciler.reconcile(compiled.contents)?;
         self.directory = compiled.directory;
         self.problems.remove("converge");
@@ -323,12 +368,19 @@ impl Controller {
             XdpMode::Native => Mode::Native,
             XdpMode::Generic => Mode::Generic,
         };
-        let attachments = self.reconciler.datapath_mut().attach(&self.model.config.interfaces, mode)?;
+        let attachments = self
+            .reconciler
+            .datapath_mut()
+            .attach(&self.model.config.interfaces, mode)?;
         for attachment in &attachments {
             if self.attachments.contains(attachment) {
                 continue;
             }
-            let Attachment { interface, mode, fallback } = attachment;
+            let Attachment {
+                interface,
+                mode,
+                fallback,
+            } = attachment;
             match fallback {
                 None => info!(interface, mode = mode.name(), "attached"),
                 Some(why) => warn!(
@@ -342,18 +394,31 @@ impl Controller {
         Ok(())
     }
 
-    /// Has probes and next hops follow the configuration.
-    fn follow_configuration(&mut self) {
+    /// Has probes and next hops follow the configuration, and takes in what is known of both already.
+    async fn follow_configuration(&mut self) {
         self.driver.set_targets(targets(&self.model));
-        let addresses = self.model.config.services.iter().flat_map(|service| &service.backends);
-        self.watcher.set_addresses(addresses.map(|backend| backend.address).collect());
+        self.model.health = self.driver.health();
+        let addresses = self
+            .model
+            .config
+            .services
+            .iter()
+            .flat_map(|service| &service.backends);
+        self.watcher
+            .set_addresses(addresses.map(|backend| backend.address).collect())
+            .await;
+        self.model.next_hops = self.watcher.next_hops().borrow().clone();
     }
 
     async fn assign_vips(&mut self) {
-        let Some(interface) = self.model.config.interfaces.first() else { return };
+        let Some(interface) = self.model.config.interfaces.first() else {
+            return;
+        };
         let services = self.model.config.services.iter();
-        let desired: BTreeSet<IpAddr> =
-            services.filter(|service| service.assign_vip).map(|service| service.vip).collect();
+        let desired: BTreeSet<IpAddr> = services
+            .filter(|service| service.assign_vip)
+            .map(|service| service.vip)
+            .collect();
         match net::reconcile_vips(&desired, interface).await {
             Ok(changes) => {
                 self.problems.remove("assign VIPs");
@@ -368,17 +433,14 @@ impl Controller {
         }
     }
 
-    /// Drops what is known of backends that the configuration no longer has: one of the same name that comes
-    /// later is another one.
-    fn forget_vanished(&mut self) {
-        let services = self.model.config.services.iter();
-        let names: BTreeSet<BackendName> = services
-            .flat_map(|service| {
-                service.backends.iter().map(|backend| (service.name.clone(), backend.name.clone()))
-            })
-            .collect();
-        self.model.health.retain(|name, _| names.contains(name));
-        self.model.administrative.retain(|name, _| names.contains(name));
+    /// Drops what is known of backends that a configuration no longer has: one of the same name with another
+    /// address is another server.
+    fn forget_vanished(&mut self, former: &Config) {
+        let former = servers(former);
+        let present = servers(&self.model.config);
+        let stays = |name: &BackendName| present.contains_key(name) && present.get(name) == former.get(name);
+        self.model.health.retain(|name, _| stays(name));
+        self.model.administrative.retain(|name, _| stays(name));
     }
 
     /// What of a new configuration takes effect only when the maps are made anew.
@@ -402,10 +464,36 @@ impl Controller {
         if found.backends.iter().any(|candidate| candidate.name == backend) {
             return Ok(());
         }
-        let names: Vec<&str> = found.backends.iter().map(|backend| backend.name.as_str()).collect();
-        let message = format!("service {service:?} has no backend {backend:?}; it has: {}", names.join(", "));
+        let names: Vec<&str> = found
+            .backends
+            .iter()
+            .map(|backend| backend.name.as_str())
+            .collect();
+        let message = format!(
+            "service {service:?} has no backend {backend:?}; it has: {}",
+            names.join(", ")
+        );
         Err(refused(Refusal::NotFound, message))
     }
+}
+
+/// Address and port of each backend.
+fn servers(config: &Config) -> BTreeMap<BackendName, (IpAddr, Option<u16>)> {
+    let named = |service: &Service, backend: &config::Backend| {
+        (
+            (service.name.clone(), backend.name.clone()),
+            (backend.address, backend.port),
+        )
+    };
+    let services = config.services.iter();
+    services
+        .flat_map(|service| {
+            service
+                .backends
+                .iter()
+                .map(move |backend| named(service, backend))
+        })
+        .collect()
 }
 
 /// What to probe, and where.
@@ -432,10 +520,19 @@ fn targets(model: &Model) -> Vec<Target> {
 }
 
 fn next_hop_problem(model: &Model, unresolved: &BTreeMap<IpAddr, String>, address: IpAddr) -> Option<String> {
-    if model.next_hops.get(&address).is_some_and(|next_hop| next_hop.next_hop_mac.is_some()) {
+    if model
+        .next_hops
+        .get(&address)
+        .is_some_and(|next_hop| next_hop.next_hop_mac.is_some())
+    {
         return None;
     }
-    Some(unresolved.get(&address).cloned().unwrap_or_else(|| "not resolved yet".to_owned()))
+    Some(
+        unresolved
+            .get(&address)
+            .cloned()
+            .unwrap_or_else(|| "not resolved yet".to_owned()),
+    )
 }
 
 fn refused(reason: Refusal, message: String) -> Refused {

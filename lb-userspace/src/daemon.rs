@@ -50,30 +50,36 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     let pins = Pins::new(instance.name());
     let took_over = pins.exist();
     let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
-    let mut datapath = KernelDatapath::open(pins.clone(), size)?;
+    let listener = server::bind(&socket)?;
+    // What an earlier daemon has left running goes on; what this one has begun does not stay if it fails to start.
+    let unfinished = Unfinished((!took_over).then(|| pins.clone()));
+    let mut datapath = KernelDatapath::open(pins, size)?;
     datapath.start_packet_log()?;
     let size = datapath.flow_table_size()?;
-    info!("flow table: {size} flows, {} MB", flow_table_memory(size) / 1_000_000);
+    info!(
+        "flow table: {size} flows, {} MB",
+        flow_table_memory(size) / 1_000_000
+    );
     if took_over {
         info!("took over the maps of an earlier daemon, with their flows");
     }
 
     let (transitions, mut transition) = mpsc::channel(1024);
-    let (watcher, mut next_hops) = NextHopWatcher::start()?;
-    let parts = Parts { instance, config_path, config, datapath, driver: Driver::new(transitions), watcher };
-    let mut controller = match Controller::start(parts).await {
-        Ok(controller) => controller,
-        Err(error) => {
-            // What an earlier daemon has left running goes on; what this one has begun does not stay.
-            if !took_over {
-                pins.remove_all()?;
-            }
-            return Err(error);
-        }
+    let watcher = NextHopWatcher::start()?;
+    let mut next_hops = watcher.next_hops();
+    let parts = Parts {
+        instance,
+        config_path,
+        config,
+        datapath,
+        driver: Driver::new(transitions),
+        watcher,
     };
+    let mut controller = Controller::start(parts).await?;
+    unfinished.finish();
 
     let (requests, mut request) = mpsc::channel(64);
-    let mut api = tokio::spawn(server::serve(server::bind(&socket)?, requests));
+    let mut api = tokio::spawn(server::serve(listener, requests));
     info!(socket = %socket.display(), "ready");
 
     let ticks = |period| {
@@ -112,12 +118,36 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     Ok(())
 }
 
+/// Pins to remove unless the start is finished.
+struct Unfinished(Option<Pins>);
+
+impl Unfinished {
+    fn finish(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(pins) = self.0.take()
+            && let Err(error) = pins.remove_all()
+        {
+            error!("{error}; `xlb detach` removes what is left");
+        }
+    }
+}
+
 async fn answer(controller: &mut Controller, request: Request) {
     // Who asked may have gone away meanwhile; what was asked is done all the same.
     match request {
         Request::Status(answer) => drop(answer.send(controller.status())),
         Request::Reload(answer) => drop(answer.send(controller.reload().await)),
-        Request::Administer { service, backend, change, answer } => {
+        Request::Administer {
+            service,
+            backend,
+            change,
+            answer,
+        } => {
             drop(answer.send(controller.administer(&service, &backend, change)));
         }
     }
@@ -129,7 +159,8 @@ async fn answer(controller: &mut Controller, request: Request) {
 /// Another daemon holds it, or the lock file cannot be made.
 pub fn lock(path: &Path) -> anyhow::Result<File> {
     if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("making the folder {} failed", folder.display()))?;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("making the folder {} failed", folder.display()))?;
     }
     let file = OpenOptions::new()
         .write(true)

@@ -27,7 +27,11 @@ impl Instance {
     }
 
     fn run_folder(&self) -> PathBuf {
-        if self.0 == DEFAULT { PathBuf::from(RUN_FOLDER) } else { PathBuf::from(RUN_FOLDER).join(&self.0) }
+        if self.0 == DEFAULT {
+            PathBuf::from(RUN_FOLDER)
+        } else {
+            PathBuf::from(RUN_FOLDER).join(&self.0)
+        }
     }
 }
 
@@ -36,8 +40,14 @@ impl FromStr for Instance {
 
     fn from_str(name: &str) -> Result<Self, InstanceError> {
         let is_valid = (1..=63).contains(&name.len())
-            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
-        if is_valid { Ok(Self(name.to_owned())) } else { Err(InstanceError) }
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
+        if is_valid {
+            Ok(Self(name.to_owned()))
+        } else {
+            Err(InstanceError)
+        }
     }
 }
 

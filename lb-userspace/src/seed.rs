@@ -27,11 +27,19 @@ pub enum SeedError {
 /// The file cannot be read or made, or it holds something else.
 pub fn load_or_make(path: &Path) -> Result<[u64; 2], SeedError> {
     match fs::read_to_string(path) {
-        Ok(text) => parse(text.trim()).ok_or_else(|| SeedError::Malformed { path: path.to_owned() }),
+        Ok(text) => parse(text.trim()).ok_or_else(|| SeedError::Malformed {
+            path: path.to_owned(),
+        }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make(path).map_err(|source| SeedError::Make { path: path.to_owned(), source })
+            make(path).map_err(|source| SeedError::Make {
+                path: path.to_owned(),
+                source,
+            })
         }
-        Err(source) => Err(SeedError::Read { path: path.to_owned(), source }),
+        Err(source) => Err(SeedError::Read {
+            path: path.to_owned(),
+            source,
+        }),
     }
 }
 
@@ -47,14 +55,23 @@ fn make(path: &Path) -> io::Result<[u64; 2]> {
     let mut bytes = [0; 16];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     let (high, low) = bytes.split_at(8);
-    let word = |bytes: &[u8]| bytes.iter().fold(0, |word: u64, byte| word << 8 | u64::from(*byte));
+    let word = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(0, |word: u64, byte| word << 8 | u64::from(*byte))
+    };
     let seed = [word(high), word(low)];
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
     // Whole or not at all: another node's copy is put in place the same way.
     let temporary = path.with_extension("new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
     writeln!(file, "{:016x}{:016x}", seed[0], seed[1])?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
@@ -78,9 +95,17 @@ mod tests {
     fn a_seed_of_another_form_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("seed");
-        for text in ["", "12", "zz345678901234567890123456789012", "é34567890123456789012345678901"] {
+        for text in [
+            "",
+            "12",
+            "zz345678901234567890123456789012",
+            "é34567890123456789012345678901",
+        ] {
             fs::write(&path, text).unwrap();
-            assert!(matches!(load_or_make(&path), Err(SeedError::Malformed { .. })), "{text}");
+            assert!(
+                matches!(load_or_make(&path), Err(SeedError::Malformed { .. })),
+                "{text}"
+            );
         }
     }
 }

@@ -293,6 +293,19 @@ fn five_errors_are_shown_at_once_as_in_the_stored_picture() {
 }
 
 #[test]
+fn a_file_of_garbage_is_told_without_end_to_programs_and_in_part_to_people() {
+    let garbage: String = (0..5000)
+        .map(|index| format!("key-{index} = {index}\n"))
+        .collect();
+    let told = rejected(&garbage);
+    assert_eq!(told.located().len(), 5001);
+    assert!(
+        told.render(false)
+            .ends_with("5001 errors in xlb.toml, of which the first 200 are shown\n")
+    );
+}
+
+#[test]
 fn colours_are_added_only_when_asked_for() {
     let told = rejected("interfaces = []");
     assert!(!told.render(false).contains('\u{1b}'));
@@ -326,6 +339,7 @@ fn columns_count_characters_and_lines_end_in_either_way() {
     let told = rejected("interfaces = [\"eth0\"]\r\nflow-table = { \"größe\" = 1, size = 5 }\r\n").located();
     let places: Vec<_> = told.iter().map(|told| (told.line, told.column)).collect();
     assert_eq!(places, [(2, 16), (2, 36)]);
+    assert!(!rejected("x = 1\r\ny = 2\r\n").render(false).contains('\r'));
     let rendered = rejected("interfaces = [\"ä\", 5]").render(false);
     assert!(rendered.contains("xlb.toml:1:20"), "{rendered}");
 }
@@ -619,9 +633,10 @@ impl Told {
     fn all_of(told: &Diagnostics, text: &str) -> Vec<Self> {
         let place = |offset: usize| {
             let before = &text[..offset];
+            let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
             (
                 before.matches('\n').count() + 1,
-                offset - before.rfind('\n').map_or(0, |newline| newline + 1) + 1,
+                before[line_start..].chars().count() + 1,
             )
         };
         let mut all = Vec::new();
@@ -631,7 +646,7 @@ impl Told {
             all.push(Self {
                 line: located.line,
                 column: located.column,
-                length: diagnostic.span.len().max(1),
+                length: text[diagnostic.span.clone()].chars().count().max(1),
                 related: false,
                 message: located.message,
                 help: located.help,
@@ -641,7 +656,7 @@ impl Told {
                 all.push(Self {
                     line,
                     column,
-                    length: span.len(),
+                    length: text[span.clone()].chars().count(),
                     related: true,
                     message: label.clone(),
                     help: String::new(),

@@ -52,19 +52,39 @@ pub async fn reload(socket: &Path) -> Result<Done, ClientError> {
 ///
 /// # Errors
 /// As above; or there is no such backend.
-pub async fn administer(socket: &Path, service: &str, backend: &str, change: Change) -> Result<Done, ClientError> {
-    let path = format!("/v1/services/{}/backends/{}/{}", encoded(service), encoded(backend), change.name());
+pub async fn administer(
+    socket: &Path,
+    service: &str,
+    backend: &str,
+    change: Change,
+) -> Result<Done, ClientError> {
+    let path = format!(
+        "/v1/services/{}/backends/{}/{}",
+        encoded(service),
+        encoded(backend),
+        change.name()
+    );
     call(socket, Method::POST, &path).await
 }
 
 async fn call<T: DeserializeOwned>(socket: &Path, method: Method, path: &str) -> Result<T, ClientError> {
-    let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied => ClientError::Permission { path: socket.to_owned() },
-        _ => ClientError::Unreachable { path: socket.to_owned() },
-    })?;
-    let broken = |reason: String| ClientError::Broken { path: socket.to_owned(), reason };
-    let (mut sender, connection) =
-        http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(error.to_string()))?;
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::PermissionDenied => ClientError::Permission {
+                path: socket.to_owned(),
+            },
+            _ => ClientError::Unreachable {
+                path: socket.to_owned(),
+            },
+        })?;
+    let broken = |reason: String| ClientError::Broken {
+        path: socket.to_owned(),
+        reason,
+    };
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| broken(error.to_string()))?;
     let connection = tokio::spawn(connection);
     let request = hyper::Request::builder()
         .method(method)
@@ -72,9 +92,17 @@ async fn call<T: DeserializeOwned>(socket: &Path, method: Method, path: &str) ->
         .header("host", "xlb")
         .body(Empty::<Bytes>::new())
         .map_err(|error| broken(error.to_string()))?;
-    let response = sender.send_request(request).await.map_err(|error| broken(error.to_string()))?;
+    let response = sender
+        .send_request(request)
+        .await
+        .map_err(|error| broken(error.to_string()))?;
     let status = response.status();
-    let body = response.into_body().collect().await.map_err(|error| broken(error.to_string()))?.to_bytes();
+    let body = response
+        .into_body()
+        .collect()
+        .await
+        .map_err(|error| broken(error.to_string()))?
+        .to_bytes();
     connection.abort();
     if status == StatusCode::OK {
         return serde_json::from_slice(&body).map_err(|error| broken(error.to_string()));
@@ -89,7 +117,9 @@ async fn call<T: DeserializeOwned>(socket: &Path, method: Method, path: &str) ->
 fn encoded(name: &str) -> String {
     name.bytes()
         .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
             _ => format!("%{byte:02X}"),
         })
         .collect()

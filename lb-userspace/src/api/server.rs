@@ -48,7 +48,10 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
         fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
         Ok(listener)
     };
-    make().map_err(|source| SocketError { path: path.to_owned(), source })
+    make().map_err(|source| SocketError {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Serves the API until the listener fails.
@@ -60,10 +63,13 @@ pub async fn serve(listener: UnixListener, requests: Requests) -> io::Result<()>
 }
 
 fn router(requests: Requests) -> Router {
-    let mut router = Router::new().route("/v1/status", get(status)).route("/v1/reload", post(reload));
+    let mut router = Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/reload", post(reload));
     for change in [Change::Enable, Change::Drain, Change::Disable] {
         let path = format!("/v1/services/{{service}}/backends/{{backend}}/{}", change.name());
-        let handler = move |State(requests): State<Requests>, extract::Path(name): extract::Path<(String, String)>| {
+        let handler = move |State(requests): State<Requests>,
+                            extract::Path(name): extract::Path<(String, String)>| {
             administer(requests, name, change)
         };
         router = router.route(&path, post(handler));
@@ -86,7 +92,12 @@ async fn reload(State(requests): State<Requests>) -> Response {
 
 async fn administer(requests: Requests, (service, backend): (String, String), change: Change) -> Response {
     let (answer, result) = oneshot::channel();
-    let request = Request::Administer { service, backend, change, answer };
+    let request = Request::Administer {
+        service,
+        backend,
+        change,
+        answer,
+    };
     respond(ask(&requests, request, result).await)
 }
 
@@ -111,6 +122,9 @@ fn respond(result: Option<Result<Done, Refused>>) -> Response {
 }
 
 fn stopping() -> Response {
-    let refused = Refused { reason: Refusal::Failed, message: "the daemon is stopping".to_owned() };
+    let refused = Refused {
+        reason: Refusal::Failed,
+        message: "the daemon is stopping".to_owned(),
+    };
     (StatusCode::SERVICE_UNAVAILABLE, Json(refused)).into_response()
 }

@@ -14,5 +14,7 @@ pub struct Args {
 }
 
 pub fn run(socket: &Path, args: &Args, change: Change) -> u8 {
-    report(block_on(async { Ok(client::administer(socket, &args.service, &args.backend, change).await?) }))
+    report(block_on(async {
+        Ok(client::administer(socket, &args.service, &args.backend, change).await?)
+    }))
 }

@@ -3,7 +3,7 @@
 use super::{block_on, exit, fail, require_root};
 use crate::{daemon, datapath::Pins, instance::Instance, net};
 
-/// Removes the pinned program, links and maps of a stopped daemon, with all flows, and the VIPs that it assigned
+/// Removes the pinned program, links and maps of a stopped daemon, with all flows, and the VIPs and neighbours that it set
 #[derive(Debug, clap::Args)]
 pub struct Args {}
 
@@ -29,5 +29,6 @@ async fn detach(instance: &Instance) -> anyhow::Result<bool> {
     let _lock = daemon::lock(&instance.lock())?;
     let removed = Pins::new(instance.name()).remove_all()?;
     let vips = net::remove_vips().await?;
-    Ok(removed || !vips.is_empty())
+    let neighbours = net::release_neighbours().await?;
+    Ok(removed || !vips.is_empty() || neighbours > 0)
 }

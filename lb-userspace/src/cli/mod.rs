@@ -10,12 +10,7 @@ mod reload;
 mod run;
 mod status;
 
-use std::{
-    future::Future,
-    io::IsTerminal,
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{future::Future, io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -92,7 +87,10 @@ pub fn main() -> ExitCode {
 
 /// Runs a future on one thread; commands do one thing at a time.
 fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(future)
 }
 
 /// Prints an error with its causes and gives its exit code.

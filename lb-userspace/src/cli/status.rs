@@ -37,8 +37,11 @@ pub fn run(socket: &Path, args: &Args) -> u8 {
 /// The status for people.
 pub fn table(status: &Status) -> String {
     let mut text = String::new();
-    let interfaces: Vec<String> =
-        status.interfaces.iter().map(|interface| format!("{} ({})", interface.name, interface.xdp_mode)).collect();
+    let interfaces: Vec<String> = status
+        .interfaces
+        .iter()
+        .map(|interface| format!("{} ({})", interface.name, interface.xdp_mode))
+        .collect();
     let packets = &status.packets;
     // Writing to a String does not fail.
     let _ = writeln!(
@@ -69,8 +72,18 @@ pub fn table(status: &Status) -> String {
 
 fn service_table(service: &ServiceStatus) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(["BACKEND", "ADDRESS", "HEALTH", "STATE", "WEIGHT", "SHARE", "FLOWS", "PACKETS/S", "BYTES/S"]);
+    table.load_style(presets::NOTHING);
+    table.set_header([
+        "BACKEND",
+        "ADDRESS",
+        "HEALTH",
+        "STATE",
+        "WEIGHT",
+        "SHARE",
+        "FLOWS",
+        "PACKETS/S",
+        "BYTES/S",
+    ]);
     let mut notes = String::new();
     for backend in &service.backends {
         let health = match backend.health {
@@ -98,9 +111,16 @@ fn service_table(service: &ServiceStatus) -> String {
             let _ = write!(notes, "\n  {}: next hop {problem}", backend.name);
         }
     }
-    let reasons: Vec<String> =
-        service.reasons.iter().map(|(reason, Traffic { packets, .. })| format!("{reason} {packets}")).collect();
-    let counted = if reasons.is_empty() { String::new() } else { format!("\n  packets: {}", reasons.join(", ")) };
+    let reasons: Vec<String> = service
+        .reasons
+        .iter()
+        .map(|(reason, Traffic { packets, .. })| format!("{reason} {packets}"))
+        .collect();
+    let counted = if reasons.is_empty() {
+        String::new()
+    } else {
+        format!("\n  packets: {}", reasons.join(", "))
+    };
     format!(
         "{} {} {}:{} {} {}\n{table}{notes}{counted}",
         service.name, service.protocol, service.vip, service.port, service.strategy, service.forward

@@ -72,10 +72,11 @@ impl Diagnostics {
 
     /// Each mistake with its line and column.
     pub fn located(&self) -> Vec<Located> {
+        let line_starts = self.line_starts();
         self.found
             .iter()
             .map(|diagnostic| {
-                let (line, column) = self.line_and_column(diagnostic.span.start);
+                let (line, column) = self.line_and_column(diagnostic.span.start, &line_starts);
                 Located {
                     line,
                     column,
@@ -86,25 +87,29 @@ impl Diagnostics {
             .collect()
     }
 
-    /// All mistakes with the lines they are in and carets; `styled` adds colours as ANSI sequences.
+    /// All mistakes (of a file that is garbage, the first 200) with the lines they are in and carets; `styled`
+    /// adds colours as ANSI sequences.
     pub fn render(&self, styled: bool) -> String {
+        const SHOWN: usize = 200;
         let renderer = renderer(styled);
+        let line_starts = self.line_starts();
         let mut output = String::new();
-        for diagnostic in &self.found {
-            output += &renderer.render(&[self.report(diagnostic)]);
+        for diagnostic in self.found.iter().take(SHOWN) {
+            output += &renderer.render(&[self.report(diagnostic, &line_starts)]);
             output += "\n\n";
         }
-        let errors = if self.found.len() == 1 { "error" } else { "errors" };
-        output += &format!(
-            "{} {errors} in {}\n",
-            self.found.len(),
-            normalize_untrusted_str(&self.name)
-        );
-        output
+        let count = self.found.len();
+        let errors = if count == 1 { "error" } else { "errors" };
+        output += &format!("{count} {errors} in {}", normalize_untrusted_str(&self.name));
+        if count > SHOWN {
+            output += &format!(", of which the first {SHOWN} are shown");
+        }
+        output + "\n"
     }
 
-    fn report<'a>(&'a self, diagnostic: &'a Diagnostic) -> Group<'a> {
-        let (window, first_line) = self.window(diagnostic);
+    fn report<'a>(&'a self, diagnostic: &'a Diagnostic, line_starts: &[usize]) -> Group<'a> {
+        let window = self.window(diagnostic);
+        let (first_line, _) = self.line_and_column(window.start, line_starts);
         let relative = |span: &Span| span.start - window.start..span.end - window.start;
         let mut snippet = Snippet::source(&self.text[window.clone()])
             .path(&self.name)
@@ -119,8 +124,8 @@ impl Diagnostics {
             .element(Level::HELP.message(normalize_untrusted_str(&diagnostic.help)))
     }
 
-    /// The lines that a report shows, without the rest of a long text, and the number of the first.
-    fn window(&self, diagnostic: &Diagnostic) -> (Span, usize) {
+    /// The lines that a report shows, without the rest of a long text.
+    fn window(&self, diagnostic: &Diagnostic) -> Span {
         let related = diagnostic
             .related
             .as_ref()
@@ -131,16 +136,19 @@ impl Diagnostics {
         let end = self.text[last..]
             .find('\n')
             .map_or(self.text.len(), |newline| last + newline);
-        (start..end, self.line_and_column(start).0)
+        start..end
     }
 
-    fn line_and_column(&self, offset: usize) -> (usize, usize) {
-        let before = &self.text[..offset];
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        (
-            before.matches('\n').count() + 1,
-            before[line_start..].chars().count() + 1,
-        )
+    fn line_and_column(&self, offset: usize, line_starts: &[usize]) -> (usize, usize) {
+        let line = line_starts.partition_point(|start| *start <= offset);
+        let start = line_starts[line - 1];
+        (line, self.text[start..offset].chars().count() + 1)
+    }
+
+    /// Where each line starts; the first at 0.
+    fn line_starts(&self) -> Vec<usize> {
+        let newlines = self.text.match_indices('\n').map(|(newline, _)| newline + 1);
+        std::iter::once(0).chain(newlines).collect()
     }
 }
 

@@ -1,5 +1,5 @@
 //! The configuration file, in two steps: [`raw`] reads each value for itself and keeps its place in the text,
-//! [`validate`] makes of them a [`Config`], which cannot hold a mistake. Both go on after an error, so that
+//! `validate` makes of them a [`Config`], which cannot hold a mistake. Both go on after an error, so that
 //! everything that is wrong is told at once.
 
 pub mod diagnostic;

@@ -58,6 +58,9 @@ fn diagnostic(error: &toml::de::Error, span: Span, line: &str) -> Diagnostic {
 /// What a line that is not TOML was probably meant to be.
 fn help(line: &str) -> String {
     let line = line.trim();
+    if line.starts_with('[') && is_toml(line) {
+        return "close the list above this line with `]`".to_owned();
+    }
     if line.starts_with('[') {
         return "close the brackets, as in `[flow-table]` or `[[service]]`".to_owned();
     }
@@ -65,20 +68,22 @@ fn help(line: &str) -> String {
         return "write `key = value`, one to a line; comments start with `#`".to_owned();
     };
     let (key, value) = (key.trim(), value.split('#').next().unwrap_or_default().trim());
-    let is_word = |value: &str| {
-        !value.is_empty()
-            && !value.contains(|character: char| "\"'[]{},=\\\u{201c}\u{201d}".contains(character))
-    };
-    if key.is_empty() {
+    let unquoted = !value.contains(|character: char| "\"'[]{}=\\\u{201c}\u{201d}".contains(character));
+    if line.len() > 120 {
+        "write one `key = value` to a line, text in \"…\", lists in […] with commas between the items"
+            .to_owned()
+    } else if key.is_empty() {
         "write the name of the key before `=`".to_owned()
     } else if value.is_empty() {
         format!("write a value after `{key} =`")
-    } else if is_word(value) && value.chars().all(|character| character.is_ascii_digit()) {
+    } else if unquoted && value.contains(',') {
+        format!("write `{key} = [{value}]`")
+    } else if unquoted && value.chars().all(|character| character.is_ascii_digit()) {
         format!(
             "write `{key} = {}`, without leading zeros",
             value.trim_start_matches('0')
         )
-    } else if is_word(value) {
+    } else if unquoted {
         format!("write `{key} = \"{value}\"`: text, addresses and durations go in quotes")
     } else {
         "text goes in \"…\", lists in […] with commas between the items".to_owned()

@@ -1,6 +1,6 @@
 //! A configuration that holds no mistake: what the rest of the daemon works with.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
 /// A whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +103,8 @@ pub struct HealthCheck {
 }
 
 /// What a probe does.
+///
+/// Without a port it goes to the backend's; to the first of the service's ports where the backend has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// No probe: the backend counts as `up`.
@@ -115,4 +117,41 @@ pub enum Probe {
         path: String,
         host: Option<String>,
     },
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last {
+            write!(f, "{}", self.first)
+        } else {
+            write!(f, "{}-{}", self.first, self.last)
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ConsistentHash => "consistent-hash",
+            Self::IpHash => "ip-hash",
+        })
+    }
+}
+
+impl fmt::Display for Forward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nat => "nat",
+            Self::FullNat => "full-nat",
+        })
+    }
 }

@@ -36,7 +36,13 @@ impl Contents {
 /// A slot table is the number of slots by backend id. The seed is secret and not written.
 pub fn contents_dump(contents: &Contents) -> Vec<String> {
     let mut lines = Vec::new();
-    for (address, roles) in &contents.addresses {
+    // In the order that people expect rather than that of the words in the maps.
+    let addresses: BTreeMap<IpAddr, u32> = contents
+        .addresses
+        .iter()
+        .map(|(k, v)| ((*k).into(), *v))
+        .collect();
+    for (address, roles) in &addresses {
         let roles = names(*roles, &[(ROLE_VIP, "vip"), (ROLE_BACKEND, "backend")]);
         lines.push(format!("address {address} {roles}"));
     }
@@ -46,7 +52,9 @@ pub fn contents_dump(contents: &Contents) -> Vec<String> {
     for (id, service) in &contents.services {
         lines.push(format!("service {id} {}", DisplayService(service)));
     }
-    for (key, id) in &contents.service_keys {
+    let mut service_keys: Vec<_> = contents.service_keys.iter().collect();
+    service_keys.sort_by_key(|(key, _)| (IpAddr::from(key.vip), u16::from_be(key.port), key.protocol));
+    for (key, id) in service_keys {
         lines.push(format!("service-key {} service {id}", DisplayKey(key)));
     }
     if contents.settings != Settings::default() {

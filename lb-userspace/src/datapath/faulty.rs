@@ -7,7 +7,7 @@ use lb_common::{
     logic::hash::siphash13,
 };
 
-use super::{Contents, Datapath, DatapathError, Operation};
+use super::{Contents, Counters, Datapath, DatapathError, Operation};
 
 /// Which calls fail, counted from 0 over all methods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +86,16 @@ impl<D: Datapath> Datapath for FaultyDatapath<D> {
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
         self.call("delete", || "flows".to_owned())?;
         self.inner.remove_flows(keys, unless_seen_since)
+    }
+
+    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
+        self.call("delete", || "replies".to_owned())?;
+        self.inner.remove_orphan_replies()
+    }
+
+    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
+        self.call("read", || "counters".to_owned())?;
+        self.inner.counters(services, backends)
     }
 }
 

@@ -18,7 +18,9 @@ use lb_common::abi::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::{AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, counters, packet_log, syscall};
+use super::{
+    AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, counters, packet_log, syscall,
+};
 
 /// The object that lb-userspace/build.rs has built.
 pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
@@ -113,7 +115,7 @@ impl KernelDatapath {
             .map_max_entries(FLOWS, flow_table_size)
             .map_max_entries(REPLIES, flow_table_size);
         for (name, _, _) in MAPS {
-            loader.map_pin_path(*name, pins.map(name));
+            loader.map_pin_path(name, pins.map(name));
         }
         let mut ebpf = loader
             .load(OBJECT)
@@ -174,7 +176,11 @@ impl KernelDatapath {
     /// # Errors
     /// The records cannot be read.
     pub fn start_packet_log(&mut self) -> Result<(), DatapathError> {
-        if cfg!(debug_assertions) { packet_log::start(&mut self.ebpf) } else { Ok(()) }
+        if cfg!(debug_assertions) {
+            packet_log::start(&mut self.ebpf)
+        } else {
+            Ok(())
+        }
     }
 
     /// Flows that the table has room for: that of the pinned one, whatever was asked for.
@@ -477,7 +483,7 @@ impl Datapath for KernelDatapath {
                 Err(MapError::KeyNotFound) => continue,
                 Err(error) => return Err(failed("read", FLOWS, error)),
             };
-            if flow.last_seen >= unless_seen_since {
+            if flow.last_seen > unless_seen_since {
                 continue;
             }
             let backend = self

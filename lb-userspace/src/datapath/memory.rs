@@ -6,7 +6,7 @@ use lb_common::abi::{
     Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, SLOT_COUNT,
 };
 
-use super::{Contents, Datapath, DatapathError, Operation};
+use super::{Contents, Counters, Datapath, DatapathError, Operation};
 
 /// A data path without a kernel.
 #[derive(Clone, Debug, Default)]
@@ -39,13 +39,23 @@ impl Datapath for MemoryDatapath {
             if self
                 .flows
                 .get(key)
-                .is_some_and(|flow| flow.last_seen <= unless_seen_since)
+                .is_some_and(|flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX)
             {
                 self.flows.remove(key);
                 removed += 1;
             }
         }
         Ok(removed)
+    }
+
+    /// Replies are found without keys here.
+    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
+        Ok(0)
+    }
+
+    /// No packet passes here.
+    fn counters(&self, _services: &[u32], _backends: &[u32]) -> Result<Counters, DatapathError> {
+        Ok(Counters::default())
     }
 }
 
@@ -191,8 +201,8 @@ mod tests {
                 ..Flow::default()
             },
         );
-        assert_eq!(datapath.remove_flows(&[key], 10).unwrap(), 0);
-        assert_eq!(datapath.remove_flows(&[key, key], 11).unwrap(), 1);
+        assert_eq!(datapath.remove_flows(&[key], 11).unwrap(), 0);
+        assert_eq!(datapath.remove_flows(&[key, key], 12).unwrap(), 1);
         assert!(datapath.flows.is_empty());
     }
 }

@@ -15,7 +15,9 @@ use super::DatapathError;
 pub(super) fn start(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::new("read", "AYA_LOGS", source);
     let logger = EbpfLogger::init(ebpf).map_err(|error| failed(io::Error::other(error)))?;
-    let mut logger = AsyncFd::new(logger).map_err(failed)?;
+    // SAFETY: the logger owns its descriptor and gives the same one for as long as it lives, here in the task.
+    let registered = unsafe { AsyncFd::register(logger) };
+    let mut logger = registered.map_err(|error| failed(error.into()))?;
     tokio::spawn(async move {
         while let Ok(mut ready) = logger.readable_mut().await {
             ready.get_inner_mut().flush();

@@ -448,6 +448,43 @@ mod tests {
     }
 
     #[test]
+    fn a_killed_process_leaves_no_namespace_behind() {
+        const VICTIM: &str = "XLB_LAB_TEST_VICTIM";
+        if std::env::var_os(VICTIM).is_some() {
+            // The process that is going to be killed: it runs in the survivor's namespace.
+            let file = Arc::new(File::open("/proc/self/ns/net").unwrap());
+            let survivor = Namespace {
+                name: "survivor".to_owned(),
+                file,
+                passing: Mutex::default(),
+            };
+            let victim = Namespace::new("victim").unwrap();
+            Namespace::connect(&survivor, "eth0", &victim, "eth0").unwrap();
+            victim.pass_all("eth0").unwrap();
+            // A child holds the namespace, too.
+            victim.command("sleep").arg("1000").status().unwrap();
+            unreachable!("killed before");
+        }
+        let survivor = Namespace::new("survivor").unwrap();
+        let mut process = survivor
+            .command(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "lab::tests::a_killed_process_leaves_no_namespace_behind",
+            ])
+            .env(VICTIM, "1")
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually("the pair is up", || {
+            survivor.link("eth0").is_ok_and(|link| link.running)
+        });
+        process.kill().unwrap();
+        process.wait().unwrap();
+        eventually("the pair has gone", || survivor.link("eth0").is_err());
+    }
+
+    #[test]
     fn a_setting_stays_inside() {
         let path = "/proc/sys/net/ipv4/ip_forward";
         let outside = fs::read_to_string(path).unwrap();

@@ -88,3 +88,6 @@ pub struct NextHop {
 pub const TCP_OPENING_TIMEOUT: Duration = Duration::from_secs(60);
 /// Idle time after which a TCP flow that is closing ends: twice a segment's life as Linux counts it.
 pub const TCP_CLOSING_TIMEOUT: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+pub(crate) mod fixture;

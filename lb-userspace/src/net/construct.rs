@@ -37,7 +37,14 @@ pub async fn create_veth_pair(
         .add(message)
         .execute()
         .await
-        .map_err(|error| NetError::kernel(format!("creating the veth pair {name} and {peer_name}"), error))
+        .map_err(|error| {
+            match NetError::kernel(format!("creating the veth pair {name} and {peer_name}"), error) {
+                NetError::Kernel { source, .. } if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    NetError::NoVeth
+                }
+                error => error,
+            }
+        })
 }
 
 /// Sets an interface up or down.

@@ -36,6 +36,9 @@ pub enum NetError {
     /// The caller lacks a capability.
     #[error("{action} is not permitted; run as root or grant CAP_NET_ADMIN")]
     NotPermitted { action: String },
+    /// The kernel cannot make veth interfaces.
+    #[error("this kernel knows no veth interfaces; load their module: modprobe veth")]
+    NoVeth,
     /// Anything else that the kernel answered.
     #[error("{action} failed: {source}")]
     Kernel {

@@ -1,6 +1,9 @@
 //! Packets and bytes a second, from two readings of the counters.
 
-use std::{collections::BTreeMap, time::{Duration, Instant}};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use lb_common::abi::Count;
 
@@ -39,7 +42,10 @@ impl Rates {
         let (Some((start, before)), Some((end, after))) = (&self.earlier, &self.later) else {
             return Rate::default();
         };
-        let seconds = end.saturating_duration_since(*start).max(Duration::from_millis(1)).as_secs_f64();
+        let seconds = end
+            .saturating_duration_since(*start)
+            .max(Duration::from_millis(1))
+            .as_secs_f64();
         let (Some(before), Some(after)) = (before.get(&backend), after.get(&backend)) else {
             return Rate::default();
         };
@@ -58,9 +64,18 @@ mod tests {
     use super::*;
 
     fn reading(packets: u64) -> Counters {
-        let forwarded = Count { packets, bytes: packets * 100 };
-        let backend = BackendCounters { forwarded, ..BackendCounters::default() };
-        Counters { backends: [(7, backend)].into(), ..Counters::default() }
+        let forwarded = Count {
+            packets,
+            bytes: packets * 100,
+        };
+        let backend = BackendCounters {
+            forwarded,
+            ..BackendCounters::default()
+        };
+        Counters {
+            backends: [(7, backend)].into(),
+            ..Counters::default()
+        }
     }
 
     #[test]
@@ -70,7 +85,13 @@ mod tests {
         rates.add(start, &reading(10));
         assert_eq!(rates.of(7), Rate::default());
         rates.add(start + Duration::from_secs(2), &reading(30));
-        assert_eq!(rates.of(7), Rate { packets_per_second: 10.0, bytes_per_second: 1000.0 });
+        assert_eq!(
+            rates.of(7),
+            Rate {
+                packets_per_second: 10.0,
+                bytes_per_second: 1000.0
+            }
+        );
     }
 
     #[test]

@@ -98,7 +98,10 @@ pub struct BackendStatus {
 
 impl From<Count> for Traffic {
     fn from(count: Count) -> Self {
-        Self { packets: count.packets, bytes: count.bytes }
+        Self {
+            packets: count.packets,
+            bytes: count.bytes,
+        }
     }
 }
 

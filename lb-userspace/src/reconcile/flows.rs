@@ -87,7 +87,7 @@ fn sweep_in_chunks<D: Datapath + ?Sized>(
         })?;
         removed += datapath.remove_flows(&scan.cut, u64::MAX)?;
         // A flow that a packet of was seen since the scan is not idle any more.
-        let idle_removed = datapath.remove_flows(&scan.idle, scan.last_idle)?;
+        let idle_removed = datapath.remove_flows(&scan.idle, scan.last_idle.saturating_add(1))?;
         removed += idle_removed;
         if scan.is_cut_short {
             continue;

@@ -1,0 +1,186 @@
+//! Models to test with: short to write down, or arbitrary.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use proptest::prelude::*;
+
+use super::{Administrative, Health, Model, NextHop};
+use crate::config::{
+    Backend, Config, FlowTable, Forward, HealthCheck, PortRange, Probe, Protocol, Service,
+    Strategy as ByStrategy, XdpMode,
+};
+
+/// A model of these services in which nothing is known of any backend.
+pub(crate) fn model(services: Vec<Service>) -> Model {
+    Model {
+        config: Config {
+            interfaces: vec!["eth0".to_owned()],
+            xdp_mode: XdpMode::Auto,
+            flow_table: FlowTable {
+                size: None,
+                tcp_idle_timeout: Duration::from_secs(3600),
+                udp_idle_timeout: Duration::from_secs(60),
+            },
+            seed_file: PathBuf::from("/etc/xlb/seed"),
+            socket: None,
+            services,
+        },
+        seed: [1, 2],
+        source_ports: (1024, 31_744),
+        health: BTreeMap::new(),
+        administrative: BTreeMap::new(),
+        next_hops: BTreeMap::new(),
+        live_flows: BTreeMap::new(),
+    }
+}
+
+/// A TCP service on 203.0.113.`vip`.
+pub(crate) fn service(name: &str, vip: u8, ports: &[u16], backends: Vec<Backend>) -> Service {
+    Service {
+        name: name.to_owned(),
+        vip: IpAddr::V4(Ipv4Addr::new(203, 0, 113, vip)),
+        ports: ports
+            .iter()
+            .map(|port| PortRange {
+                first: *port,
+                last: *port,
+            })
+            .collect(),
+        protocol: Protocol::Tcp,
+        strategy: ByStrategy::ConsistentHash,
+        forward: Forward::Nat,
+        drain_timeout: Duration::from_secs(60),
+        assign_vip: false,
+        health: HealthCheck {
+            probe: Probe::Tcp { port: None },
+            interval: Duration::from_secs(2),
+            timeout: Duration::from_secs(1),
+            rise: 2,
+            fall: 3,
+        },
+        backends,
+    }
+}
+
+/// A backend of weight 100 on 10.0.0.`host`; without a port if that is 0.
+pub(crate) fn backend(name: &str, host: u8, port: u16) -> Backend {
+    Backend {
+        name: name.to_owned(),
+        address: IpAddr::V4(Ipv4Addr::new(10, 0, 0, host)),
+        port: (port != 0).then_some(port),
+        weight: 100,
+    }
+}
+
+/// The way to a neighbour on interface 3 from 10.0.0.1.
+pub(crate) fn next_hop(host: u8) -> NextHop {
+    NextHop {
+        ifindex: 3,
+        source: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)),
+        source_mac: [2, 0, 0, 0, 0, 1],
+        next_hop_mac: Some([2, 0, 0, 0, 0, host]),
+    }
+}
+
+impl Model {
+    /// Sets the health of a backend.
+    pub(crate) fn set_health(&mut self, service: &str, backend: &str, health: Health) {
+        self.health
+            .insert((service.to_owned(), backend.to_owned()), health);
+    }
+
+    /// Sets the administrative state of a backend.
+    pub(crate) fn set_administrative(
+        &mut self,
+        service: &str,
+        backend: &str,
+        administrative: Administrative,
+    ) {
+        self.administrative
+            .insert((service.to_owned(), backend.to_owned()), administrative);
+    }
+
+    /// Makes every backend `up` and resolves the way to it.
+    pub(crate) fn all_up(mut self) -> Self {
+        for service in self.config.services.clone() {
+            for backend in service.backends {
+                self.set_health(&service.name, &backend.name, Health::Up);
+                if let IpAddr::V4(address) = backend.address {
+                    self.next_hops
+                        .insert(backend.address, next_hop(address.octets()[3]));
+                }
+            }
+        }
+        self
+    }
+}
+
+/// Models over few names, ports and addresses, so that any two have much in common and much that differs.
+pub(crate) fn any_model() -> impl Strategy<Value = Model> {
+    let backend_state = (
+        prop::sample::select(vec![
+            Health::Unknown,
+            Health::Up,
+            Health::Up,
+            Health::Up,
+            Health::Down,
+        ]),
+        prop::sample::select(vec![
+            Administrative::Enabled,
+            Administrative::Enabled,
+            Administrative::Draining {
+                since: SystemTime::UNIX_EPOCH,
+            },
+            Administrative::Disabled,
+        ]),
+        0_u32..3,
+        any::<bool>(),
+    );
+    let backends = prop::collection::btree_map((1_u8..5, 0_u16..2), backend_state, 0..4);
+    let services = prop::collection::btree_map(0_usize..4, backends, 0..4);
+    // To whom each of six ports goes; so services split, merge and swap ports.
+    let ports = prop::collection::vec(0_usize..4, 6);
+    let live_flows = prop::collection::btree_map(1_u32..12, 0_u64..2, 0..12);
+    (services, ports, live_flows, any::<bool>()).prop_map(|(services, ports, live_flows, other_seed)| {
+        let mut model = model(Vec::new());
+        for (number, backends) in services {
+            let name = format!("service-{number}");
+            let own: Vec<u16> = (80_u16..)
+                .zip(&ports)
+                .filter(|(_, owner)| **owner == number)
+                .map(|(port, _)| port)
+                .collect();
+            if own.is_empty() {
+                continue;
+            }
+            let mut list = Vec::new();
+            for ((host, port), (health, administrative, weight, resolved)) in backends {
+                let backend_name = format!("backend-{host}-{port}");
+                model.set_health(&name, &backend_name, health);
+                model.set_administrative(&name, &backend_name, administrative);
+                let backend = Backend {
+                    weight,
+                    ..backend(&backend_name, host, port * 8080)
+                };
+                if resolved {
+                    model.next_hops.insert(backend.address, next_hop(host));
+                }
+                list.push(backend);
+            }
+            // The address of one of the services is also that of a backend.
+            let mut service = service(&name, 10, &own, list);
+            if number == 3 {
+                service.vip = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+            }
+            model.config.services.push(service);
+        }
+        model.live_flows = live_flows;
+        model.seed = if other_seed { [3, 4] } else { [1, 2] };
+        model
+    })
+}
