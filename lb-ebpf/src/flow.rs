@@ -9,7 +9,7 @@ use lb_common::{
     logic::{
         ageing,
         headers::Segment,
-        source_port::{candidate, first_choice},
+        source_port::{TRIES, candidate, first_choice},
         tcp_state::{Sender, first, flags, next, opens},
     },
 };
@@ -18,9 +18,6 @@ use crate::{
     cursor::Cursor,
     maps::{self, FLOWS, REPLIES},
 };
-
-/// How many source ports are tried for a flow before it is given up.
-const SOURCE_PORT_TRIES: u32 = 16;
 
 /// Nanoseconds of `CLOCK_MONOTONIC_COARSE`: a tenth of the cost of the precise clock, and good to a tick.
 #[inline(always)]
@@ -224,7 +221,7 @@ fn claim_source_port(new: &Record<'_>, segment: &Segment, source: &Address) -> R
     let full_nat = new.service.forward == Forward::FullNat.number();
     let start = first_choice(new.settings, &segment.key);
     let mut reply = reply_key(&segment.key, segment.key.source_port, source, new.backend);
-    for attempt in 0..SOURCE_PORT_TRIES {
+    for attempt in 0..TRIES {
         if full_nat || attempt > 0 {
             reply.destination_port = candidate(new.settings, start, attempt).to_be();
         }

@@ -377,6 +377,16 @@ impl KernelDatapath {
             .map_err(|error| failed("update", &object, error))
     }
 
+    /// Tells whether a key of replies is that of the flow that it leads to, which may have gone elsewhere since.
+    fn leads_to_flow(&self, reply: &FlowKey, client: &FlowKey) -> bool {
+        let Ok(Raw(flow)) = self.flows.get(&Raw(*client), 0) else {
+            return false;
+        };
+        self.backends
+            .get(&flow.backend, 0)
+            .is_ok_and(|Raw(backend)| reply_key(client, &flow, &backend) == *reply)
+    }
+
     fn clear_service_counters(&mut self, service: u32) -> Result<(), DatapathError> {
         for reason in 0..REASON_COUNT {
             zero(
@@ -551,16 +561,19 @@ impl Datapath for KernelDatapath {
         syscall::for_each(
             self.replies.map().fd().as_fd(),
             |reply: &FlowKey, client: &FlowKey| {
-                if self.flows.get(&Raw(*client), 0).is_err() {
-                    suspects.push((*reply, *client));
+                if !self.leads_to_flow(reply, client) {
+                    suspects.push(*reply);
                 }
             },
         )
         .map_err(|source| DatapathError::new("read", REPLIES, source))?;
         let mut removed = 0;
-        for (reply, client) in suspects {
-            // The program writes the reply's key just before the flow: look once more.
-            if self.flows.get(&Raw(client), 0).is_err() {
+        for reply in suspects {
+            // The program writes the reply's key just before the flow, and may have given it to another: look once
+            // more.
+            if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
+                && !self.leads_to_flow(&reply, &client)
+            {
                 remove_present(&mut self.replies, &reply, REPLIES)?;
                 removed += 1;
             }
