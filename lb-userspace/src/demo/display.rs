@@ -78,8 +78,6 @@ impl Display {
         let is_dumb = env::var_os("TERM").is_none_or(|terminal| terminal == "dumb");
         if io::stdout().is_terminal() && !is_dumb {
             let choice = anstream::AutoStream::choice(&io::stdout());
-            // Lines that are too long are cut by the terminal, or drawing over them would miss their second half.
-            put("\x1b[?7l\x1b[?25l");
             Self::Screen(Screen {
                 colours: choice != ColorChoice::Never,
                 next: None,
@@ -133,7 +131,8 @@ impl Screen {
     fn draw(&mut self, picture: &Picture) {
         let text = self.text(picture);
         let up = match self.height {
-            0 => String::new(),
+            // Lines that are too long are cut by the terminal, or drawing over them would miss their second half.
+            0 => "\x1b[?7l\x1b[?25l".to_owned(),
             height => format!("\x1b[{height}A"),
         };
         self.height = text.lines().count();
@@ -191,7 +190,9 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        put("\x1b[?7h\x1b[?25h");
+        if self.height > 0 {
+            put("\x1b[?7h\x1b[?25h");
+        }
     }
 }
 
