@@ -3,7 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 
 use tests::{http::Connection, machine, nginx::Nginx, services::Service};
-use xlb::lab::Topology;
+use xlb::{
+    datapath::pass::PassAll,
+    lab::{Namespace, Topology},
+};
 
 /// Where the clients connect to.
 pub const WEB: SocketAddr = SocketAddr::new(IpAddr::V4(Topology::VIP), 80);
@@ -53,4 +56,14 @@ pub fn connection_to(topology: &Topology, backend: &str) -> Connection {
         }
     }
     panic!("of 200 connections none went to {backend}");
+}
+
+/// Whether an interface has an XDP program: it takes no second one.
+pub fn has_program(namespace: &Namespace, interface: &str) -> bool {
+    let index = namespace.ifindex(interface).unwrap();
+    match namespace.run(|| PassAll::attach(index)).unwrap() {
+        Ok(_) => false,
+        Err(error) if error.source.raw_os_error() == Some(libc::EBUSY) => true,
+        Err(error) => panic!("{error}"),
+    }
 }
