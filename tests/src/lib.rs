@@ -1,1 +1,10 @@
+//! What the tests share: real servers, the real daemon, clients, and what the machine has to have.
 
+pub mod daemon;
+pub mod http;
+pub mod load;
+pub mod machine;
+pub mod maps;
+pub mod nginx;
+pub mod services;
+pub mod udp;

@@ -1,0 +1,221 @@
+//! How the program gets onto interfaces and off them again.
+
+use std::time::{Duration, Instant};
+
+use tests::{
+    daemon::Daemon,
+    load::{Load, assert_shares, failures, requests},
+    machine,
+};
+use xlb::datapath::pass::PassAll;
+
+use crate::scene::{INTERFACES, WEB, connection_to, has_program, nginx, source, topology, web};
+
+fn modes(daemon: &Daemon) -> Vec<(String, String, Option<String>)> {
+    let interfaces = daemon.status().interfaces.into_iter();
+    interfaces
+        .map(|interface| (interface.name, interface.xdp_mode, interface.fallback))
+        .collect()
+}
+
+fn all(mode: &str) -> Vec<(String, String, Option<String>)> {
+    INTERFACES
+        .map(|name| (name.to_owned(), mode.to_owned(), None))
+        .to_vec()
+}
+
+#[test]
+fn auto_gets_native_mode_on_veth_and_says_so() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    for mode in ["auto", "native"] {
+        daemon.configure_with(&format!("xdp-mode = \"{mode}\""), &INTERFACES, &[web()]);
+        daemon.start_up();
+        assert_eq!(modes(&daemon), all("native"));
+        let table = daemon.done(&["status"]);
+        assert!(table.contains("on eth0 (native), eth1 (native), "), "{table}");
+        daemon.terminate();
+    }
+}
+
+#[test]
+fn generic_mode_balances_and_says_so() {
+    for forward in ["nat", "full-nat"] {
+        let topology = topology();
+        let _nginx = nginx(&topology);
+        let mut daemon = Daemon::new(&topology.balancer);
+        daemon.configure_with(
+            "xdp-mode = \"generic\"",
+            &INTERFACES,
+            &[web().text("forward", forward)],
+        );
+        daemon.start_up();
+        assert_eq!(modes(&daemon), all("generic"));
+        let answers = requests(&topology.client, source(), WEB, machine::count(3000));
+        assert_shares(&answers, &[("a", 1), ("b", 1), ("c", 1)]);
+        let download = connection_to(&topology, "b").download();
+        download.proceeds();
+        download.finish().unwrap();
+    }
+}
+
+#[test]
+fn the_mode_changes_on_reload_and_connections_go_on() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure_with("xdp-mode = \"generic\"", &INTERFACES, &[web()]);
+    daemon.start_up();
+    let download = connection_to(&topology, "b").download();
+    download.proceeds();
+    daemon.configure_with("xdp-mode = \"native\"", &INTERFACES, &[web()]);
+    daemon.done(&["reload"]);
+    assert_eq!(modes(&daemon), all("native"));
+    download.proceeds();
+    download.finish().unwrap();
+    requests(&topology.client, source(), WEB, machine::count(100));
+}
+
+#[test]
+fn an_interface_with_another_program_is_refused_and_nothing_stays_attached() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let index = topology.balancer.ifindex("eth2").unwrap();
+    let foreign = topology.balancer.run(|| PassAll::attach(index)).unwrap().unwrap();
+    let mut daemon = Daemon::new(&topology.balancer);
+    for mode in ["auto", "native", "generic"] {
+        daemon.configure_with(&format!("xdp-mode = \"{mode}\""), &INTERFACES, &[web()]);
+        let outcome = daemon.run_to_end();
+        assert_eq!(outcome.code, 1, "{mode}: {outcome:?}");
+        for part in ["eth2", "another XDP program", "ip link set dev eth2 xdp off"] {
+            assert!(
+                outcome.stderr.contains(part),
+                "{mode}: {part}: {}",
+                outcome.stderr
+            );
+        }
+        for interface in ["eth0", "eth1", "eth3"] {
+            assert!(
+                !has_program(&topology.balancer, interface),
+                "{mode}: {interface} has a program"
+            );
+        }
+        assert!(
+            !daemon.pins().exist() && !daemon.pins().links().exists(),
+            "{mode}: pins stay"
+        );
+    }
+
+    // The same when it is to be added to those of a running daemon.
+    daemon.configure(&["eth0", "eth1"], &[web().without("b").without("c")]);
+    daemon.start_up();
+    daemon.configure(&["eth0", "eth1", "eth3", "eth2"], &[web()]);
+    let outcome = daemon.xlb(&["reload"]);
+    assert_eq!(outcome.code, 1, "{outcome:?}");
+    assert!(outcome.stderr.contains("eth2"), "{}", outcome.stderr);
+    assert!(
+        !has_program(&topology.balancer, "eth3"),
+        "eth3 was attached on the way"
+    );
+    requests(&topology.client, source(), WEB, machine::count(100));
+    drop(foreign);
+    daemon.done(&["reload"]);
+    drop(connection_to(&topology, "b"));
+}
+
+#[test]
+fn a_start_without_a_control_socket_leaves_nothing_attached() {
+    let topology = topology();
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure_with("[api]\nsocket = \"/proc/xlb/xlb.sock\"", &INTERFACES, &[web()]);
+    let outcome = daemon.run_to_end();
+    assert_eq!(outcome.code, 1, "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("/proc/xlb/xlb.sock"),
+        "{}",
+        outcome.stderr
+    );
+    for interface in INTERFACES {
+        assert!(
+            !has_program(&topology.balancer, interface),
+            "{interface} has a program"
+        );
+    }
+    assert!(!daemon.pins().exist());
+}
+
+#[test]
+fn detach_leaves_nothing_and_waits_for_the_end_of_the_daemon() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure(&INTERFACES, &[web()]);
+    daemon.start_up();
+    let refused = daemon.xlb(&["detach"]);
+    assert_eq!(refused.code, 1);
+    assert!(
+        refused.stderr.contains("a daemon of this instance runs already"),
+        "{refused:?}"
+    );
+    requests(&topology.client, source(), WEB, machine::count(100));
+
+    daemon.kill();
+    for interface in INTERFACES {
+        assert!(
+            has_program(&topology.balancer, interface),
+            "{interface} has no program"
+        );
+    }
+    let instance = daemon.instance().to_string();
+    assert_eq!(
+        daemon.done(&["detach"]),
+        format!("detached instance {instance}\n")
+    );
+    for interface in INTERFACES {
+        assert!(
+            !has_program(&topology.balancer, interface),
+            "{interface} has a program"
+        );
+    }
+    assert!(!std::path::Path::new("/sys/fs/bpf/xlb").join(&instance).exists());
+    assert_eq!(
+        daemon.done(&["detach"]),
+        format!("instance {instance} has nothing attached\n")
+    );
+
+    // And it can be started anew.
+    daemon.start_up();
+    requests(
+        &topology.client,
+        "10.1.0.2:20000".parse().unwrap(),
+        WEB,
+        machine::count(100),
+    );
+}
+
+#[test]
+fn two_instances_on_one_kernel_do_not_disturb_each_other() {
+    let (one, two) = (topology(), topology());
+    let (_nginx_one, _nginx_two) = (nginx(&one), nginx(&two));
+    let (mut first, mut second) = (Daemon::new(&one.balancer), Daemon::new(&two.balancer));
+    // The same interfaces, vip and ports in both.
+    first.configure(&INTERFACES, &[web()]);
+    second.configure(&INTERFACES, &[web().without("a")]);
+    first.start_up();
+    let start = Instant::now();
+    let load = Load::start(&one.client, WEB);
+    let download = connection_to(&one, "a").download();
+    second.start_up();
+    let answers = requests(&two.client, source(), WEB, machine::count(500));
+    assert_eq!(answers.into_keys().collect::<Vec<_>>(), ["b", "c"]);
+    second.done(&["disable", "web", "b"]);
+    assert_eq!(first.backend("web", "b").administrative, "enabled");
+    assert_eq!(second.status().services[0].backends.len(), 2);
+    second.terminate();
+    second.done(&["detach"]);
+    std::thread::sleep(machine::bound(Duration::from_millis(500)));
+    let made = load.stop();
+    assert_eq!(failures(&made, start), [""; 0], "of {} requests", made.len());
+    download.finish().unwrap();
+}

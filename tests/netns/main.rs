@@ -1,0 +1,15 @@
+//! The real daemon between real clients and real servers, in network namespaces.
+//!
+//! The tests share the machine's cores and measure times: run them one after the other, `--test-threads=1`.
+
+mod administration;
+mod ageing;
+mod attachment;
+mod command_line;
+mod failure;
+mod forwarding;
+mod next_hops;
+mod reload;
+mod restart;
+mod scene;
+mod vip;
