@@ -1,7 +1,9 @@
 //! The daemon's tasks, channels and shutdown; nothing else.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions, TryLockError},
+    net::IpAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -9,8 +11,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use tokio::{
+    net::UnixListener,
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{MissedTickBehavior, interval},
 };
 use tracing::{error, info};
@@ -24,9 +27,10 @@ use crate::{
         kernel::{KernelDatapath, flow_table_memory},
     },
     flow_table_size,
-    health::Driver,
+    health::{Driver, Transition},
     instance::Instance,
-    net::NextHopWatcher,
+    model::NextHop,
+    net::{self, NextHopWatcher},
 };
 
 /// How often idle flows are ended and flows counted.
@@ -47,44 +51,26 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     let mut hang_up = signal(SignalKind::hangup())?;
 
     let socket = config.socket.clone().unwrap_or_else(|| instance.socket());
-    let pins = Pins::new(instance.name());
-    let took_over = pins.exist();
-    let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
-    let mut datapath = KernelDatapath::open(pins.clone(), size)?;
-    datapath.start_packet_log()?;
-    let size = datapath.flow_table_size()?;
-    info!(
-        "flow table: {size} flows, {} MB",
-        flow_table_memory(size) / 1_000_000
-    );
-    if took_over {
-        info!("took over the maps of an earlier daemon, with their flows");
-    }
-
-    let (transitions, mut transition) = mpsc::channel(1024);
-    let watcher = NextHopWatcher::start()?;
-    let mut next_hops = watcher.next_hops();
-    let parts = Parts {
-        instance,
-        config_path,
-        config,
-        datapath,
-        driver: Driver::new(transitions),
-        watcher,
-    };
-    let mut controller = match Controller::start(parts).await {
-        Ok(controller) => controller,
+    let took_over = Pins::new(instance.name()).exist();
+    let started = start(&instance, config_path, config, &socket).await;
+    let Started {
+        mut controller,
+        mut transition,
+        mut next_hops,
+        listener,
+    } = match started {
+        Ok(started) => started,
         Err(error) => {
             // What an earlier daemon has left running goes on; what this one has begun does not stay.
             if !took_over {
-                pins.remove_all()?;
+                detach(&instance).await?;
             }
             return Err(error);
         }
     };
 
     let (requests, mut request) = mpsc::channel(64);
-    let mut api = tokio::spawn(server::serve(server::bind(&socket)?, requests));
+    let mut api = tokio::spawn(server::serve(listener, requests));
     info!(socket = %socket.display(), "ready");
 
     let ticks = |period| {
@@ -121,6 +107,65 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     let _ = fs::remove_file(&socket);
     drop(lock);
     Ok(())
+}
+
+/// A daemon whose data path runs and whose socket is there.
+struct Started {
+    controller: Controller,
+    transition: mpsc::Receiver<Transition>,
+    next_hops: watch::Receiver<BTreeMap<IpAddr, NextHop>>,
+    listener: UnixListener,
+}
+
+async fn start(
+    instance: &Instance,
+    config_path: PathBuf,
+    config: Config,
+    socket: &Path,
+) -> anyhow::Result<Started> {
+    let pins = Pins::new(instance.name());
+    let took_over = pins.exist();
+    let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
+    let mut datapath = KernelDatapath::open(pins, size)?;
+    datapath.start_packet_log()?;
+    let size = datapath.flow_table_size()?;
+    info!(
+        "flow table: {size} flows, {} MB",
+        flow_table_memory(size) / 1_000_000
+    );
+    if took_over {
+        info!("took over the maps of an earlier daemon, with their flows");
+    }
+
+    let (transitions, transition) = mpsc::channel(1024);
+    let watcher = NextHopWatcher::start()?;
+    let next_hops = watcher.next_hops();
+    let parts = Parts {
+        instance: instance.clone(),
+        config_path,
+        config,
+        datapath,
+        driver: Driver::new(transitions),
+        watcher,
+    };
+    Ok(Started {
+        controller: Controller::start(parts).await?,
+        transition,
+        next_hops,
+        listener: server::bind(socket)?,
+    })
+}
+
+/// Removes what a daemon of this instance has left in the kernel: program, links and maps, with all flows, VIPs and
+/// neighbours. Tells whether there was anything.
+///
+/// # Errors
+/// Something cannot be removed; what came before it is gone.
+pub async fn detach(instance: &Instance) -> anyhow::Result<bool> {
+    let removed = Pins::new(instance.name()).remove_all()?;
+    let vips = net::remove_vips().await?;
+    let neighbours = net::release_neighbours().await?;
+    Ok(removed || !vips.is_empty() || neighbours > 0)
 }
 
 async fn answer(controller: &mut Controller, request: Request) {

@@ -1,7 +1,7 @@
 //! `xlb detach`: removes what a daemon has left in the kernel.
 
 use super::{block_on, exit, fail, require_root};
-use crate::{daemon, datapath::Pins, instance::Instance, net};
+use crate::{daemon, instance::Instance};
 
 /// Removes the pinned program, links and maps of a stopped daemon, with all flows, and the VIPs and neighbours that it set
 #[derive(Debug, clap::Args)]
@@ -27,8 +27,5 @@ pub fn run(instance: &Instance, _args: &Args) -> u8 {
 async fn detach(instance: &Instance) -> anyhow::Result<bool> {
     // A running daemon would miss its maps.
     let _lock = daemon::lock(&instance.lock())?;
-    let removed = Pins::new(instance.name()).remove_all()?;
-    let vips = net::remove_vips().await?;
-    let neighbours = net::release_neighbours().await?;
-    Ok(removed || !vips.is_empty() || neighbours > 0)
+    daemon::detach(instance).await
 }
