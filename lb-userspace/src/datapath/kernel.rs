@@ -243,7 +243,7 @@ impl KernelDatapath {
             ),
             Mode::Auto => match self.attach_new(interface, index, AttachMode::Native) {
                 Ok(()) => (AttachMode::Native, None),
-                Err(error) if error.source.raw_os_error() == Some(libc::EBUSY) => return Err(error),
+                Err(error) if error.source.kind() == io::ErrorKind::ResourceBusy => return Err(error),
                 Err(error) => {
                     self.attach_new(interface, index, AttachMode::Generic)?;
                     (AttachMode::Generic, Some(error.source.to_string()))
@@ -301,7 +301,8 @@ impl KernelDatapath {
         let id = program.attach_to_if_index(index, flags).map_err(|error| {
             let error = failed(operation, interface, error);
             match error.source.raw_os_error() {
-                Some(libc::EBUSY) => DatapathError::new(
+                // The second where the other program is attached in the other mode.
+                Some(libc::EBUSY | libc::EEXIST) => DatapathError::new(
                     operation,
                     interface,
                     io::Error::new(
