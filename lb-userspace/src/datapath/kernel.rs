@@ -1,6 +1,6 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
-use std::{fmt, fs, io, os::fd::AsFd, path::Path};
+use std::{fmt, io, os::fd::AsFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
@@ -208,7 +208,7 @@ impl KernelDatapath {
         }
         for (interface, _, path) in self.pins.list_links() {
             if !interfaces.contains(&interface) {
-                remove_pin(&path)?;
+                Pins::remove_link(&path)?;
             }
         }
         Ok(attachments)
@@ -228,7 +228,7 @@ impl KernelDatapath {
                     fallback: None,
                 });
             }
-            remove_pin(&path)?;
+            Pins::remove_link(&path)?;
         }
         let (obtained, fallback) = match mode {
             Mode::Native => (
@@ -654,10 +654,6 @@ fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
         })
     };
     one.tag() == other.tag() && maps(one).is_some() && maps(one) == maps(other)
-}
-
-fn remove_pin(path: &Path) -> Result<(), DatapathError> {
-    fs::remove_file(path).map_err(|source| DatapathError::new("remove", path.display().to_string(), source))
 }
 
 /// Turns an error of aya into ours; the number of the system error is kept where there is one, for callers that
