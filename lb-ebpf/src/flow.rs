@@ -9,7 +9,7 @@ use lb_common::{
     logic::{
         ageing,
         headers::Segment,
-        source_port::{candidate, first_choice},
+        source_port::{TRIES, candidate, first_choice},
         tcp_state::{Sender, first, flags, next, opens},
     },
 };
@@ -18,9 +18,6 @@ use crate::{
     cursor::Cursor,
     maps::{self, FLOWS, REPLIES},
 };
-
-/// How many source ports are tried for a flow before it is given up.
-const SOURCE_PORT_TRIES: u32 = 16;
 
 /// Nanoseconds of `CLOCK_MONOTONIC_COARSE`: a tenth of the cost of the precise clock, and good to a tick.
 #[inline(always)]
@@ -39,11 +36,9 @@ pub fn known(
     let flow = get(&segment.key)?;
     let backend_id = flow.backend;
     let backend = maps::backend(backend_id)?;
+    // The key of the old one's replies stays: another flow may have it by now, and while it leads here, a late
+    // reply is known as such. The daemon removes it.
     if is_over(settings, flow, now) || !stays(flow, backend, segment) {
-        if backend.generation == flow.generation {
-            let source = source_address(flow.forward, &segment.key, backend);
-            let _ = REPLIES.remove(&reply_key(&segment.key, flow.source_port, &source, backend));
-        }
         return None;
     }
     flow.last_seen = now;
@@ -135,6 +130,7 @@ pub fn of_reply(segment: &Segment) -> Result<Option<Reply>, Reason> {
     };
     if backend.generation != flow.generation
         || backend.address != segment.key.source
+        || backend_port(&client, backend) != segment.key.source_port
         || flow.source_port != segment.key.destination_port
     {
         return Err(Reason::NoFlow);
@@ -196,17 +192,23 @@ pub fn source_address(forward: u8, client: &FlowKey, backend: &Backend) -> Addre
     }
 }
 
+/// The port that the backend is reached on.
+#[inline(always)]
+pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
+    if backend.port == 0 {
+        client.destination_port
+    } else {
+        backend.port
+    }
+}
+
 /// The 5-tuple of a backend's replies.
 #[inline(always)]
 fn reply_key(client: &FlowKey, source_port: u16, source: &Address, backend: &Backend) -> FlowKey {
     FlowKey {
         source: backend.address.by_words(),
         destination: source.by_words(),
-        source_port: if backend.port == 0 {
-            client.destination_port
-        } else {
-            backend.port
-        },
+        source_port: backend_port(client, backend),
         destination_port: source_port,
         protocol: client.protocol,
     }
@@ -219,7 +221,7 @@ fn claim_source_port(new: &Record<'_>, segment: &Segment, source: &Address) -> R
     let full_nat = new.service.forward == Forward::FullNat.number();
     let start = first_choice(new.settings, &segment.key);
     let mut reply = reply_key(&segment.key, segment.key.source_port, source, new.backend);
-    for attempt in 0..SOURCE_PORT_TRIES {
+    for attempt in 0..TRIES {
         if full_nat || attempt > 0 {
             reply.destination_port = candidate(new.settings, start, attempt).to_be();
         }

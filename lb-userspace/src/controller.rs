@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     api::{Change, Done, Refusal, Refused},
-    compile::{self, Directory},
+    compile::{self, Directory, SlotTables},
     config::{self, Config, Probe, Service, XdpMode},
     datapath::{
         Datapath,
@@ -43,6 +43,7 @@ pub struct Controller {
     started: Instant,
     model: Model,
     directory: Directory,
+    tables: SlotTables,
     reconciler: Reconciler<KernelDatapath>,
     attachments: Vec<Attachment>,
     driver: Driver,
@@ -94,6 +95,7 @@ impl Controller {
             started: Instant::now(),
             model,
             directory: Directory::default(),
+            tables: SlotTables::default(),
             reconciler,
             attachments: Vec::new(),
             driver,
@@ -101,11 +103,11 @@ impl Controller {
             rates: Rates::default(),
             problems: BTreeMap::new(),
         };
-        controller.sweep();
         controller.follow_configuration().await;
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;
+        controller.sweep();
         controller.assign_vips().await;
         Ok(controller)
     }
@@ -139,14 +141,16 @@ impl Controller {
         let config = config::load(&self.config_path)
             .map_err(|error| refused(Refusal::BadConfiguration, error.render(false)))?;
         let seed = seed::load_or_make(&config.seed_file)
-            .map_err(|error| refused(Refusal::BadConfiguration, error.to_string()))?;
+            .map_err(|error| refused(Refusal::BadConfiguration, chain(error)))?;
         let warnings = self.restart_warnings(&config);
         let former = self.model.clone();
         self.model.config = config;
         self.model.seed = seed;
         self.forget_vanished(&former.config);
+        self.follow_configuration().await;
         if let Err(error) = self.attach().and_then(|()| self.converge()) {
             self.model = former;
+            self.follow_configuration().await;
             self.converge_or_retry();
             if let Err(error) = self.attach() {
                 error!("the interfaces of the running configuration: {error:#}");
@@ -156,12 +160,9 @@ impl Controller {
                 format!("{error:#}; the running configuration stays"),
             ));
         }
-        self.follow_configuration().await;
         self.assign_vips().await;
         self.sweep();
-        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
-            warn!("flows of removed backends are left to their timeouts: {error}");
-        }
+        self.remove_orphan_replies();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");
@@ -218,13 +219,27 @@ impl Controller {
     }
 
     /// Mends what somebody else has changed in the maps, and what could not be done before.
-    pub fn repair(&mut self) {
+    pub async fn repair(&mut self) {
         match self.reconciler.refresh() {
             Ok(0) => {}
             Ok(changes) => warn!(changes, "the maps were changed from outside; they are mended"),
             Err(error) => self.problem("read the maps", &error.into()),
         }
         self.converge_or_retry();
+        self.remove_orphan_replies();
+        // An interface that was made anew under its name has lost the program and the VIPs.
+        match self.attach() {
+            Ok(()) => drop(self.problems.remove("attach")),
+            Err(error) => self.problem("attach", &error),
+        }
+        self.assign_vips().await;
+    }
+
+    /// Removes what flows that have gone to another backend have left.
+    fn remove_orphan_replies(&mut self) {
+        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
+            warn!("keys of replies that lead nowhere stay for now: {}", chain(error));
+        }
     }
 
     /// Takes a reading of the counters, for rates.
@@ -245,7 +260,7 @@ impl Controller {
             .datapath()
             .counters(&services, &backends)
             .unwrap_or_else(|error| {
-                problems.push(error.to_string());
+                problems.push(chain(error));
                 Default::default()
             });
         let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
@@ -340,7 +355,7 @@ impl Controller {
 
     /// Compiles the model and makes the maps hold the result.
     fn converge(&mut self) -> anyhow::Result<()> {
-        let compiled = compile::compile(&self.model, self.reconciler.actual())?;
+        let compiled = compile::compile(&mut self.tables, &self.model, self.reconciler.actual())?;
         self.reconciler.reconcile(compiled.contents)?;
         self.directory = compiled.directory;
         self.problems.remove("converge");
@@ -391,7 +406,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Has probes and next hops follow the configuration.
+    /// Has probes and next hops follow the configuration, and takes in what is known of both already.
     async fn follow_configuration(&mut self) {
         self.driver.set_targets(targets(&self.model));
         self.model.health = self.driver.health();
@@ -404,6 +419,7 @@ impl Controller {
         self.watcher
             .set_addresses(addresses.map(|backend| backend.address).collect())
             .await;
+        self.model.next_hops = self.watcher.next_hops().borrow().clone();
     }
 
     async fn assign_vips(&mut self) {
@@ -439,15 +455,21 @@ impl Controller {
         self.model.administrative.retain(|name, _| stays(name));
     }
 
-    /// What of a new configuration takes effect only when the maps are made anew.
+    /// What of a new configuration does not take effect now.
     fn restart_warnings(&self, config: &Config) -> Vec<String> {
-        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
-        match config.flow_table.size {
-            Some(wanted) if wanted != size => vec![format!(
-                "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends all flows"
-            )],
-            _ => Vec::new(),
+        let mut warnings = Vec::new();
+        if config.socket != self.model.config.socket {
+            warnings
+                .push("the control socket stays where it is until the daemon is started again".to_owned());
         }
+        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
+        if config.flow_table.size.is_some_and(|wanted| wanted != size) {
+            warnings.push(format!(
+                "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends \
+                 all flows"
+            ));
+        }
+        warnings
     }
 
     fn find(&self, service: &str, backend: &str) -> Result<(), Refused> {
@@ -490,6 +512,11 @@ fn servers(config: &Config) -> BTreeMap<BackendName, (IpAddr, Option<u16>)> {
                 .map(move |backend| named(service, backend))
         })
         .collect()
+}
+
+/// An error with its causes, in one line.
+fn chain(error: impl Into<anyhow::Error>) -> String {
+    format!("{:#}", error.into())
 }
 
 /// What to probe, and where.

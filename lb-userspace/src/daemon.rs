@@ -1,9 +1,7 @@
 //! The daemon's tasks, channels and shutdown; nothing else.
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File, OpenOptions, TryLockError},
-    net::IpAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -11,9 +9,8 @@ use std::{
 
 use anyhow::{Context, bail};
 use tokio::{
-    net::UnixListener,
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::mpsc,
     time::{MissedTickBehavior, interval},
 };
 use tracing::{error, info};
@@ -27,10 +24,9 @@ use crate::{
         kernel::{KernelDatapath, flow_table_memory},
     },
     flow_table_size,
-    health::{Driver, Transition},
+    health::Driver,
     instance::Instance,
-    model::NextHop,
-    net::{self, NextHopWatcher},
+    net::NextHopWatcher,
 };
 
 /// How often idle flows are ended and flows counted.
@@ -51,23 +47,36 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     let mut hang_up = signal(SignalKind::hangup())?;
 
     let socket = config.socket.clone().unwrap_or_else(|| instance.socket());
-    let took_over = Pins::new(instance.name()).exist();
-    let started = start(&instance, config_path, config, &socket).await;
-    let Started {
-        mut controller,
-        mut transition,
-        mut next_hops,
-        listener,
-    } = match started {
-        Ok(started) => started,
-        Err(error) => {
-            // What an earlier daemon has left running goes on; what this one has begun does not stay.
-            if !took_over {
-                detach(&instance).await?;
-            }
-            return Err(error);
-        }
+    let pins = Pins::new(instance.name());
+    let took_over = pins.exist();
+    let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
+    let listener = server::bind(&socket)?;
+    // What an earlier daemon has left running goes on; what this one has begun does not stay if it fails to start.
+    let unfinished = Unfinished((!took_over).then(|| pins.clone()));
+    let mut datapath = KernelDatapath::open(pins, size)?;
+    datapath.start_packet_log()?;
+    let size = datapath.flow_table_size()?;
+    info!(
+        "flow table: {size} flows, {} MB",
+        flow_table_memory(size) / 1_000_000
+    );
+    if took_over {
+        info!("took over the maps of an earlier daemon, with their flows");
+    }
+
+    let (transitions, mut transition) = mpsc::channel(1024);
+    let watcher = NextHopWatcher::start()?;
+    let mut next_hops = watcher.next_hops();
+    let parts = Parts {
+        instance,
+        config_path,
+        config,
+        datapath,
+        driver: Driver::new(transitions),
+        watcher,
     };
+    let mut controller = Controller::start(parts).await?;
+    unfinished.finish();
 
     let (requests, mut request) = mpsc::channel(64);
     let mut api = tokio::spawn(server::serve(listener, requests));
@@ -93,7 +102,7 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
                 error!("reload: {}", refused.message);
             },
             _ = sweeps.tick() => controller.sweep(),
-            _ = repairs.tick() => controller.repair(),
+            _ = repairs.tick() => controller.repair().await,
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");
@@ -109,63 +118,26 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     Ok(())
 }
 
-/// A daemon whose data path runs and whose socket is there.
-struct Started {
-    controller: Controller,
-    transition: mpsc::Receiver<Transition>,
-    next_hops: watch::Receiver<BTreeMap<IpAddr, NextHop>>,
-    listener: UnixListener,
-}
+/// Pins to remove unless the start is finished.
+struct Unfinished(Option<Pins>);
 
-async fn start(
-    instance: &Instance,
-    config_path: PathBuf,
-    config: Config,
-    socket: &Path,
-) -> anyhow::Result<Started> {
-    let pins = Pins::new(instance.name());
-    let took_over = pins.exist();
-    let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
-    let mut datapath = KernelDatapath::open(pins, size)?;
-    datapath.start_packet_log()?;
-    let size = datapath.flow_table_size()?;
-    info!(
-        "flow table: {size} flows, {} MB",
-        flow_table_memory(size) / 1_000_000
-    );
-    if took_over {
-        info!("took over the maps of an earlier daemon, with their flows");
+impl Unfinished {
+    fn finish(mut self) {
+        self.0 = None;
     }
-
-    let (transitions, transition) = mpsc::channel(1024);
-    let watcher = NextHopWatcher::start()?;
-    let next_hops = watcher.next_hops();
-    let parts = Parts {
-        instance: instance.clone(),
-        config_path,
-        config,
-        datapath,
-        driver: Driver::new(transitions),
-        watcher,
-    };
-    Ok(Started {
-        controller: Controller::start(parts).await?,
-        transition,
-        next_hops,
-        listener: server::bind(socket)?,
-    })
 }
 
-/// Removes what a daemon of this instance has left in the kernel: program, links and maps, with all flows, VIPs and
-/// neighbours. Tells whether there was anything.
-///
-/// # Errors
-/// Something cannot be removed; what came before it is gone.
-pub async fn detach(instance: &Instance) -> anyhow::Result<bool> {
-    let removed = Pins::new(instance.name()).remove_all()?;
-    let vips = net::remove_vips().await?;
-    let neighbours = net::release_neighbours().await?;
-    Ok(removed || !vips.is_empty() || neighbours > 0)
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(pins) = self.0.take()
+            && let Err(error) = pins.remove_own_layout()
+        {
+            error!(
+                "{:#}; `xlb detach` removes what is left",
+                anyhow::Error::from(error)
+            );
+        }
+    }
 }
 
 async fn answer(controller: &mut Controller, request: Request) {

@@ -10,6 +10,7 @@ pub mod config;
 pub mod controller;
 pub mod daemon;
 pub mod datapath;
+pub mod demo;
 pub mod flow_table_size;
 pub mod health;
 pub mod instance;

@@ -10,9 +10,9 @@ use std::{
 /// Why there is no seed.
 #[derive(Debug, thiserror::Error)]
 pub enum SeedError {
-    #[error("reading the seed file {} failed: {source}", path.display())]
+    #[error("reading the seed file {} failed", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("making the seed file {} failed: {source}; `hash.seed-file` names another place", path.display())]
+    #[error("making the seed file {} failed; `hash.seed-file` names another place", path.display())]
     Make { path: PathBuf, source: io::Error },
     #[error(
         "the seed file {} does not hold 32 hexadecimal digits: copy it from another node, or remove it and a new one is made",

@@ -86,3 +86,44 @@ impl core::fmt::Display for Address {
         IpAddr::from(*self).fmt(f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use std::string::ToString;
+
+    use super::*;
+
+    #[test]
+    fn an_ipv4_address_is_mapped_in_network_byte_order() {
+        let address = Address::from(Ipv4Addr::new(203, 0, 113, 10));
+        assert_eq!(
+            address.as_bytes(),
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 203, 0, 113, 10]
+        );
+        assert_eq!(address.v4_word().to_ne_bytes(), [203, 0, 113, 10]);
+        assert_eq!(address.to_string(), "203.0.113.10");
+    }
+
+    #[test]
+    fn an_ipv6_address_is_no_ipv4_address() {
+        for text in ["2001:db8::1", "::1", "::", "::ffff:0:1.2.3.4", "1::ffff:1.2.3.4"] {
+            let ip: Ipv6Addr = text.parse().unwrap();
+            let address = Address::from(IpAddr::V6(ip));
+            assert!(!address.is_v4(), "{text}");
+            assert_eq!(IpAddr::from(address), IpAddr::V6(ip));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_address_comes_back_from_its_words(octets: [u8; 4], words: [u32; 4]) {
+            let ip = IpAddr::V4(Ipv4Addr::from(octets));
+            prop_assert_eq!(IpAddr::from(Address::from(ip)), ip);
+            prop_assert_eq!(Address::from_v4_word(u32::from_ne_bytes(octets)), Address::from(ip));
+            let address = Address(words);
+            prop_assert_eq!(Address::from(IpAddr::from(address)), address);
+            prop_assert_eq!(address.by_words(), address);
+        }
+    }
+}

@@ -30,3 +30,16 @@ impl Link {
         zerocopy::transmute!(*self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_the_beginning_of_an_ethernet_header() {
+        let link = Link::new([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]);
+        assert_eq!(link.as_bytes(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+        assert_eq!(link.destination(), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(link.source(), [7, 8, 9, 10, 11, 12]);
+    }
+}

@@ -76,3 +76,35 @@ impl Reason {
         self as u32
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn reasons_are_numbered_in_their_order() {
+        for (number, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(reason.index() as usize, number, "{reason:?}");
+        }
+        assert_eq!(REASON_COUNT as usize, Reason::ALL.len());
+    }
+
+    #[test]
+    fn names_are_kebab_case_and_differ() {
+        let names: BTreeSet<_> = Reason::ALL.iter().map(|reason| reason.name()).collect();
+        assert_eq!(names.len(), Reason::ALL.len());
+        for name in names {
+            assert!(name.split('-').all(|part| !part.is_empty()), "{name}");
+            assert!(name.chars().all(|c| c.is_ascii_lowercase() || c == '-'), "{name}");
+        }
+    }
+
+    #[test]
+    fn every_reason_is_explained_in_a_sentence_of_its_own() {
+        let texts: BTreeSet<_> = Reason::ALL.iter().map(|reason| reason.help()).collect();
+        assert_eq!(texts.len(), Reason::ALL.len());
+        assert!(texts.iter().all(|text| text.ends_with('.')));
+    }
+}

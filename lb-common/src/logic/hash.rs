@@ -86,3 +86,120 @@ pub fn client_hash(seed: [u64; 2], key: &FlowKey) -> u64 {
 pub const fn slot_of(hash: u64) -> u32 {
     (((hash >> 32) * SLOT_COUNT as u64) >> 32) as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use core::hash::Hasher;
+
+    use proptest::prelude::*;
+    use siphasher::sip::SipHasher13;
+
+    use super::*;
+    use crate::abi::Address;
+
+    fn reference(key: [u64; 2], words: &[u64]) -> u64 {
+        let mut hasher = SipHasher13::new_with_keys(key[0], key[1]);
+        for word in words {
+            hasher.write(&word.to_le_bytes());
+        }
+        hasher.finish()
+    }
+
+    fn key(source: [u32; 4], destination: [u32; 4], ports: [u16; 2], protocol: u32) -> FlowKey {
+        FlowKey {
+            source: Address(source),
+            destination: Address(destination),
+            source_port: ports[0],
+            destination_port: ports[1],
+            protocol,
+        }
+    }
+
+    fn v4(source: u32, destination: u32, ports: [u16; 2], protocol: u32) -> FlowKey {
+        let mapped = |word| Address::from_v4_word(word).0;
+        key(mapped(source), mapped(destination), ports, protocol)
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_siphash_1_3(key: [u64; 2], words: [u64; 5]) {
+            prop_assert_eq!(siphash13(key, words), reference(key, &words));
+            prop_assert_eq!(siphash13(key, [words[0], words[1]]), reference(key, &words[..2]));
+            prop_assert_eq!(siphash13(key, [words[0]]), reference(key, &words[..1]));
+            prop_assert_eq!(siphash13(key, []), reference(key, &[]));
+        }
+
+        #[test]
+        fn a_flow_over_ipv4_is_hashed_as_its_sixteen_bytes(
+            seed: [u64; 2], source: u32, destination: u32, ports: [u16; 2], protocol: u32
+        ) {
+            let words = [
+                u64::from(source) << 32 | u64::from(destination),
+                u64::from(ports[0]) << 48 | u64::from(ports[1]) << 32 | u64::from(protocol),
+            ];
+            let hash = flow_hash(seed, &v4(source, destination, ports, protocol));
+            prop_assert_eq!(hash, reference(seed, &words));
+        }
+
+        #[test]
+        fn every_field_of_a_flow_changes_its_hash(
+            seed: [u64; 2], source: [u32; 4], destination: [u32; 4], ports: [u16; 2], protocol: u32, bit in 0..10usize
+        ) {
+            let one = key(source, destination, ports, protocol);
+            let mut other = one;
+            match bit {
+                0..=3 => other.source.0[bit] ^= 1,
+                4..=7 => other.destination.0[bit - 4] ^= 1,
+                8 => other.source_port ^= 1,
+                _ => other.destination_port ^= 1,
+            }
+            prop_assert_ne!(flow_hash(seed, &one), flow_hash(seed, &other));
+            other = one;
+            other.protocol ^= 1;
+            prop_assert_ne!(flow_hash(seed, &one), flow_hash(seed, &other));
+        }
+
+        #[test]
+        fn the_hash_of_a_client_depends_on_its_address_alone(
+            seed: [u64; 2], source: [u32; 4], one: ([u32; 4], [u16; 2], u32), other: ([u32; 4], [u16; 2], u32)
+        ) {
+            let one = client_hash(seed, &key(source, one.0, one.1, one.2));
+            prop_assert_eq!(one, client_hash(seed, &key(source, other.0, other.1, other.2)));
+            let words = [word(source[0], source[1]), word(source[2], source[3])];
+            prop_assert_eq!(one, reference(seed, &words));
+        }
+
+        #[test]
+        fn a_slot_is_one_of_the_table(hash: u64) {
+            prop_assert!(slot_of(hash) < SLOT_COUNT);
+        }
+    }
+
+    #[test]
+    fn the_ends_of_the_range_are_the_first_and_the_last_slot() {
+        assert_eq!(slot_of(0), 0);
+        assert_eq!(slot_of(u64::MAX), SLOT_COUNT - 1);
+    }
+
+    #[test]
+    fn a_flow_and_its_reverse_are_hashed_apart() {
+        let there = v4(1, 2, [3, 4], 6);
+        let back = v4(2, 1, [4, 3], 6);
+        assert_ne!(flow_hash([0; 2], &there), flow_hash([0; 2], &back));
+    }
+
+    #[test]
+    fn flows_spread_evenly_over_the_slots() {
+        let mut quarters = [0u32; 4];
+        for port in 0..40_000u32 {
+            let flow = v4(0x0100_000a, 0x0200_000a, [port as u16, 80], 6);
+            let slot = slot_of(flow_hash([7, 8], &flow));
+            quarters[(slot * 4 / SLOT_COUNT) as usize] += 1;
+        }
+        // The standard deviation is 87.
+        assert!(
+            quarters.iter().all(|count| (9_400..10_600).contains(count)),
+            "{quarters:?}"
+        );
+    }
+}

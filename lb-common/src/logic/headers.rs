@@ -217,3 +217,206 @@ impl View for SliceView {
         ])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use core::net::Ipv4Addr;
+    use std::vec::Vec;
+
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    /// A TCP segment with its ACK from 198.51.100.7:5000 to 203.0.113.10:80, checksums left out.
+    const ACK: [u8; 54] = [
+        2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x08, 0x00, // Ethernet
+        0x45, 0, 0, 40, 0x12, 0x34, 0, 0, 64, 6, 0, 0, 198, 51, 100, 7, 203, 0, 113, 10, // IP
+        0x13, 0x88, 0, 80, 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0, // TCP
+    ];
+    /// A UDP datagram without payload, in between the same.
+    const DATAGRAM: [u8; 42] = [
+        2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x08, 0x00, // Ethernet
+        0x45, 0, 0, 28, 0x12, 0x34, 0, 0, 64, 17, 0, 0, 198, 51, 100, 7, 203, 0, 113, 10, // IP
+        0x13, 0x88, 0, 80, 0, 8, 0, 0, // UDP
+    ];
+
+    fn segment(protocol: u8, tcp_flags: u8) -> Segment {
+        Segment {
+            key: FlowKey {
+                source: Ipv4Addr::new(198, 51, 100, 7).into(),
+                destination: Ipv4Addr::new(203, 0, 113, 10).into(),
+                source_port: 5000_u16.to_be(),
+                destination_port: 80_u16.to_be(),
+                protocol: u32::from(protocol),
+            },
+            ip_offset: 14,
+            transport_offset: 34,
+            tcp_flags,
+            ttl: 64,
+        }
+    }
+
+    fn reason_of(bytes: &[u8]) -> Reason {
+        match decode(&bytes) {
+            Err(Undecodable::NotTransport(reason) | Undecodable::Malformed { reason, .. }) => reason,
+            Ok(segment) => panic!("{segment:?}"),
+        }
+    }
+
+    fn changed<const N: usize>(frame: [u8; N], changes: &[(usize, u8)]) -> [u8; N] {
+        let mut frame = frame;
+        for (at, value) in changes {
+            frame[*at] = *value;
+        }
+        frame
+    }
+
+    #[test]
+    fn a_tcp_segment_is_decoded_whole() {
+        assert_eq!(decode(&&ACK[..]), Ok(segment(TCP, 0x10)));
+    }
+
+    #[test]
+    fn a_udp_datagram_is_decoded_whole() {
+        assert_eq!(decode(&&DATAGRAM[..]), Ok(segment(UDP, 0)));
+    }
+
+    #[test]
+    fn options_move_the_transport_header() {
+        let mut frame = ACK[..34].to_vec();
+        frame.extend_from_slice(&[1; 40]);
+        frame.extend_from_slice(&ACK[34..]);
+        frame[14] = 0x4f;
+        frame[17] = 80;
+        let expected = Segment {
+            transport_offset: 74,
+            ..segment(TCP, 0x10)
+        };
+        assert_eq!(decode(&&frame[..]), Ok(expected));
+    }
+
+    #[test]
+    fn each_way_to_be_malformed_has_its_reason() {
+        for (changes, reason) in [
+            (&[(14, 0x65)][..], Reason::BadIpVersion),
+            (&[(14, 0x44)], Reason::BadIpHeaderLength),
+            (&[(14, 0x4f)], Reason::BadIpHeaderLength),
+            (&[(17, 19)], Reason::BadIpLength),
+            (&[(17, 41)], Reason::BadIpLength),
+            (&[(26, 0)], Reason::BadSourceAddress),
+            (&[(26, 127)], Reason::BadSourceAddress),
+            (&[(26, 224)], Reason::BadSourceAddress),
+            (&[(26, 255)], Reason::BadSourceAddress),
+            (
+                &[(26, 203), (27, 0), (28, 113), (29, 10)],
+                Reason::BadSourceAddress,
+            ),
+            (&[(20, 0x20)], Reason::Fragment),
+            (&[(21, 0x01)], Reason::Fragment),
+            (&[(17, 39)], Reason::TruncatedTransport),
+            (&[(46, 0x40)], Reason::BadTcpOffset),
+            (&[(46, 0x60)], Reason::BadTcpOffset),
+            (&[(47, 0x00)], Reason::BadTcpFlags),
+            (&[(34, 0), (35, 0)], Reason::ZeroPort),
+            (&[(37, 0)], Reason::ZeroPort),
+        ] {
+            let frame = changed(ACK, changes);
+            let destination = Ipv4Addr::new(203, 0, 113, 10).into();
+            let expected = Undecodable::Malformed { destination, reason };
+            assert_eq!(decode(&&frame[..]), Err(expected), "{changes:x?}");
+        }
+        for (changes, reason) in [
+            (&[(17, 27)][..], Reason::TruncatedTransport),
+            (&[(39, 7)], Reason::BadUdpLength),
+            (&[(39, 9)], Reason::BadUdpLength),
+            (&[(38, 0xff)], Reason::BadUdpLength),
+        ] {
+            assert_eq!(reason_of(&changed(DATAGRAM, changes)), reason, "{changes:x?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_ipv4_is_told_from_what_is_not_transport() {
+        assert_eq!(reason_of(&changed(ACK, &[(12, 0x86), (13, 0xdd)])), Reason::NotIp);
+        for length in 0..34 {
+            assert_eq!(reason_of(&ACK[..length]), Reason::NotIp, "{length} bytes");
+        }
+        for protocol in (0..=u8::MAX).filter(|protocol| ![TCP, UDP].contains(protocol)) {
+            let frame = changed(ACK, &[(23, protocol)]);
+            assert_eq!(
+                decode(&&frame[..]),
+                Err(Undecodable::NotTransport(Reason::NotForService))
+            );
+        }
+    }
+
+    #[test]
+    fn flags_of_ip_that_are_no_fragments_are_let_be() {
+        for flags in [0x40, 0x80, 0xc0] {
+            assert!(decode(&&changed(ACK, &[(20, flags)])[..]).is_ok(), "{flags:#x}");
+        }
+    }
+
+    /// Frames near to well-formed ones, cut and lengthened.
+    fn frames() -> impl Strategy<Value = Vec<u8>> {
+        let near = (
+            any::<bool>(),
+            vec((12..54usize, any::<u8>()), 0..4),
+            0..80usize,
+            any::<bool>(),
+        )
+            .prop_map(|(tcp, changes, length, resized)| {
+                let mut frame = if tcp { ACK.to_vec() } else { DATAGRAM.to_vec() };
+                for (at, value) in changes {
+                    if let Some(byte) = frame.get_mut(at) {
+                        *byte = value;
+                    }
+                }
+                if resized {
+                    frame.resize(length, 0);
+                }
+                frame
+            });
+        prop_oneof![vec(any::<u8>(), 0..120), near]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+        #[test]
+        fn no_bytes_make_it_panic_and_what_it_decodes_is_in_the_frame(frame in frames()) {
+            let Ok(segment) = decode(&&frame[..]) else { return Ok(()) };
+            let header = if segment.key.protocol == u32::from(TCP) { 20 } else { 8 };
+            let total = usize::from(u16::from_be_bytes([frame[16], frame[17]]));
+            prop_assert_eq!(segment.ip_offset, 14);
+            prop_assert_eq!(segment.transport_offset, 14 + usize::from(frame[14] & 0x0f) * 4);
+            prop_assert!(segment.transport_offset + header <= 14 + total && 14 + total <= frame.len());
+            let at = segment.transport_offset;
+            prop_assert_eq!(segment.key.source_port.to_ne_bytes(), [frame[at], frame[at + 1]]);
+            prop_assert_eq!(segment.key.destination_port.to_ne_bytes(), [frame[at + 2], frame[at + 3]]);
+            prop_assert_eq!(&segment.key.source.v4_word().to_ne_bytes()[..], &frame[26..30]);
+            prop_assert_eq!(&segment.key.destination.v4_word().to_ne_bytes()[..], &frame[30..34]);
+            prop_assert!(segment.key.source.is_v4() && segment.key.destination.is_v4());
+            prop_assert_eq!(segment.ttl, frame[22]);
+            prop_assert_eq!(segment.tcp_flags == 0, header == 8);
+            prop_assert!(segment.key.source_port != 0 && segment.key.destination_port != 0);
+            prop_assert!(segment.key.source != segment.key.destination);
+        }
+
+        #[test]
+        fn a_malformed_packet_names_its_destination(frame in frames()) {
+            if let Err(Undecodable::Malformed { destination, reason }) = decode(&&frame[..]) {
+                prop_assert_eq!(&destination.v4_word().to_ne_bytes()[..], &frame[30..34]);
+                prop_assert_eq!(reason.class(), crate::abi::VerdictClass::Dropped);
+            }
+        }
+
+        #[test]
+        fn what_follows_the_packet_in_its_frame_makes_no_difference(frame in frames(), trailer in vec(any::<u8>(), 0..40)) {
+            if let Ok(segment) = decode(&&frame[..]) {
+                let longer = [&frame[..], &trailer].concat();
+                prop_assert_eq!(decode(&&longer[..]), Ok(segment));
+            }
+        }
+    }
+}

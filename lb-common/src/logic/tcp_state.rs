@@ -76,3 +76,129 @@ pub const fn next(state: TcpState, sender: Sender, tcp_flags: u8) -> TcpState {
         (state, _) => state,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        Sender::{Backend, Client},
+        flags::{PSH, URG},
+        *,
+    };
+    use TcpState::{Closed, Established, FinBackend, FinClient, None, SynReceived, SynSent};
+
+    const SYN_ACK: u8 = SYN | ACK;
+    const FIN_ACK: u8 = FIN | ACK;
+    const RST_ACK: u8 = RST | ACK;
+
+    /// State, then the state after each kind of segment of the client, then of the backend:
+    /// SYN; SYN, ACK; ACK; FIN, ACK; RST; RST, ACK.
+    const TRANSITIONS: [(TcpState, [TcpState; 6], [TcpState; 6]); 7] = [
+        (
+            None,
+            [None, None, None, None, Closed, Closed],
+            [None, None, None, None, Closed, Closed],
+        ),
+        (
+            SynSent,
+            [SynSent, SynSent, SynSent, FinClient, Closed, Closed],
+            [SynSent, SynReceived, SynSent, FinBackend, Closed, Closed],
+        ),
+        (
+            SynReceived,
+            [SynReceived, SynReceived, Established, FinClient, Closed, Closed],
+            [SynReceived, SynReceived, SynReceived, FinBackend, Closed, Closed],
+        ),
+        (
+            Established,
+            [Established, Established, Established, FinClient, Closed, Closed],
+            [Established, Established, Established, FinBackend, Closed, Closed],
+        ),
+        (
+            FinClient,
+            [FinClient, FinClient, FinClient, FinClient, Closed, Closed],
+            [FinClient, FinClient, FinClient, Closed, Closed, Closed],
+        ),
+        (
+            FinBackend,
+            [FinBackend, FinBackend, FinBackend, Closed, Closed, Closed],
+            [FinBackend, FinBackend, FinBackend, FinBackend, Closed, Closed],
+        ),
+        (
+            Closed,
+            [Closed, Closed, Closed, Closed, Closed, Closed],
+            [Closed, Closed, Closed, Closed, Closed, Closed],
+        ),
+    ];
+
+    #[test]
+    fn every_transition_is_as_in_the_table() {
+        let segments = [SYN, SYN_ACK, ACK, FIN_ACK, RST, RST_ACK];
+        for (number, (state, after_client, after_backend)) in TRANSITIONS.into_iter().enumerate() {
+            assert_eq!(state as usize, number, "the table has every state once");
+            for (at, segment) in segments.into_iter().enumerate() {
+                // What else is set makes no difference: PSH, URG and the bits of ECN.
+                for more in [0, PSH, URG, PSH | URG, 0x40, 0x80, 0xc0] {
+                    let what = (state, segment, more);
+                    assert_eq!(
+                        next(state, Client, segment | more),
+                        after_client[at],
+                        "client {what:?}"
+                    );
+                    assert_eq!(
+                        next(state, Backend, segment | more),
+                        after_backend[at],
+                        "backend {what:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_closed_flow_stays_closed_whatever_comes() {
+        for tcp_flags in 0..=u8::MAX {
+            assert_eq!(next(Closed, Client, tcp_flags), Closed);
+            assert_eq!(next(Closed, Backend, tcp_flags), Closed);
+        }
+    }
+
+    #[test]
+    fn the_first_segment_that_is_seen_gives_the_state() {
+        assert_eq!(first(SYN), SynSent);
+        assert_eq!(first(SYN | PSH), SynSent);
+        assert_eq!(first(ACK), Established);
+        assert_eq!(first(ACK | PSH), Established);
+        assert_eq!(first(FIN_ACK), FinClient);
+    }
+
+    #[test]
+    fn syn_alone_opens() {
+        for tcp_flags in 0..=u8::MAX {
+            let expected = tcp_flags & SYN != 0 && tcp_flags & ACK == 0;
+            assert_eq!(opens(tcp_flags), expected, "{tcp_flags:#04x}");
+        }
+    }
+
+    #[test]
+    fn six_combinations_of_the_flags_that_matter_are_sane() {
+        let sane = [SYN, SYN_ACK, ACK, FIN_ACK, RST, RST_ACK];
+        for tcp_flags in 0..=u8::MAX {
+            let relevant = tcp_flags & (SYN | ACK | FIN | RST);
+            assert_eq!(
+                flags_are_sane(tcp_flags),
+                sane.contains(&relevant),
+                "{tcp_flags:#04x}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_state_comes_back_from_its_number() {
+        for (state, _, _) in TRANSITIONS {
+            assert_eq!(TcpState::from_number(state as u8), state);
+        }
+        for number in 7..=u8::MAX {
+            assert_eq!(TcpState::from_number(number), Closed);
+        }
+    }
+}

@@ -13,7 +13,7 @@ use lb_common::{
 
 use crate::{
     cursor::Cursor,
-    flow::{Reply, source_address},
+    flow::{Reply, backend_port, source_address},
     maps,
     verdict::{Verdict, add},
 };
@@ -33,11 +33,7 @@ pub fn to_backend(
         source: source_address(flow.forward, &segment.key, backend),
         destination: backend.address.by_words(),
         source_port: flow.source_port,
-        destination_port: if backend.port == 0 {
-            segment.key.destination_port
-        } else {
-            backend.port
-        },
+        destination_port: backend_port(&segment.key, backend),
         protocol: segment.key.protocol,
     };
     if nat::rewrite(frame, segment, &tuple).is_none() {

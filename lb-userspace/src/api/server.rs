@@ -25,7 +25,7 @@ type Requests = mpsc::Sender<Request>;
 
 /// Why there is no control socket.
 #[derive(Debug, thiserror::Error)]
-#[error("making the control socket {} failed: {source}", path.display())]
+#[error("making the control socket {} failed", path.display())]
 pub struct SocketError {
     path: PathBuf,
     source: io::Error,

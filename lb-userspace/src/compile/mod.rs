@@ -22,7 +22,7 @@ use lb_common::abi::{
 pub use self::restore::{Restored, restore};
 use crate::{
     config::{Backend, Forward, Service, Strategy},
-    datapath::Contents,
+    datapath::{Contents, SlotTable},
     model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
 
@@ -70,7 +70,7 @@ pub enum CompileError {
 ///
 /// # Errors
 /// When something does not fit into the maps, also together with what has to leave them first.
-pub fn compile(model: &Model, actual: &Contents) -> Result<Compiled, CompileError> {
+pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Result<Compiled, CompileError> {
     let directory = assign_ids(&model.config.services, actual)?;
     let mut contents = Contents {
         settings: settings(model),
@@ -80,12 +80,42 @@ pub fn compile(model: &Model, actual: &Contents) -> Result<Compiled, CompileErro
         let Some(id) = directory.services.get(&service.name) else {
             continue;
         };
-        add_service(&mut contents, *id, service, &directory, model, actual);
+        let candidates = add_service(&mut contents, *id, service, &directory, model, actual);
+        let table = tables.get(*id, candidates);
+        let unchanged = actual.slots.get(id).filter(|old| **old == table);
+        contents.slots.insert(*id, unchanged.map_or(table, Arc::clone));
     }
+    tables.retain(&contents);
     add_removed_backends(&mut contents, model, actual);
     add_addresses(&mut contents);
     check_limits(&contents, actual)?;
     Ok(Compiled { contents, directory })
+}
+
+/// The slot tables of the last compilation: building one takes milliseconds, and most changes concern few services.
+///
+/// A memory of what can be computed again at any time: the result does not depend on it.
+#[derive(Debug, Default)]
+pub struct SlotTables(BTreeMap<u32, (Vec<maglev::Candidate>, SlotTable)>);
+
+impl SlotTables {
+    /// The table of a service for these candidates.
+    fn get(&mut self, service: u32, candidates: Vec<maglev::Candidate>) -> SlotTable {
+        if let Some((known, table)) = self.0.get(&service)
+            && *known == candidates
+        {
+            return Arc::clone(table);
+        }
+        let table = maglev::table(&candidates);
+        self.0.insert(service, (candidates, Arc::clone(&table)));
+        table
+    }
+
+    /// Forgets services that are gone.
+    fn retain(&mut self, contents: &Contents) {
+        self.0
+            .retain(|service, _| contents.services.contains_key(service));
+    }
 }
 
 /// Finds the ids that exist and gives the lowest free ones to the others.
@@ -147,6 +177,7 @@ fn nanoseconds(duration: Duration) -> u64 {
     duration.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
+/// Adds a service and its backends; gives those that new flows may be put on.
 fn add_service(
     contents: &mut Contents,
     id: u32,
@@ -154,7 +185,7 @@ fn add_service(
     directory: &Directory,
     model: &Model,
     actual: &Contents,
-) {
+) -> Vec<maglev::Candidate> {
     let mut candidates = Vec::new();
     for backend in &service.backends {
         let name = (service.name.clone(), backend.name.clone());
@@ -183,13 +214,11 @@ fn add_service(
         }
     }
 
-    let table = maglev::table(&candidates);
-    let unchanged = actual.slots.get(&id).filter(|old| ***old == *table);
-    contents.slots.insert(id, unchanged.map_or(table, Arc::clone));
     contents.services.insert(id, service_entry(service));
     contents
         .service_keys
         .extend(identity::keys(service).map(|key| (key, id)));
+    candidates
 }
 
 fn service_entry(service: &Service) -> abi::Service {

@@ -22,7 +22,7 @@ fn web() -> Model {
 }
 
 fn compiled(model: &Model, actual: &Contents) -> Compiled {
-    compile(model, actual).unwrap()
+    compile(&mut SlotTables::default(), model, actual).unwrap()
 }
 
 fn flags_of(compiled: &Compiled, backend: &str) -> u16 {
@@ -269,7 +269,7 @@ fn what_does_not_fit_is_refused_with_its_number() {
     ]);
     model.config.services[0].ports = all.clone();
     model.config.services[1].ports = all;
-    let error = compile(&model, &Contents::default()).unwrap_err();
+    let error = compile(&mut SlotTables::default(), &model, &Contents::default()).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the configuration has 131070 ports, 65536 fit: remove some"
@@ -278,7 +278,7 @@ fn what_does_not_fit_is_refused_with_its_number() {
     let second = model.config.services.remove(1);
     let actual = compiled(&model, &Contents::default()).contents;
     model.config.services = vec![second];
-    let error = compile(&model, &actual).unwrap_err();
+    let error = compile(&mut SlotTables::default(), &model, &actual).unwrap_err();
     let too_many = CompileError::TooManyAtOnce {
         objects: "ports",
         needed: 131_070,
@@ -289,7 +289,12 @@ fn what_does_not_fit_is_refused_with_its_number() {
     let many = (0..=MAX_SERVICES as u16)
         .map(|n| service(&format!("s{n}"), 1, &[n + 1], vec![]))
         .collect();
-    let error = compile(&self::model(many), &Contents::default()).unwrap_err();
+    let error = compile(
+        &mut SlotTables::default(),
+        &self::model(many),
+        &Contents::default(),
+    )
+    .unwrap_err();
     assert_eq!(
         error,
         CompileError::TooMany {
@@ -393,6 +398,20 @@ proptest! {
                     (new.service_plus_one, new.address, new.port, new.generation)
                 );
             }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn remembered_slot_tables_change_no_result(models in proptest::collection::vec(any_model(), 1..5)) {
+        let mut tables = SlotTables::default();
+        let mut actual = Contents::default();
+        for model in &models {
+            let cold = compile(&mut SlotTables::default(), model, &actual).unwrap().contents;
+            let warm = compile(&mut tables, model, &actual).unwrap().contents;
+            prop_assert!(warm == cold);
+            actual = warm;
         }
     }
 }

@@ -4,7 +4,9 @@ use std::{fmt, io, os::fd::AsFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
-    maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    maps::{
+        Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapType, PerCpuArray, PerCpuValues,
+    },
     programs::{
         ProgramError, ProgramInfo, Xdp, XdpMode,
         links::{FdLink, LinkError, PinnedLink},
@@ -13,8 +15,8 @@ use aya::{
     util::nr_cpus,
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, Flow, FlowKey, Forward, REASON_COUNT, SLOT_COUNT, Service,
-    ServiceKey, Settings, Totals,
+    Address, Backend, BackendCounters, Count, Flow, FlowKey, Forward, MAX_ADDRESSES, MAX_BACKENDS,
+    MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, Totals,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -82,20 +84,74 @@ impl fmt::Debug for KernelDatapath {
     }
 }
 
-/// Every map of the object that is pinned, with the size of its keys and values.
-const MAPS: &[(&str, usize, usize)] = &[
-    ("SETTINGS", 4, size_of::<Settings>()),
-    ("ADDRESSES", size_of::<Address>(), 4),
-    ("SERVICE_KEYS", size_of::<ServiceKey>(), 4),
-    ("SERVICES", 4, size_of::<Service>()),
-    ("SLOT_TABLES", 4, 4),
-    ("BACKENDS", 4, size_of::<Backend>()),
-    (FLOWS, size_of::<FlowKey>(), size_of::<Flow>()),
-    (REPLIES, size_of::<FlowKey>(), size_of::<FlowKey>()),
-    ("TOTALS", 4, size_of::<Totals>()),
-    ("COUNTERS", 4, size_of::<Count>()),
-    ("SERVICE_COUNTERS", 4, size_of::<Count>()),
-    ("BACKEND_COUNTERS", 4, size_of::<BackendCounters>()),
+/// What a pinned map must be for the program to run on it.
+struct Layout {
+    name: &'static str,
+    kind: MapType,
+    key: usize,
+    value: usize,
+    /// `None` where the daemon chooses.
+    entries: Option<u32>,
+}
+
+const fn layout(name: &'static str, kind: MapType, key: usize, value: usize, entries: u32) -> Layout {
+    Layout {
+        name,
+        kind,
+        key,
+        value,
+        entries: Some(entries),
+    }
+}
+
+const fn flow_layout(name: &'static str, value: usize) -> Layout {
+    Layout {
+        name,
+        kind: MapType::LruHash,
+        key: size_of::<FlowKey>(),
+        value,
+        entries: None,
+    }
+}
+
+/// Every map of the object that is pinned.
+const MAPS: &[Layout] = &[
+    layout("SETTINGS", MapType::Array, 4, size_of::<Settings>(), 1),
+    layout("ADDRESSES", MapType::Hash, size_of::<Address>(), 4, MAX_ADDRESSES),
+    layout(
+        "SERVICE_KEYS",
+        MapType::Hash,
+        size_of::<ServiceKey>(),
+        4,
+        MAX_SERVICE_KEYS,
+    ),
+    layout("SERVICES", MapType::Array, 4, size_of::<Service>(), MAX_SERVICES),
+    layout("SLOT_TABLES", MapType::ArrayOfMaps, 4, 4, MAX_SERVICES),
+    layout("BACKENDS", MapType::Array, 4, size_of::<Backend>(), MAX_BACKENDS),
+    flow_layout(FLOWS, size_of::<Flow>()),
+    flow_layout(REPLIES, size_of::<FlowKey>()),
+    layout("TOTALS", MapType::PerCpuArray, 4, size_of::<Totals>(), 1),
+    layout(
+        "COUNTERS",
+        MapType::PerCpuArray,
+        4,
+        size_of::<Count>(),
+        REASON_COUNT,
+    ),
+    layout(
+        "SERVICE_COUNTERS",
+        MapType::PerCpuArray,
+        4,
+        size_of::<Count>(),
+        MAX_SERVICES * REASON_COUNT,
+    ),
+    layout(
+        "BACKEND_COUNTERS",
+        MapType::PerCpuArray,
+        4,
+        size_of::<BackendCounters>(),
+        MAX_BACKENDS,
+    ),
 ];
 
 const FLOWS: &str = "FLOWS";
@@ -114,8 +170,9 @@ impl KernelDatapath {
         loader
             .map_max_entries(FLOWS, flow_table_size)
             .map_max_entries(REPLIES, flow_table_size);
-        for (name, _, _) in MAPS {
-            loader.map_pin_path(name, pins.map(name));
+        for layout in MAPS {
+            check_pinned(&pins, layout)?;
+            loader.map_pin_path(layout.name, pins.map(layout.name));
         }
         let mut ebpf = loader
             .load(OBJECT)
@@ -125,24 +182,8 @@ impl KernelDatapath {
             .load()
             .map_err(|error| failed("load", "the program", error))?;
 
-        let data = |name: &str| {
-            let data = MapData::from_pin(pins.map(name)).map_err(|error| failed("open", name, error))?;
-            let info = data.info().map_err(|error| failed("read", name, error))?;
-            let (_, key, value) = MAPS
-                .iter()
-                .find(|(map, _, _)| *map == name)
-                .copied()
-                .unwrap_or((name, 0, 0));
-            if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
-                let hint = "it was made by another build of xlb: `xlb detach` removes it, with all flows";
-                return Err(DatapathError::new(
-                    "open",
-                    name,
-                    io::Error::new(io::ErrorKind::InvalidData, hint),
-                ));
-            }
-            Ok(data)
-        };
+        let data =
+            |name: &str| MapData::from_pin(pins.map(name)).map_err(|error| failed("open", name, error));
         let converted = |name: &str, error: MapError| failed("open", name, error);
         Ok(Self {
             settings: array(data("SETTINGS")?).map_err(|error| converted("SETTINGS", error))?,
@@ -202,6 +243,7 @@ impl KernelDatapath {
     /// # Errors
     /// An interface is missing, has another XDP program, or refuses the mode; what was attached before stays.
     pub fn attach(&mut self, interfaces: &[String], mode: Mode) -> Result<Vec<Attachment>, DatapathError> {
+        self.pins.remove_other_layouts()?;
         let mut attachments = Vec::new();
         for interface in interfaces {
             attachments.push(self.attach_one(interface, mode)?);
@@ -334,6 +376,16 @@ impl KernelDatapath {
         self.slot_tables
             .set(service, &table, 0)
             .map_err(|error| failed("update", &object, error))
+    }
+
+    /// Tells whether a key of replies is that of the flow that it leads to, which may have gone elsewhere since.
+    fn leads_to_flow(&self, reply: &FlowKey, client: &FlowKey) -> bool {
+        let Ok(Raw(flow)) = self.flows.get(&Raw(*client), 0) else {
+            return false;
+        };
+        self.backends
+            .get(&flow.backend, 0)
+            .is_ok_and(|Raw(backend)| reply_key(client, &flow, &backend) == *reply)
     }
 
     fn clear_service_counters(&mut self, service: u32) -> Result<(), DatapathError> {
@@ -510,16 +562,19 @@ impl Datapath for KernelDatapath {
         syscall::for_each(
             self.replies.map().fd().as_fd(),
             |reply: &FlowKey, client: &FlowKey| {
-                if self.flows.get(&Raw(*client), 0).is_err() {
-                    suspects.push((*reply, *client));
+                if !self.leads_to_flow(reply, client) {
+                    suspects.push(*reply);
                 }
             },
         )
         .map_err(|source| DatapathError::new("read", REPLIES, source))?;
         let mut removed = 0;
-        for (reply, client) in suspects {
-            // The program writes the reply's key just before the flow: look once more.
-            if self.flows.get(&Raw(client), 0).is_err() {
+        for reply in suspects {
+            // The program writes the reply's key just before the flow, and may have given it to another: look once
+            // more.
+            if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
+                && !self.leads_to_flow(&reply, &client)
+            {
                 remove_present(&mut self.replies, &reply, REPLIES)?;
                 removed += 1;
             }
@@ -627,6 +682,25 @@ fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
         .ok_or_else(missing)?
         .try_into()
         .map_err(|_: ProgramError| missing())
+}
+
+/// Refuses a pinned map that is not what the program expects, which neither aya nor, in all cases, the verifier does.
+fn check_pinned(pins: &Pins, layout: &Layout) -> Result<(), DatapathError> {
+    let path = pins.map(layout.name);
+    if !path.exists() {
+        return Ok(());
+    }
+    let data = MapData::from_pin(path).map_err(|error| failed("open", layout.name, error))?;
+    let info = data.info().map_err(|error| failed("read", layout.name, error))?;
+    let fits = info.map_type().is_ok_and(|kind| kind == layout.kind)
+        && (info.key_size() as usize, info.value_size() as usize) == (layout.key, layout.value)
+        && layout.entries.is_none_or(|entries| entries == info.max_entries());
+    if fits {
+        return Ok(());
+    }
+    let hint = "it was made by another build of xlb: `xlb detach` removes it, with all flows";
+    let source = io::Error::new(io::ErrorKind::InvalidData, hint);
+    Err(DatapathError::new("open", layout.name, source))
 }
 
 fn array<T: Pod>(data: MapData) -> Result<Array<MapData, T>, MapError> {

@@ -58,7 +58,7 @@ pub enum Operation {
 
 /// Why the kernel did not do what was asked.
 #[derive(Debug, thiserror::Error)]
-#[error("{operation} failed on {object}: {source}")]
+#[error("{operation} failed on {object}")]
 pub struct DatapathError {
     /// What was tried: `update`, `read`, `delete`, …
     pub operation: &'static str,
@@ -118,7 +118,8 @@ pub trait Datapath: Send {
     /// (nanoseconds of `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError>;
 
-    /// Removes the keys of replies that lead to no flow. Tells how many were removed.
+    /// Removes the keys of replies that lead to no flow, or to one that has another by now. Tells how many were
+    /// removed.
     fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError>;
 
     /// Reads the counters of these services and backends, by id, and those that belong to none.

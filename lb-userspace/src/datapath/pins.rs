@@ -102,6 +102,32 @@ impl Pins {
         remove_link(path).map_err(|source| DatapathError::new("remove", path.display().to_string(), source))
     }
 
+    /// Removes the pins of other layout versions: their program gives way to that of this one, and their flows end.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn remove_other_layouts(&self) -> Result<(), DatapathError> {
+        let Ok(folder) = fs::read_dir(&self.instance) else {
+            return Ok(());
+        };
+        for path in folder.flatten().map(|entry| entry.path()) {
+            if path != self.version {
+                remove_tree(&path)
+                    .map_err(|source| DatapathError::new("remove", path.display().to_string(), source))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the pins of this layout version.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn remove_own_layout(&self) -> Result<(), DatapathError> {
+        remove_tree(&self.version)
+            .map_err(|source| DatapathError::new("remove", self.version.display().to_string(), source))
+    }
+
     /// Removes every pin of the instance, of this and of other layout versions: the program is detached and its
     /// maps are freed. Tells whether there were any.
     ///

@@ -85,7 +85,8 @@ pub fn dial(server: SocketAddr, source: Option<IpAddr>, timeout: Duration) -> io
     Ok(TcpStream::from(socket))
 }
 
-fn parse(answer: &[u8]) -> io::Result<Response> {
+/// Takes an answer apart; [`io::ErrorKind::UnexpectedEof`] tells that it is not whole yet.
+pub(crate) fn parse(answer: &[u8]) -> io::Result<Response> {
     let broken = |what: &str| {
         io::Error::new(
             io::ErrorKind::InvalidData,

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    compile::compile,
+    compile::{SlotTables, compile},
     config::Backend,
     datapath::{
         Contents, Datapath, Operation, contents_dump,
@@ -26,7 +26,9 @@ fn testbed() -> Testbed {
 
 /// Compiles and reconciles; tells how many operations it took.
 fn settle(testbed: &mut Testbed, model: &Model) -> usize {
-    let desired = compile(model, testbed.actual()).unwrap().contents;
+    let desired = compile(&mut SlotTables::default(), model, testbed.actual())
+        .unwrap()
+        .contents;
     let applied = testbed.reconcile(desired.clone()).unwrap();
     assert_eq!(testbed.datapath().read().unwrap(), desired);
     assert_eq!(testbed.actual(), &desired);
@@ -199,7 +201,9 @@ fn a_failure_at_any_change_leaves_what_a_retry_completes() {
         let mut testbed = testbed();
         settle(&mut testbed, &before);
         testbed.datapath_mut().set_schedule(Schedule::Call(call));
-        let desired = compile(&after, testbed.actual()).unwrap().contents;
+        let desired = compile(&mut SlotTables::default(), &after, testbed.actual())
+            .unwrap()
+            .contents;
         let total = plan(testbed.actual(), &desired).len();
         let outcome = testbed.reconcile(desired.clone());
         assert_eq!(testbed.actual(), &testbed.datapath().inner.contents);
@@ -216,7 +220,12 @@ fn a_failure_at_any_change_leaves_what_a_retry_completes() {
             error @ ReconcileError::Read(_) => panic!("{error}"),
         }
         // Both what was compiled before and what is compiled now lead there.
-        assert_eq!(compile(&after, testbed.actual()).unwrap().contents, desired);
+        assert_eq!(
+            compile(&mut SlotTables::default(), &after, testbed.actual())
+                .unwrap()
+                .contents,
+            desired
+        );
         let retried = testbed.reconcile(desired).unwrap();
         assert_eq!(retried.operations, total - call as usize);
         settle(&mut testbed, &model(Vec::new()));
@@ -240,7 +249,9 @@ fn what_somebody_else_has_removed_needs_no_removal() {
     let mut testbed = testbed();
     settle(&mut testbed, &web(vec![a(), b()]));
     testbed.datapath_mut().inner.contents = Contents::default();
-    let empty = compile(&model(Vec::new()), testbed.actual()).unwrap().contents;
+    let empty = compile(&mut SlotTables::default(), &model(Vec::new()), testbed.actual())
+        .unwrap()
+        .contents;
     testbed.reconcile(empty).unwrap();
     assert_eq!(dump(&testbed), [""; 0]);
 }
@@ -279,8 +290,12 @@ fn any_contents() -> impl Strategy<Value = Contents> {
         prop::collection::vec(any::<prop::sample::Index>(), 0..6),
     )
         .prop_map(|(one, other, chosen)| {
-            let one = compile(&one, &Contents::default()).unwrap().contents;
-            let other = compile(&other, &Contents::default()).unwrap().contents;
+            let one = compile(&mut SlotTables::default(), &one, &Contents::default())
+                .unwrap()
+                .contents;
+            let other = compile(&mut SlotTables::default(), &other, &Contents::default())
+                .unwrap()
+                .contents;
             let operations = plan(&one, &other);
             let mut contents = one;
             if !operations.is_empty() {
@@ -311,7 +326,7 @@ proptest! {
         let mut datapath = MemoryDatapath::default();
         for model in models {
             let before = datapath.contents.clone();
-            let desired = compile(&model, &before).unwrap().contents;
+            let desired = compile(&mut SlotTables::default(), &model, &before).unwrap().contents;
             for operation in plan(&before, &desired) {
                 datapath.apply(&operation).unwrap();
                 check_invariants(&datapath.contents)?;
@@ -327,7 +342,7 @@ proptest! {
     fn meddling_is_mended_whatever_it_was(actual in any_contents(), model in any_model()) {
         let datapath = MemoryDatapath { contents: actual, ..MemoryDatapath::default() };
         let mut reconciler = Reconciler::new(datapath).unwrap();
-        let desired = compile(&model, reconciler.actual()).unwrap().contents;
+        let desired = compile(&mut SlotTables::default(), &model, reconciler.actual()).unwrap().contents;
         reconciler.reconcile(desired).unwrap();
         check_invariants(&reconciler.datapath().contents)?;
     }
@@ -341,7 +356,7 @@ proptest! {
         testbed.datapath_mut().set_schedule(Schedule::Random { seed, one_in: 4 });
         for model in &models {
             let is_done = (0..500).any(|_| {
-                let desired = compile(model, testbed.actual()).unwrap().contents;
+                let desired = compile(&mut SlotTables::default(), model, testbed.actual()).unwrap().contents;
                 testbed.reconcile(desired).is_ok()
             });
             prop_assert!(is_done);
@@ -355,8 +370,8 @@ proptest! {
 
     #[test]
     fn removed_backends_get_no_new_flows(before in any_model(), after in any_model()) {
-        let actual = compile(&before, &Contents::default()).unwrap().contents;
-        let desired = compile(&after, &actual).unwrap().contents;
+        let actual = compile(&mut SlotTables::default(), &before, &Contents::default()).unwrap().contents;
+        let desired = compile(&mut SlotTables::default(), &after, &actual).unwrap().contents;
         for (id, backend) in &desired.backends {
             if backend.flags & BackendFlags::REMOVED != 0 {
                 let not = BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;

@@ -4,7 +4,7 @@ use lb_common::abi::Address;
 
 use super::*;
 use crate::{
-    compile::{Compiled, compile},
+    compile::{Compiled, SlotTables, compile},
     datapath::{Counters, Operation, memory::MemoryDatapath},
     model::fixture::{backend, model, service},
 };
@@ -16,7 +16,7 @@ const NOW: u64 = 100_000 * SECOND;
 fn compiled() -> (Model, Compiled) {
     let backends = vec![backend("a", 11, 0), backend("b", 12, 0)];
     let model = model(vec![service("web", 10, &[80], backends)]).all_up();
-    let compiled = compile(&model, &Contents::default()).unwrap();
+    let compiled = compile(&mut SlotTables::default(), &model, &Contents::default()).unwrap();
     (model, compiled)
 }
 

@@ -1,0 +1,363 @@
+//! The maps themselves: what is written is read back, survives a restart, and maps of another build are refused.
+
+use std::net::Ipv4Addr;
+
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use lb_common::abi::{
+    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS,
+    MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceKey,
+    Settings, TCP, Totals, UDP,
+};
+use xlb::datapath::{Contents, Datapath, Operation, Pins, kernel::KernelDatapath};
+
+use crate::{
+    fixture::{Expected, Fixture, SETTINGS, WEB, unique_pins},
+    frame::{ACK, SYN, tcp},
+};
+
+fn address(last: u8) -> Address {
+    Address::from(Ipv4Addr::new(192, 0, 2, last))
+}
+
+fn service_key(last: u8, port: u16, protocol: u8) -> ServiceKey {
+    ServiceKey {
+        vip: address(last),
+        port: port.to_be(),
+        protocol,
+        _pad: 0,
+    }
+}
+
+/// Entries at both ends of every map, with no two fields alike.
+fn contents() -> Contents {
+    let backend = |id: u32| Backend {
+        address: address(id as u8),
+        source: address(200),
+        ifindex: id + 10,
+        link: lb_common::abi::Link([id, 2, 3]),
+        port: 8080,
+        flags: 5,
+        service_plus_one: 1,
+        generation: id + 20,
+        _pad: 0,
+    };
+    let service = |strategy| Service {
+        strategy,
+        forward: 1,
+        _pad: 0,
+        in_use: 1,
+    };
+    let slots = |offset: u32| {
+        (0..SLOT_COUNT)
+            .map(|slot| slot.wrapping_mul(7) + offset)
+            .collect()
+    };
+    Contents {
+        settings: SETTINGS,
+        addresses: [(address(1), ROLE_VIP), (address(2), ROLE_VIP | ROLE_BACKEND)].into(),
+        service_keys: [
+            (service_key(1, 80, TCP), 0),
+            (service_key(1, 80, UDP), MAX_SERVICES - 1),
+        ]
+        .into(),
+        services: [(0, service(1)), (MAX_SERVICES - 1, service(2))].into(),
+        slots: [(0, slots(1)), (MAX_SERVICES - 1, slots(2))].into(),
+        backends: [(1, backend(1)), (MAX_BACKENDS - 1, backend(2))].into(),
+    }
+}
+
+fn put_operations(contents: &Contents) -> Vec<Operation> {
+    let mut operations = vec![Operation::PutSettings(contents.settings)];
+    operations.extend(
+        contents
+            .addresses
+            .iter()
+            .map(|(k, v)| Operation::PutAddress(*k, *v)),
+    );
+    operations.extend(
+        contents
+            .backends
+            .iter()
+            .map(|(k, v)| Operation::PutBackend(*k, *v)),
+    );
+    operations.extend(
+        contents
+            .slots
+            .iter()
+            .map(|(k, v)| Operation::PutSlots(*k, v.clone())),
+    );
+    operations.extend(
+        contents
+            .services
+            .iter()
+            .map(|(k, v)| Operation::PutService(*k, *v)),
+    );
+    operations.extend(
+        contents
+            .service_keys
+            .iter()
+            .map(|(k, v)| Operation::PutServiceKey(*k, *v)),
+    );
+    operations
+}
+
+fn filled() -> (Fixture, Contents) {
+    let mut fixture = Fixture::empty(1024);
+    let contents = contents();
+    for operation in put_operations(&contents) {
+        fixture.apply(operation);
+    }
+    (fixture, contents)
+}
+
+#[test]
+fn new_maps_are_empty() {
+    let mut fixture = Fixture::empty(1024);
+    assert_eq!(fixture.datapath().read().unwrap(), Contents::default());
+    assert_eq!(fixture.flows().len(), 0);
+    assert_eq!(
+        fixture.counted().since(&fixture.counted()),
+        crate::fixture::Counted::default()
+    );
+}
+
+#[test]
+fn every_operation_is_read_back() {
+    let (mut fixture, mut expected) = filled();
+    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    let key = service_key(1, 80, UDP);
+    let removals: [(Operation, &dyn Fn(&mut Contents)); 5] = [
+        (Operation::RemoveServiceKey(key), &|contents| {
+            contents.service_keys.remove(&key);
+        }),
+        (Operation::RemoveService(MAX_SERVICES - 1), &|contents| {
+            contents.services.remove(&(MAX_SERVICES - 1));
+        }),
+        (Operation::RemoveSlots(MAX_SERVICES - 1), &|contents| {
+            contents.slots.remove(&(MAX_SERVICES - 1));
+        }),
+        (Operation::RemoveBackend(MAX_BACKENDS - 1), &|contents| {
+            contents.backends.remove(&(MAX_BACKENDS - 1));
+        }),
+        (Operation::RemoveAddress(address(2)), &|contents| {
+            contents.addresses.remove(&address(2));
+        }),
+    ];
+    for (operation, change) in removals {
+        fixture.apply(operation.clone());
+        change(&mut expected);
+        assert_eq!(fixture.datapath().read().unwrap(), expected, "{operation:?}");
+    }
+    // Each a second time with other values.
+    expected.settings.udp_idle += 1;
+    *expected.addresses.get_mut(&address(1)).unwrap() = ROLE_BACKEND;
+    expected.backends.get_mut(&1).unwrap().flags = 0;
+    expected.slots.insert(0, vec![9; SLOT_COUNT as usize].into());
+    expected.services.get_mut(&0).unwrap().forward = 2;
+    *expected.service_keys.get_mut(&service_key(1, 80, TCP)).unwrap() = 3;
+    for operation in put_operations(&expected) {
+        fixture.apply(operation);
+    }
+    assert_eq!(fixture.datapath().read().unwrap(), expected);
+}
+
+#[test]
+fn many_entries_are_read_back_whole() {
+    let mut fixture = Fixture::empty(1024);
+    let mut expected = Contents::default();
+    for number in 0..10_000u32 {
+        let key = service_key((number / 4000) as u8, (number % 4000) as u16 + 1, TCP);
+        expected.service_keys.insert(key, number % MAX_SERVICES);
+    }
+    for operation in put_operations(&expected) {
+        fixture.apply(operation);
+    }
+    assert_eq!(fixture.datapath().read().unwrap(), expected);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_map_and_the_key() {
+    let mut fixture = Fixture::empty(1024);
+    for (operation, object) in [
+        (
+            Operation::PutBackend(MAX_BACKENDS, Backend::default()),
+            "BACKENDS[16384]",
+        ),
+        (
+            Operation::PutService(MAX_SERVICES, Service::default()),
+            "SERVICES[1024]",
+        ),
+        (
+            Operation::PutSlots(MAX_SERVICES, vec![0; SLOT_COUNT as usize].into()),
+            "SLOT_TABLES[1024]",
+        ),
+        (
+            Operation::PutSlots(1, vec![0; SLOT_COUNT as usize + 1].into()),
+            "SLOT_TABLES[1]",
+        ),
+        (Operation::RemoveAddress(address(9)), "ADDRESSES[192.0.2.9]"),
+    ] {
+        let error = fixture.datapath().apply(&operation).unwrap_err();
+        assert_eq!(error.object, object, "{error}");
+    }
+    assert_eq!(fixture.datapath().read().unwrap(), Contents::default());
+}
+
+#[test]
+fn the_counters_of_an_entry_that_is_removed_start_from_zero() {
+    let mut fixture = Fixture::new();
+    let empty = Fixture::empty(1024).counted();
+    fixture.run(&tcp("198.51.100.7:5000", WEB.vip, SYN).bytes());
+    fixture.apply(Operation::RemoveBackend(WEB.backends[0].id));
+    fixture.apply(Operation::RemoveService(WEB.id));
+    let counted = fixture.counted();
+    assert_eq!(counted.backends, empty.backends);
+    assert_eq!(counted.reasons, empty.reasons);
+    assert_eq!(counted.totals.transmitted, 1, "totals are not of the service");
+}
+
+#[test]
+fn a_restarted_daemon_finds_all_as_it_was() {
+    let (mut fixture, expected) = filled();
+    fixture.restart(1024);
+    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    fixture.restart(4096);
+    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    assert_eq!(
+        fixture.datapath().flow_table_size().unwrap(),
+        1024,
+        "the pinned table's size is kept"
+    );
+}
+
+#[test]
+fn flows_and_counters_go_on_after_a_restart() {
+    let mut fixture = Fixture::new();
+    let syn = tcp("198.51.100.7:5000", WEB.vip, SYN);
+    fixture.run(&syn.bytes());
+    fixture.all_slots(&WEB, WEB.backends[1].id);
+    let (flows, counted) = (fixture.flows(), fixture.counted());
+    fixture.restart(65_536);
+    assert_eq!(fixture.flows(), flows);
+    assert_eq!(fixture.counted(), counted);
+    let ack = tcp("198.51.100.7:5000", WEB.vip, ACK);
+    let expected = Expected::to_backend(&WEB, 0, &ack, ack.source);
+    fixture.expect("known flow", &ack.bytes(), expected);
+}
+
+#[test]
+fn two_instances_share_nothing() {
+    let mut one = Fixture::new();
+    let mut other = Fixture::empty(1024);
+    let syn = tcp("198.51.100.7:5000", WEB.vip, SYN);
+    one.run(&syn.bytes());
+    assert_eq!(other.datapath().read().unwrap(), Contents::default());
+    assert!(other.flows().is_empty());
+    let before = other.counted();
+    one.run(&syn.bytes());
+    assert_eq!(other.counted(), before);
+}
+
+/// Pins that are removed whatever becomes of the test.
+struct Removed(Pins);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = self.0.remove_all();
+    }
+}
+
+fn refusal(pin: impl FnOnce(&Pins)) -> String {
+    let pins = Removed(unique_pins());
+    pins.0.create().unwrap();
+    pin(&pins.0);
+    let error = KernelDatapath::open(pins.0.clone(), 1024).unwrap_err();
+    error.to_string()
+}
+
+#[test]
+fn a_pinned_map_of_another_build_is_refused_with_what_to_do() {
+    let smaller = refusal(|pins| {
+        let map = Array::<MapData, [u8; 8]>::create(1, 0).unwrap();
+        map.pin(pins.map("SETTINGS")).unwrap();
+    });
+    let larger = refusal(|pins| {
+        let map = Array::<MapData, [u8; 64]>::create(1, 0).unwrap();
+        map.pin(pins.map("SETTINGS")).unwrap();
+    });
+    let other_key = refusal(|pins| {
+        let map = HashMap::<MapData, [u8; 4], u32>::create(MAX_ADDRESSES, 0).unwrap();
+        map.pin(pins.map("ADDRESSES")).unwrap();
+    });
+    let other_kind = refusal(|pins| {
+        let map = HashMap::<MapData, u32, [u8; size_of::<Settings>()]>::create(1, 0).unwrap();
+        map.pin(pins.map("SETTINGS")).unwrap();
+    });
+    // As from a build that knows one reason less, whose counters lie elsewhere.
+    let fewer = refusal(|pins| {
+        let map = PerCpuArray::<MapData, [u8; 16]>::create(REASON_COUNT - 1, 0).unwrap();
+        map.pin(pins.map("COUNTERS")).unwrap();
+    });
+    for (error, map) in [
+        (smaller, "SETTINGS"),
+        (larger, "SETTINGS"),
+        (other_key, "ADDRESSES"),
+        (other_kind, "SETTINGS"),
+        (fewer, "COUNTERS"),
+    ] {
+        assert!(error.starts_with(&format!("open failed on {map}: ")), "{error}");
+        assert!(error.contains("`xlb detach`"), "{error}");
+    }
+}
+
+/// The object and the daemon are built from one source, by two compilers for two machines.
+#[test]
+fn the_objects_maps_have_the_sizes_of_the_shared_types() {
+    let fixture = Fixture::empty(DEFAULT_FLOWS);
+    for (name, key, value, entries) in [
+        ("SETTINGS", 4, size_of::<Settings>(), 1),
+        ("ADDRESSES", size_of::<Address>(), 4, MAX_ADDRESSES),
+        ("SERVICE_KEYS", size_of::<ServiceKey>(), 4, MAX_SERVICE_KEYS),
+        ("SERVICES", 4, size_of::<Service>(), MAX_SERVICES),
+        ("SLOT_TABLES", 4, 4, MAX_SERVICES),
+        ("BACKENDS", 4, size_of::<Backend>(), MAX_BACKENDS),
+        ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>(), DEFAULT_FLOWS),
+        (
+            "REPLIES",
+            size_of::<FlowKey>(),
+            size_of::<FlowKey>(),
+            DEFAULT_FLOWS,
+        ),
+        ("TOTALS", 4, size_of::<Totals>(), 1),
+        ("COUNTERS", 4, size_of::<Count>(), REASON_COUNT),
+        (
+            "SERVICE_COUNTERS",
+            4,
+            size_of::<Count>(),
+            MAX_SERVICES * REASON_COUNT,
+        ),
+        ("BACKEND_COUNTERS", 4, size_of::<BackendCounters>(), MAX_BACKENDS),
+    ] {
+        let info = MapData::from_pin(fixture.pins().map(name))
+            .unwrap()
+            .info()
+            .unwrap();
+        let found = (
+            info.key_size() as usize,
+            info.value_size() as usize,
+            info.max_entries(),
+        );
+        assert_eq!(found, (key, value, entries), "{name}");
+    }
+}
+
+#[test]
+fn removing_the_pins_leaves_nothing_behind() {
+    let fixture = Fixture::empty(1024);
+    let pins = fixture.pins().clone();
+    assert!(pins.exist());
+    assert!(pins.remove_all().unwrap());
+    assert!(!pins.exist());
+    assert!(!pins.remove_all().unwrap(), "there were none any more");
+    assert!(!pins.links().exists());
+}
