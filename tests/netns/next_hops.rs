@@ -39,7 +39,9 @@ fn traffic_resumes_when_a_backend_comes_back_with_another_mac() {
     assert_eq!(idle.get("/").unwrap(), "a");
 
     let resumes = |idle: &mut Connection| {
-        eventually("new connections are answered", Duration::from_secs(20), || is_answered(&topology));
+        eventually("new connections are answered", Duration::from_secs(20), || {
+            is_answered(&topology)
+        });
         assert_eq!(idle.get("/").unwrap(), "a", "an existing connection goes on");
     };
 
@@ -59,8 +61,14 @@ fn traffic_resumes_when_a_backend_comes_back_with_another_mac() {
     resumes(&mut idle);
 
     // As when it does not: the kernel has to find out, after half a minute unless told to be quicker.
-    for (key, value) in [("base_reachable_time_ms", "1000"), ("delay_first_probe_time", "1")] {
-        topology.balancer.sysctl(&format!("net/ipv4/neigh/eth1/{key}"), value).unwrap();
+    for (key, value) in [
+        ("base_reachable_time_ms", "1000"),
+        ("delay_first_probe_time", "1"),
+    ] {
+        topology
+            .balancer
+            .sysctl(&format!("net/ipv4/neigh/eth1/{key}"), value)
+            .unwrap();
     }
     // It goes by the new times when the old ones have passed, or it hears of the neighbour.
     backend.set_mac("eth0", [2, 0, 0, 0, 0, 0x79]).unwrap();

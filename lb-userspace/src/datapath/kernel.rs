@@ -1,6 +1,6 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
-use std::{fmt, fs, io, os::fd::AsFd, path::Path};
+use std::{fmt, io, os::fd::AsFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
@@ -250,7 +250,7 @@ impl KernelDatapath {
         }
         for (interface, _, path) in self.pins.list_links() {
             if !interfaces.contains(&interface) {
-                remove_pin(&path)?;
+                Pins::remove_link(&path)?;
             }
         }
         Ok(attachments)
@@ -270,7 +270,7 @@ impl KernelDatapath {
                     fallback: None,
                 });
             }
-            remove_pin(&path)?;
+            Pins::remove_link(&path)?;
         }
         let (obtained, fallback) = match mode {
             Mode::Native => (
@@ -343,7 +343,8 @@ impl KernelDatapath {
         let id = program.attach_to_if_index(index, flags).map_err(|error| {
             let error = failed(operation, interface, error);
             match error.source.raw_os_error() {
-                Some(libc::EBUSY) => DatapathError::new(
+                // The second where the other program is attached in the other mode.
+                Some(libc::EBUSY | libc::EEXIST) => DatapathError::new(
                     operation,
                     interface,
                     io::Error::new(
@@ -727,10 +728,6 @@ fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
         })
     };
     one.tag() == other.tag() && maps(one).is_some() && maps(one) == maps(other)
-}
-
-fn remove_pin(path: &Path) -> Result<(), DatapathError> {
-    fs::remove_file(path).map_err(|source| DatapathError::new("remove", path.display().to_string(), source))
 }
 
 /// Turns an error of aya into ours; the number of the system error is kept where there is one, for callers that

@@ -9,10 +9,12 @@ use std::{
 use lb_common::abi::LAYOUT_VERSION;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::{AttachMode, DatapathError};
+use super::{AttachMode, DatapathError, syscall};
 
 /// Where bpffs is expected.
 const BPFFS: &str = "/sys/fs/bpf";
+/// Folder of the pinned links.
+const LINKS: &str = "links";
 
 /// Paths of the pins of one instance; the version of the map layouts is part of them.
 #[derive(Clone, Debug)]
@@ -35,7 +37,7 @@ impl Pins {
 
     /// Folder of the pinned links.
     pub fn links(&self) -> PathBuf {
-        self.version.join("links")
+        self.version.join(LINKS)
     }
 
     /// Path of the pinned link of an interface; the mode that was obtained is part of its name.
@@ -92,6 +94,14 @@ impl Pins {
         links
     }
 
+    /// Removes a pinned link; the program is off the interface then.
+    ///
+    /// # Errors
+    /// It cannot be detached or its pin not removed.
+    pub fn remove_link(path: &Path) -> Result<(), DatapathError> {
+        remove_link(path).map_err(|source| DatapathError::new("remove", path.display().to_string(), source))
+    }
+
     /// Removes the pins of other layout versions: their program gives way to that of this one, and their flows end.
     ///
     /// # Errors
@@ -136,14 +146,21 @@ impl Pins {
     }
 }
 
+fn remove_link(path: &Path) -> io::Result<()> {
+    syscall::detach_pinned_link(path)?;
+    fs::remove_file(path)
+}
+
 /// As `fs::remove_dir_all`, which bpffs refuses for its odd file types.
 fn remove_tree(path: &Path) -> io::Result<()> {
     // Links first, so that no program runs while its maps go.
     let mut entries: Vec<_> = fs::read_dir(path)?.collect::<io::Result<_>>()?;
-    entries.sort_by_key(|entry| entry.file_name() != "links");
+    entries.sort_by_key(|entry| entry.file_name() != LINKS);
     for entry in entries {
         if entry.file_type()?.is_dir() {
             remove_tree(&entry.path())?;
+        } else if path.ends_with(LINKS) {
+            remove_link(&entry.path())?;
         } else {
             fs::remove_file(entry.path())?;
         }

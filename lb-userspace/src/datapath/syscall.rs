@@ -1,4 +1,4 @@
-//! The commands of bpf(2) that aya does not have: many map entries at once, and the interface of a link.
+//! The commands of bpf(2) that aya does not have: many map entries at once, and what concerns pinned links.
 
 use std::{
     ffi::CString,
@@ -17,6 +17,7 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// The part of `union bpf_attr` that batch commands read (`include/uapi/linux/bpf.h`).
 #[repr(C)]
@@ -59,6 +60,13 @@ struct InfoAttributes {
     fd: u32,
     length: u32,
     info: u64,
+}
+
+/// The part of `union bpf_attr` that `BPF_LINK_DETACH` reads.
+#[repr(C)]
+#[derive(Default)]
+struct LinkAttributes {
+    fd: u32,
 }
 
 /// The beginning of `struct bpf_link_info` as an XDP link fills it (Linux 5.9).
@@ -161,14 +169,7 @@ pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
 /// # Errors
 /// There is no such pin, or the kernel does not tell.
 pub(super) fn pinned_link_ifindex(path: &Path) -> io::Result<u32> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut attributes = ObjectAttributes {
-        path: path.as_ptr() as u64,
-        ..ObjectAttributes::default()
-    };
-    let fd = bpf(BPF_OBJ_GET, &mut attributes)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let fd = open_pin(path)?;
     let mut info = XdpLinkInfo::default();
     let mut attributes = InfoAttributes {
         fd: fd.as_raw_fd() as u32,
@@ -177,6 +178,30 @@ pub(super) fn pinned_link_ifindex(path: &Path) -> io::Result<u32> {
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info.ifindex)
+}
+
+/// Takes the program of a pinned link off its interface, now: the kernel frees a link that nobody holds any more some
+/// time later, and until then the interface takes no other.
+///
+/// # Errors
+/// There is no such pin, or what the kernel says to `BPF_LINK_DETACH` (Linux 5.9).
+pub(super) fn detach_pinned_link(path: &Path) -> io::Result<()> {
+    let link = open_pin(path)?;
+    let mut attributes = LinkAttributes {
+        fd: link.as_raw_fd() as u32,
+    };
+    bpf(BPF_LINK_DETACH, &mut attributes).map(drop)
+}
+
+fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = ObjectAttributes {
+        path: path.as_ptr() as u64,
+        ..ObjectAttributes::default()
+    };
+    let fd = bpf(BPF_OBJ_GET, &mut attributes)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn zeroed<T: FromBytes>() -> T {
