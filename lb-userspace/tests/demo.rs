@@ -1,10 +1,12 @@
 //! `xlb demo`, run as a user runs it; needs root.
 
+#![expect(clippy::unwrap_used, reason = "what the tests share may panic as they may")]
+
 use std::{
     collections::BTreeSet,
     fs,
     io::{BufRead, BufReader, Read},
-    os::unix::process::ExitStatusExt,
+    os::unix::process::{CommandExt, ExitStatusExt},
     path::PathBuf,
     process::{Child, Command, Output, Stdio},
     thread,
@@ -12,6 +14,8 @@ use std::{
 };
 
 use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -221,12 +225,29 @@ fn a_daemon_that_dies_ends_the_demo_with_what_it_said() {
 #[test]
 fn a_demo_without_bpffs_brings_its_own() {
     // In a mount namespace where bpffs is hidden, as on a machine that has not mounted it.
-    let output = Command::new("unshare")
-        .args(["--mount", "--propagation", "private", "sh", "-c"])
-        .arg("mount -t tmpfs none /sys/fs/bpf && exec \"$0\" demo --seconds 6 -o json")
-        .arg(env!("CARGO_BIN_EXE_xlb"))
-        .output()
-        .unwrap();
+    let hide = || {
+        let nothing: Option<&str> = None;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(
+            nothing,
+            "/",
+            nothing,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            nothing,
+        )?;
+        Ok(mount(
+            Some("none"),
+            "/sys/fs/bpf",
+            Some("tmpfs"),
+            MsFlags::empty(),
+            nothing,
+        )?)
+    };
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xlb"));
+    command.args(["demo", "--seconds", "6", "-o", "json"]);
+    // SAFETY: between fork and exec the closure makes system calls alone; its short paths are put on the stack.
+    unsafe { command.pre_exec(hide) };
+    let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{text}{errors}");
@@ -239,10 +260,10 @@ fn a_user_without_rights_is_told_in_one_sentence() {
     let program = folder.path().join("xlb");
     fs::copy(env!("CARGO_BIN_EXE_xlb"), &program).unwrap();
     fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let output = Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(&program)
+    let output = Command::new(&program)
         .arg("demo")
+        .uid(65534)
+        .gid(65534)
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(77));
