@@ -3,6 +3,12 @@
 //! With `--release` the object is the one that is shipped; otherwise it is the same with log records. Root and bpffs
 //! are needed. Each test has an instance of its own, so all run at once; none leaves a pin behind.
 
+#![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "what is expected is built where it is handed over"
+)]
+
 mod fixture;
 mod flows;
 mod frame;

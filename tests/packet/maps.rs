@@ -126,7 +126,8 @@ fn every_operation_is_read_back() {
     let (mut fixture, mut expected) = filled();
     assert_eq!(fixture.datapath().read().unwrap(), expected);
     let key = service_key(1, 80, UDP);
-    let removals: [(Operation, &dyn Fn(&mut Contents)); 5] = [
+    type Change<'a> = &'a dyn Fn(&mut Contents);
+    let removals: [(Operation, Change<'_>); 5] = [
         (Operation::RemoveServiceKey(key), &|contents| {
             contents.service_keys.remove(&key);
         }),

@@ -48,7 +48,7 @@ pub struct Row {
     /// Of the new connections of the last second.
     pub share: f64,
     pub health: Health,
-    /// As of the daemon's last sweep.
+    /// Flows that the program in the kernel has ever put on it.
     pub flows: u64,
     /// Connections that are kept open.
     pub kept: usize,
@@ -96,15 +96,16 @@ impl Display {
             Self::Silent => {}
             Self::Lines { .. } => put(&format!("{line}\n")),
             Self::Screen(screen) => {
+                screen.next = None;
+                if screen.height == 0 {
+                    // Nothing runs yet that could be drawn.
+                    put(&format!("{line}\n"));
+                    return;
+                }
                 screen.events.push_back(line);
                 if screen.events.len() > EVENTS {
                     screen.events.pop_front();
                 }
-                if screen.height == 0 {
-                    // Nothing runs yet that could be drawn.
-                    put(&format!("{text}\n"));
-                }
-                screen.next = None;
             }
         }
     }
@@ -159,7 +160,7 @@ impl Screen {
             // Writing to a String does not fail.
             let _ = writeln!(
                 text,
-                "  {}  {health}  {:>3.0} %  {bar}{}  {} kept open, {} flows",
+                "  {}  {health}  {:>3.0} %  {bar}{}  {} kept open, {} flows so far",
                 row.name,
                 row.share * 100.0,
                 "·".repeat(BAR.saturating_sub(cells)),
@@ -270,7 +271,7 @@ mod tests {
     fn a_screen_shows_bars_and_events() {
         let text = screen(false).text(&picture());
         let bar = format!(
-            "  a  up        62 %  {}{}  4 kept open, 7 flows\n",
+            "  a  up        62 %  {}{}  4 kept open, 7 flows so far\n",
             "█".repeat(25),
             "·".repeat(15)
         );

@@ -314,7 +314,7 @@ impl Scene {
                     name: backend.name.clone(),
                     share: count as f64 / answered.max(1) as f64,
                     health: backend.health,
-                    flows: backend.flows,
+                    flows: backend.flows_total,
                     kept: self.traffic.kept.values().filter(|on| **on == index).count(),
                 }
             });
