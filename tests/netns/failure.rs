@@ -12,15 +12,17 @@ use std::{
 use nix::sys::signal::Signal;
 use tests::{
     daemon::Daemon,
-    http::Connection,
+    http::{Connection, Download},
     load::{Load, Request, assert_shares, failures, requests},
     machine::{self, Pace},
     maps,
     services::Service,
 };
-use xlb::{datapath::Contents, lab::Topology, model::Health};
+use xlb::{datapath::Contents, lab::Topology, model::Health, observe::status::Status};
 
-use crate::scene::{INTERFACES, WEB, connection_to, nginx, source, topology, topology_of, web};
+use crate::scene::{
+    INTERFACES, WEB, connection_by, connection_to, nginx, source, topology, topology_of, web,
+};
 
 #[test]
 fn a_killed_backend_is_avoided_in_time_and_gets_its_share_again() {
@@ -149,63 +151,79 @@ fn clients_of_the_other_backends_notice_nothing_of_a_death() {
 }
 
 #[test]
-fn a_long_download_outlives_whatever_happens_to_the_other_backends() {
-    for forward in ["nat", "full-nat"] {
-        let topology = topology_of(4);
-        let mut nginx = nginx(&topology);
-        let interfaces = ["eth0", "eth1", "eth2", "eth3", "eth4"];
-        let mut daemon = Daemon::new(&topology.balancer);
-        let three = web().text("forward", forward);
-        daemon.configure(&interfaces, std::slice::from_ref(&three));
-        daemon.start_up();
-
-        let start = Instant::now();
-        let download = connection_to(&topology, "a").download();
-        download.proceeds();
-
-        nginx[1].kill();
-        daemon.wait_for("b is down", |status| {
-            status.services[0].backends[1].health == Health::Down
+fn long_downloads_outlive_whatever_happens_to_the_other_backends() {
+    let topology = topology_of(4);
+    let mut nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    let configure = |daemon: &Daemon, change: &dyn Fn(Service) -> Service| {
+        let services = [("web", 80, "nat"), ("web-full", 81, "full-nat")];
+        let services = services.map(|(name, port, forward)| {
+            change(
+                web()
+                    .text("name", name)
+                    .with("port", port)
+                    .text("forward", forward),
+            )
         });
-        download.proceeds();
-        nginx[1].restart();
-        daemon.wait_for("b is up", |status| {
-            status.services[0].backends[1].health == Health::Up
-        });
-        download.proceeds();
+        daemon.configure(&["eth0", "eth1", "eth2", "eth3", "eth4"], &services);
+    };
+    configure(&daemon, &|service| service);
+    daemon.start_up();
 
-        daemon.done(&["reload"]);
-        download.proceeds();
+    let start = Instant::now();
+    let downloads = [80, 81].map(|port| {
+        let server = SocketAddr::new(Topology::VIP.into(), port);
+        connection_by(&topology, server, "a").download()
+    });
+    let proceed = || downloads.iter().for_each(Download::proceeds);
+    proceed();
 
-        let four = three.clone().backend("d", "10.2.4.2:8080");
-        daemon.configure(&interfaces, &[four]);
-        daemon.done(&["reload"]);
-        daemon.wait_for("d is up", |status| {
-            let backends = &status.services[0].backends;
-            backends.len() == 4 && backends[3].health == Health::Up && backends[3].next_hop_problem.is_none()
-        });
-        drop(connection_to(&topology, "d"));
-        download.proceeds();
+    nginx[1].kill();
+    daemon.wait_for("b is down", |status| all(status, 1, Health::Down));
+    proceed();
+    nginx[1].restart();
+    daemon.wait_for("b is up", |status| all(status, 1, Health::Up));
+    proceed();
 
-        daemon.configure(&interfaces, std::slice::from_ref(&three.without("b")));
-        daemon.signal(Signal::SIGHUP);
-        daemon.wait_for("b and d are removed", |status| {
-            status.services[0].backends.len() == 2
-        });
-        download.proceeds();
+    daemon.done(&["reload"]);
+    proceed();
 
-        daemon.done(&["drain", "web", "c"]);
-        download.proceeds();
-        daemon.done(&["enable", "web", "c"]);
-        daemon.done(&["disable", "web", "c"]);
-        download.proceeds();
+    configure(&daemon, &|service| service.backend("d", "10.2.4.2:8080"));
+    daemon.done(&["reload"]);
+    daemon.wait_for("d is up", |status| all(status, 3, Health::Up));
+    drop(connection_to(&topology, "d"));
+    proceed();
 
-        while start.elapsed() < Duration::from_secs(10) {
-            download.proceeds();
-        }
+    configure(&daemon, &|service| service.without("b"));
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_for("b and d are removed", |status| {
+        status.services.iter().all(|service| service.backends.len() == 2)
+    });
+    proceed();
+
+    for service in ["web", "web-full"] {
+        daemon.done(&["drain", service, "c"]);
+        proceed();
+        daemon.done(&["enable", service, "c"]);
+        daemon.done(&["disable", service, "c"]);
+        proceed();
+    }
+
+    while start.elapsed() < Duration::from_secs(10) {
+        proceed();
+    }
+    for download in downloads {
         assert!(!download.has_ended(), "it was over before all this was");
         download.finish().unwrap();
     }
+}
+
+/// Whether each service has a backend at this place, with this health and a known next hop.
+fn all(status: &Status, index: usize, health: Health) -> bool {
+    let mut backends = status.services.iter().map(|service| service.backends.get(index));
+    backends.all(|backend| {
+        backend.is_some_and(|backend| backend.health == health && backend.next_hop_problem.is_none())
+    })
 }
 
 #[test]

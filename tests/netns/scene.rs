@@ -47,10 +47,15 @@ pub fn web() -> Service {
         .backend("c", "10.2.3.2:8080")
 }
 
-/// An open connection to a certain backend, through the balancer.
+/// An open connection to a certain backend of `web`.
 pub fn connection_to(topology: &Topology, backend: &str) -> Connection {
+    connection_by(topology, WEB, backend)
+}
+
+/// An open connection to a certain backend of a service.
+pub fn connection_by(topology: &Topology, service: SocketAddr, backend: &str) -> Connection {
     for _ in 0..200 {
-        let mut connection = Connection::open(&topology.client, WEB).unwrap();
+        let mut connection = Connection::open(&topology.client, service).unwrap();
         if connection.get("/").unwrap() == backend {
             return connection;
         }

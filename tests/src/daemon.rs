@@ -120,20 +120,18 @@ impl<'a> Daemon<'a> {
     /// Starts the daemon and waits for its end: for one that is to refuse.
     pub fn run_to_end(&mut self) -> Outcome {
         let before = self.log().len();
-        let mut process = self.spawn();
-        let mut code = None;
-        let deadline = std::time::Instant::now() + machine::bound(Duration::from_secs(10));
-        while code.is_none() && std::time::Instant::now() < deadline {
-            code = process.try_wait().expect("waiting for the daemon");
-            thread::sleep(Duration::from_millis(10));
-        }
-        if code.is_none() {
-            let _ = process.kill();
-            let _ = process.wait();
-            panic!("the daemon was to refuse, but runs");
-        }
+        // Beside one that runs already.
+        let first = self.process.take();
+        self.process = Some(self.spawn());
+        let mut status = None;
+        eventually("the daemon refuses", Duration::from_secs(10), || {
+            let process = self.process.as_mut().expect("it was started just now");
+            status = process.try_wait().expect("waiting for the daemon");
+            status.is_some()
+        });
+        self.process = first;
         Outcome {
-            code: code.and_then(|status| status.code()).unwrap_or(-1),
+            code: status.and_then(|status| status.code()).unwrap_or(-1),
             stdout: String::new(),
             stderr: self.log()[before..].to_owned(),
         }

@@ -107,14 +107,14 @@ impl Drop for Load {
     }
 }
 
-/// Those that failed, in words.
+/// Those that failed, in words; of many the first.
 pub fn failures(requests: &[Request], start: Instant) -> Vec<String> {
     let failed = requests.iter().filter_map(|request| {
         let error = request.answer.as_ref().err()?;
         let after = request.at.saturating_duration_since(start);
         Some(format!("after {after:?}: {error}"))
     });
-    failed.collect()
+    failed.take(10).collect()
 }
 
 /// Checks that each backend has its share of the answers, within a tenth of it.
