@@ -551,7 +551,7 @@ impl Datapath for KernelDatapath {
                 Err(MapError::KeyNotFound) => continue,
                 Err(error) => return Err(failed("read", FLOWS, error)),
             };
-            if flow.last_seen > unless_seen_since {
+            if flow.last_seen >= unless_seen_since {
                 continue;
             }
             let backend = self
