@@ -140,7 +140,10 @@ impl Pins {
     /// A pin cannot be removed.
     pub fn remove_own_layout(&self) -> Result<(), DatapathError> {
         remove_tree(&self.version)
-            .map_err(|source| DatapathError::new("remove", self.version.display().to_string(), source))
+            .map_err(|source| DatapathError::new("remove", self.version.display().to_string(), source))?;
+        // Stays where another layout is in it.
+        let _ = fs::remove_dir(&self.instance);
+        Ok(())
     }
 
     /// Removes every pin of the instance, of this and of other layout versions: the program is detached and its
