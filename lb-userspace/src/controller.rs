@@ -147,6 +147,7 @@ impl Controller {
         self.model.config = config;
         self.model.seed = seed;
         self.forget_vanished(&former.config);
+        self.remember_renamed();
         self.follow_configuration().await;
         if let Err(error) = self.attach().and_then(|()| self.converge()) {
             self.model = former;
@@ -453,6 +454,18 @@ impl Controller {
         let stays = |name: &BackendName| present.contains_key(name) && present.get(name) == former.get(name);
         self.model.health.retain(|name, _| stays(name));
         self.model.administrative.retain(|name, _| stays(name));
+    }
+
+    /// Takes over what is known of servers that only have another name now, or whose service has: without it they
+    /// would get no new flows until their first probe has ended.
+    fn remember_renamed(&mut self) {
+        let restored = compile::restore(&self.model.config, self.reconciler.actual(), SystemTime::now());
+        for (name, health) in restored.health {
+            self.model.health.entry(name).or_insert(health);
+        }
+        for (name, state) in restored.administrative {
+            self.model.administrative.entry(name).or_insert(state);
+        }
     }
 
     /// What of a new configuration does not take effect now.

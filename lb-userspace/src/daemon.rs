@@ -13,7 +13,7 @@ use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval},
 };
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::{
     api::{Request, server},
@@ -26,7 +26,7 @@ use crate::{
     flow_table_size,
     health::Driver,
     instance::Instance,
-    net::NextHopWatcher,
+    net::{self, NextHopWatcher},
 };
 
 /// How often idle flows are ended and flows counted.
@@ -38,19 +38,29 @@ const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs the daemon until SIGTERM or SIGINT; the data path goes on after it.
 ///
+/// `socket` is where the control socket shall be, whatever the configuration says.
+///
 /// # Errors
 /// What keeps it from starting; nothing half-attached is left behind then.
-pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> anyhow::Result<()> {
+pub async fn run(
+    instance: Instance,
+    config_path: PathBuf,
+    config: Config,
+    socket: Option<PathBuf>,
+) -> anyhow::Result<()> {
     let lock = lock(&instance.lock())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hang_up = signal(SignalKind::hangup())?;
 
-    let socket = config.socket.clone().unwrap_or_else(|| instance.socket());
+    let socket = socket
+        .or_else(|| config.socket.clone())
+        .unwrap_or_else(|| instance.socket());
     let pins = Pins::new(instance.name());
     let took_over = pins.exist();
     let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
     let listener = server::bind(&socket)?;
+    let socket = SocketFile(socket);
     // What an earlier daemon has left running goes on; what this one has begun does not stay if it fails to start.
     let unfinished = Unfinished((!took_over).then(|| pins.clone()));
     let mut datapath = KernelDatapath::open(pins, size)?;
@@ -75,12 +85,21 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
         driver: Driver::new(transitions),
         watcher,
     };
-    let mut controller = Controller::start(parts).await?;
+    let mut controller = match Controller::start(parts).await {
+        Ok(controller) => controller,
+        Err(error) => {
+            // As the pins: what was asked of the kernel for a data path that stays is left.
+            if !took_over && let Err(error) = net::release_neighbours().await {
+                warn!("{:#}", anyhow::Error::from(error));
+            }
+            return Err(error);
+        }
+    };
     unfinished.finish();
 
     let (requests, mut request) = mpsc::channel(64);
     let mut api = tokio::spawn(server::serve(listener, requests));
-    info!(socket = %socket.display(), "ready");
+    info!(socket = %socket.0.display(), "ready");
 
     let ticks = |period| {
         let mut ticks = interval(period);
@@ -113,9 +132,18 @@ pub async fn run(instance: Instance, config_path: PathBuf, config: Config) -> an
     }
     info!("stopping; the data path goes on without the daemon, `xlb detach` removes it");
     api.abort();
-    let _ = fs::remove_file(&socket);
+    drop(socket);
     drop(lock);
     Ok(())
+}
+
+/// The control socket, which goes with the daemon.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// Pins to remove unless the start is finished.

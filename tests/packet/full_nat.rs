@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddrV4};
 
 use lb_common::{
     abi::{
-        Address,
+        Address, BackendFlags,
         Reason::{NoFlow, NoSourceAddress, NoSourcePort},
         Settings,
     },
@@ -186,6 +186,18 @@ fn a_backend_that_no_route_leads_to_gets_no_flow() {
     let syn = tcp(CLIENT, SHOP.vip, SYN);
     fixture.expect("SYN", &syn.bytes(), Expected::dropped(NoSourceAddress).of(&SHOP));
     assert_eq!(fixture.flow(&syn), None);
+}
+
+#[test]
+fn a_flow_whose_route_has_gone_sends_nothing_from_no_address() {
+    let mut fixture = Fixture::new();
+    fixture.run(&tcp(CLIENT, SHOP.vip, SYN).bytes());
+    fixture.change_backend(&SHOP, 0, |backend| {
+        backend.source = Address::default();
+        backend.flags &= !BackendFlags::NEXT_HOP_KNOWN;
+    });
+    let ack = tcp(CLIENT, SHOP.vip, ACK);
+    fixture.expect("ACK", &ack.bytes(), Expected::dropped(NoSourceAddress).of(&SHOP));
 }
 
 #[test]

@@ -273,7 +273,7 @@ fn refusal(pin: impl FnOnce(&Pins)) -> String {
     pins.0.create().unwrap();
     pin(&pins.0);
     let error = KernelDatapath::open(pins.0.clone(), 1024).unwrap_err();
-    error.to_string()
+    format!("{error}: {}", error.source)
 }
 
 #[test]

@@ -132,3 +132,17 @@ fn a_packet_for_another_destination_passes_whichever_bit_of_its_headers_is_flipp
         }
     }
 }
+
+#[test]
+fn a_frame_for_a_group_of_hosts_passes_as_it_came() {
+    let mut fixture = Fixture::new();
+    for (what, mac) in [
+        ("broadcast", [0xff; 6]),
+        ("multicast", [0x01, 0x00, 0x5e, 0x01, 0x02, 0x03]),
+    ] {
+        let mut bytes = tcp(CLIENT, WEB.vip, SYN).bytes();
+        bytes[..6].copy_from_slice(&mac);
+        fixture.expect(what, &bytes, Expected::passed(NotForService));
+    }
+    assert!(fixture.flows().is_empty());
+}

@@ -33,6 +33,8 @@ pub trait View {
 
 /// `0x0800` in network byte order.
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
+/// In the first byte of a MAC address: multicast or broadcast (IEEE 802, section 8.2.2).
+const GROUP_BIT: u8 = 0x01;
 /// "More fragments" and the offset (RFC 791 section 3.1), in network byte order.
 const FRAGMENT_MASK: u16 = 0x3fff_u16.to_be();
 
@@ -68,6 +70,11 @@ pub fn decode<F: Frame>(frame: &F) -> Result<Segment, Undecodable> {
     let ethernet = frame.view::<{ EthHdr::LEN }>(0).ok_or(not_ip)?;
     if ethernet.u16(offset_of!(EthHdr, ether_type)) != ETHERTYPE_IPV4 {
         return Err(not_ip);
+    }
+    // A frame for a group reaches every host of the network: were each to balance it, backends would get it several
+    // times, and its destination is no address to answer from (RFC 1122 section 3.3.6 has hosts ignore it, too).
+    if ethernet.u8(offset_of!(EthHdr, dst_addr)) & GROUP_BIT != 0 {
+        return Err(Undecodable::NotTransport(Reason::NotForService));
     }
     decode_ipv4(frame, EthHdr::LEN)
 }
@@ -279,6 +286,16 @@ mod tests {
     #[test]
     fn a_udp_datagram_is_decoded_whole() {
         assert_eq!(decode(&&DATAGRAM[..]), Ok(segment(UDP, 0)));
+    }
+
+    #[test]
+    fn a_frame_for_a_group_of_hosts_is_for_no_service() {
+        for group in [[0xff; 6], [0x01, 0, 0x5e, 1, 2, 3], [0x03, 0xbf, 0, 0, 0, 1]] {
+            let mut frame = ACK;
+            frame[..6].copy_from_slice(&group);
+            let expected = Err(Undecodable::NotTransport(Reason::NotForService));
+            assert_eq!(decode(&&frame[..]), expected, "{group:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use aya_ebpf::{
     helpers::bpf_redirect,
 };
 use lb_common::{
-    abi::{Backend, BackendFlags, Flow, FlowKey, Link, Reason},
+    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Link, Reason},
     logic::headers::{Frame, Segment},
 };
 
@@ -29,8 +29,13 @@ pub fn to_backend(
     backend: &Backend,
 ) -> Verdict {
     remember_client_link(frame, flow);
+    let source = source_address(flow.forward, &segment.key, backend);
+    // The route may have gone since the flow was recorded.
+    if source.0 == Address::default().0 {
+        return verdict.dropped(Reason::NoSourceAddress);
+    }
     let tuple = FlowKey {
-        source: source_address(flow.forward, &segment.key, backend),
+        source,
         destination: backend.address.by_words(),
         source_port: flow.source_port,
         destination_port: backend_port(&segment.key, backend),

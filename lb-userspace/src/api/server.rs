@@ -2,7 +2,10 @@
 
 use std::{
     fs, io,
-    os::unix::fs::PermissionsExt,
+    os::unix::{
+        fs::{FileTypeExt, PermissionsExt},
+        net::UnixStream as StdUnixStream,
+    },
     path::{Path, PathBuf},
 };
 
@@ -40,10 +43,7 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove_left_over(path)?;
         let listener = UnixListener::bind(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
         Ok(listener)
@@ -52,6 +52,28 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
         path: path.to_owned(),
         source,
     })
+}
+
+/// Removes the socket of a dead daemon, nothing else: not a file that the path names by mistake, nor the socket of
+/// another instance.
+fn remove_left_over(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "there is something else at this path: remove it, or name another path",
+        )),
+        Ok(_) => match StdUnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "another program answers there: stop it, or name another path",
+            )),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Serves the API until the listener fails.
@@ -127,4 +149,49 @@ fn stopping() -> Response {
         message: "the daemon is stopping".to_owned(),
     };
     (StatusCode::SERVICE_UNAVAILABLE, Json(refused)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    }
+
+    #[test]
+    fn the_socket_of_a_dead_daemon_is_replaced_for_owner_and_group_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deeper/xlb.sock");
+        runtime().block_on(async {
+            drop(bind(&path).unwrap());
+            assert!(path.exists());
+            let _listener = bind(&path).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        });
+    }
+
+    #[test]
+    fn a_socket_that_somebody_answers_on_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("xlb.sock");
+        runtime().block_on(async {
+            let _listener = bind(&path).unwrap();
+            let error = format!("{:#}", anyhow::Error::from(bind(&path).unwrap_err()));
+            assert!(error.contains("another program answers there"), "{error}");
+            StdUnixStream::connect(&path).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("precious");
+        fs::write(&path, "kept").unwrap();
+        runtime().block_on(async { bind(&path).unwrap_err() });
+        assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
+    }
 }

@@ -25,10 +25,16 @@ pub fn run(instance: &Instance, _args: &Args) -> u8 {
 }
 
 async fn detach(instance: &Instance) -> anyhow::Result<bool> {
+    let pins = Pins::new(instance.name());
+    // VIPs and neighbours do not tell whose they are: under a mistyped name they are another instance's.
+    if !pins.has_instance() && pins.has_other_instances() {
+        return Ok(false);
+    }
     // A running daemon would miss its maps.
     let _lock = daemon::lock(&instance.lock())?;
-    let removed = Pins::new(instance.name()).remove_all()?;
     let vips = net::remove_vips().await?;
     let neighbours = net::release_neighbours().await?;
+    // Last, so that a further try finds the instance again.
+    let removed = pins.remove_all()?;
     Ok(removed || !vips.is_empty() || neighbours > 0)
 }

@@ -19,6 +19,7 @@ use crate::{
     api::{Change, Refusal, client::ClientError},
     datapath::DatapathError,
     instance::{self, Instance},
+    net::NetError,
 };
 
 /// Exit codes, as sysexits.h has those above 2.
@@ -71,7 +72,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let socket = cli.socket.clone().unwrap_or_else(|| cli.instance.socket());
     let code = match cli.command {
-        Command::Run(args) => run::run(cli.instance, args),
+        Command::Run(args) => run::run(cli.instance, cli.socket, args),
         Command::Check(args) => check::run(&args),
         Command::Status(args) => status::run(&socket, &args),
         Command::Reload(args) => reload::run(&socket, &args),
@@ -110,6 +111,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
                 }
                 ClientError::Refused(_) => exit::FAILED,
             };
+        }
+        if let Some(NetError::NotPermitted { .. }) = cause.downcast_ref::<NetError>() {
+            return exit::NO_PERMISSION;
         }
         let io = cause.downcast_ref::<std::io::Error>();
         let datapath = cause.downcast_ref::<DatapathError>().map(|error| &error.source);

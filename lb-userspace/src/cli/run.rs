@@ -13,7 +13,7 @@ pub struct Args {
     config: PathBuf,
 }
 
-pub fn run(instance: Instance, args: Args) -> u8 {
+pub fn run(instance: Instance, socket: Option<PathBuf>, args: Args) -> u8 {
     let config = match config::load(&args.config) {
         Ok(config) => config,
         Err(error) => {
@@ -33,9 +33,9 @@ pub fn run(instance: Instance, args: Args) -> u8 {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into()),
     };
-    // SIGHUP reads the file again wherever the daemon's folder is then.
-    let path = args.config.canonicalize().unwrap_or(args.config);
-    match runtime.block_on(daemon::run(instance, path, config)) {
+    // SIGHUP reads the file again wherever the daemon's folder is then; a symbolic link may lead elsewhere by then.
+    let path = std::path::absolute(&args.config).unwrap_or(args.config);
+    match runtime.block_on(daemon::run(instance, path, config, socket)) {
         Ok(()) => exit::DONE,
         Err(error) => fail(&error),
     }

@@ -204,6 +204,9 @@ fn add_service(
             ..abi::Backend::default()
         };
         set_next_hop(&mut entry, model);
+        if let Some(former) = actual.backends.get(&backend_id) {
+            follow_source(&mut entry, former, service.forward);
+        }
         contents.backends.insert(backend_id, entry);
         if entry.flags & BackendFlags::ACCEPTS_NEW != 0 {
             candidates.push(maglev::Candidate {
@@ -271,6 +274,18 @@ fn set_next_hop(entry: &mut abi::Backend, model: &Model) {
     if let Some((hop, mac)) = next_hop.and_then(|hop| Some((hop, hop.next_hop_mac?))) {
         entry.flags |= BackendFlags::NEXT_HOP_KNOWN;
         entry.link = Link::new(mac, hop.source_mac);
+    }
+}
+
+/// Has the flows of a `full-nat` backend begin anew when this host's address towards it becomes another: replies to
+/// the former one are not found under the new one, and a flow that is never idle would stay deaf for ever.
+fn follow_source(entry: &mut abi::Backend, former: &abi::Backend, forward: Forward) {
+    let unknown = abi::Address::default();
+    if entry.source == unknown {
+        // Remembered here: a route that comes back mostly brings the same address.
+        entry.source = former.source;
+    } else if forward == Forward::FullNat && former.source != unknown && former.source != entry.source {
+        entry.generation = entry.generation.wrapping_add(1);
     }
 }
 

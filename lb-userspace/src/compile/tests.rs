@@ -141,6 +141,33 @@ fn a_next_hop_counts_as_known_with_its_mac_address() {
 }
 
 #[test]
+fn flows_of_full_nat_begin_anew_when_this_hosts_address_towards_the_backend_changes() {
+    for (forward, begin_anew) in [(Forward::Nat, false), (Forward::FullNat, true)] {
+        let mut model = web();
+        model.config.services[0].forward = forward;
+        let first = compiled(&model, &Contents::default()).contents;
+        let address = model.config.services[0].backends[0].address;
+
+        // A route that goes and comes back changes nothing.
+        let hop = model.next_hops.remove(&address).unwrap();
+        let without = compiled(&model, &first).contents;
+        assert_eq!(without.backends[&1].source, first.backends[&1].source);
+        model.next_hops.insert(address, hop);
+        assert_eq!(compiled(&model, &without).contents, first);
+
+        model.next_hops.get_mut(&address).unwrap().source = "10.0.0.2".parse().unwrap();
+        let moved = compiled(&model, &first).contents;
+        assert_eq!(IpAddr::from(moved.backends[&1].source).to_string(), "10.0.0.2");
+        assert_eq!(
+            moved.backends[&1].generation != first.backends[&1].generation,
+            begin_anew
+        );
+        assert_eq!(moved.backends[&2], first.backends[&2]);
+        assert_eq!(compiled(&model, &moved).contents, moved);
+    }
+}
+
+#[test]
 fn a_service_keeps_its_id_as_long_as_it_keeps_a_key() {
     let first = compiled(&web(), &Contents::default());
     let mut renamed = web();

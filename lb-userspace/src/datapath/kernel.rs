@@ -1,6 +1,6 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
-use std::{fmt, io, os::fd::AsFd, path::Path};
+use std::{fmt, fs, io, os::fd::AsFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
@@ -259,19 +259,38 @@ impl KernelDatapath {
     fn attach_one(&mut self, interface: &str, mode: Mode) -> Result<Attachment, DatapathError> {
         let index = nix::net::if_::if_nametoindex(interface)
             .map_err(|errno| DatapathError::new("attach", interface, io::Error::from(errno)))?;
+        let mut former = None;
         for (pinned, obtained, path) in self.pins.list_links() {
-            if pinned != interface {
-                continue;
-            }
-            if mode.admits(obtained) && self.take_over(&path, index)? {
+            // A link outlives its interface, with index 0 in place of the interface's, and goes with it to a new name.
+            let is_on_it = syscall::pinned_link_ifindex(&path).ok() == Some(index);
+            if is_on_it && mode.admits(obtained) {
+                let own = self.pins.link(interface, obtained);
+                if path != own {
+                    fs::rename(&path, &own)
+                        .map_err(|source| DatapathError::new("rename", path.display().to_string(), source))?;
+                }
+                self.take_over(&own)?;
                 return Ok(Attachment {
                     interface: interface.to_owned(),
                     mode: obtained,
                     fallback: None,
                 });
             }
-            Pins::remove_link(&path)?;
+            if is_on_it || pinned == interface {
+                Pins::remove_link(&path)?;
+                former = former.or(is_on_it.then_some(obtained));
+            }
         }
+        let attached = self.attach_in(interface, index, mode);
+        if let (Err(_), Some(former)) = (&attached, former) {
+            // Two modes at once the kernel does not allow; what was there before the attempt is to stay after it.
+            self.attach_new(interface, index, former)?;
+        }
+        attached
+    }
+
+    /// Attaches where nothing of ours is.
+    fn attach_in(&mut self, interface: &str, index: u32, mode: Mode) -> Result<Attachment, DatapathError> {
         let (obtained, fallback) = match mode {
             Mode::Native => (
                 self.attach_new(interface, index, AttachMode::Native)
@@ -299,13 +318,9 @@ impl KernelDatapath {
         })
     }
 
-    /// Puts this program on a pinned link; tells whether the link is still that of the interface.
-    fn take_over(&mut self, path: &Path, index: u32) -> Result<bool, DatapathError> {
+    /// Puts this program on a pinned link.
+    fn take_over(&mut self, path: &Path) -> Result<(), DatapathError> {
         let object = path.display().to_string();
-        // A link outlives its interface, with index 0 in place of the interface's.
-        if syscall::pinned_link_ifindex(path).ok() != Some(index) {
-            return Ok(false);
-        }
         let pinned = PinnedLink::from_pin(path).map_err(|error| failed("open", &object, error))?;
         let link = FdLink::from(pinned);
         let program = xdp_program(&mut self.ebpf)?;
@@ -315,7 +330,7 @@ impl KernelDatapath {
                 .flatten()
                 .any(|info| info.id() == running && same_program(&info, &own))
         {
-            return Ok(true);
+            return Ok(());
         }
         let link = XdpLink::try_from(link).map_err(|error| failed("open", &object, error))?;
         let id = program
@@ -326,7 +341,7 @@ impl KernelDatapath {
             .take_link(id)
             .map_err(|error| failed("replace the program of", &object, error))?;
         drop(FdLink::try_from(link).map_err(|error| failed("replace the program of", &object, error))?);
-        Ok(true)
+        Ok(())
     }
 
     fn attach_new(&mut self, interface: &str, index: u32, mode: AttachMode) -> Result<(), DatapathError> {
@@ -536,7 +551,7 @@ impl Datapath for KernelDatapath {
                 Err(MapError::KeyNotFound) => continue,
                 Err(error) => return Err(failed("read", FLOWS, error)),
             };
-            if flow.last_seen > unless_seen_since {
+            if flow.last_seen >= unless_seen_since {
                 continue;
             }
             let backend = self

@@ -114,7 +114,7 @@ pub trait Datapath: Send {
     /// Calls `visit` with each flow of the table; a flow that comes or goes meanwhile may be seen or not.
     fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError>;
 
-    /// Removes flows, each with the key of its replies, unless a packet of it was seen later than `unless_seen_since`
+    /// Removes flows, each with the key of its replies, unless a packet of it was seen at or after `unless_seen_since`
     /// (nanoseconds of `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError>;
 

@@ -42,12 +42,27 @@ impl Pins {
 
     /// Path of the pinned link of an interface; the mode that was obtained is part of its name.
     pub fn link(&self, interface: &str, mode: AttachMode) -> PathBuf {
+        // bpffs takes no dot in a name, as that of a VLAN has one; no interface's name has a colon.
+        let interface = interface.replace('.', ":");
         self.links().join(format!("{}-{interface}", mode.name()))
     }
 
     /// Tells whether an earlier daemon has left maps.
     pub fn exist(&self) -> bool {
         self.map("SETTINGS").exists()
+    }
+
+    /// Tells whether there is anything of this instance.
+    pub fn has_instance(&self) -> bool {
+        self.instance.exists()
+    }
+
+    /// Tells whether there is anything of another instance.
+    pub fn has_other_instances(&self) -> bool {
+        let folder = self.instance.parent().map(fs::read_dir);
+        folder.is_some_and(|entries| {
+            entries.is_ok_and(|entries| entries.flatten().any(|entry| entry.path() != self.instance))
+        })
     }
 
     /// Makes the folders.
@@ -82,7 +97,7 @@ impl Pins {
         let named = |name: OsString| {
             let name = name.to_str()?.to_owned();
             let (mode, interface) = name.split_once('-')?;
-            Some((interface.to_owned(), AttachMode::from_name(mode)?))
+            Some((interface.replace(':', "."), AttachMode::from_name(mode)?))
         };
         let mut links: Vec<_> = folder
             .flatten()
@@ -125,7 +140,10 @@ impl Pins {
     /// A pin cannot be removed.
     pub fn remove_own_layout(&self) -> Result<(), DatapathError> {
         remove_tree(&self.version)
-            .map_err(|source| DatapathError::new("remove", self.version.display().to_string(), source))
+            .map_err(|source| DatapathError::new("remove", self.version.display().to_string(), source))?;
+        // Stays where another layout is in it.
+        let _ = fs::remove_dir(&self.instance);
+        Ok(())
     }
 
     /// Removes every pin of the instance, of this and of other layout versions: the program is detached and its
