@@ -9,7 +9,10 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use nix::time::{ClockId, clock_gettime};
+use nix::{
+    net::if_::{if_indextoname, if_nametoindex},
+    time::{ClockId, clock_gettime},
+};
 use tracing::{error, info, warn};
 
 use crate::{
@@ -227,7 +230,6 @@ impl Controller {
             Err(error) => self.problem("read the maps", &error.into()),
         }
         self.converge_or_retry();
-        self.remove_orphan_replies();
         // An interface that was made anew under its name has lost the program and the VIPs.
         match self.attach() {
             Ok(()) => drop(self.problems.remove("attach")),
@@ -237,7 +239,7 @@ impl Controller {
     }
 
     /// Removes what flows that have gone to another backend have left.
-    fn remove_orphan_replies(&mut self) {
+    pub fn remove_orphan_replies(&mut self) {
         if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
             warn!("keys of replies that lead nowhere stay for now: {}", chain(error));
         }
@@ -267,6 +269,9 @@ impl Controller {
         let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
         let reports = self.driver.report();
         let unresolved = self.watcher.unresolved();
+        let attached: BTreeSet<u32> = (self.attachments.iter())
+            .filter_map(|attachment| if_nametoindex(attachment.interface.as_str()).ok())
+            .collect();
         let service_status = |service: &Service| {
             let id = self
                 .directory
@@ -298,7 +303,7 @@ impl Controller {
                     .to_owned(),
                     health: self.model.health_of(service, &backend.name),
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
-                    next_hop_problem: next_hop_problem(&self.model, &unresolved, backend.address),
+                    next_hop_problem: next_hop_problem(&self.model, &unresolved, &attached, backend.address),
                     share,
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
                     flows_total: counted.flows,
@@ -555,13 +560,23 @@ fn targets(model: &Model) -> Vec<Target> {
     targets
 }
 
-fn next_hop_problem(model: &Model, unresolved: &BTreeMap<IpAddr, String>, address: IpAddr) -> Option<String> {
-    if model
-        .next_hops
-        .get(&address)
-        .is_some_and(|next_hop| next_hop.next_hop_mac.is_some())
+fn next_hop_problem(
+    model: &Model,
+    unresolved: &BTreeMap<IpAddr, String>,
+    attached: &BTreeSet<u32>,
+    address: IpAddr,
+) -> Option<String> {
+    if let Some(next_hop) = model.next_hops.get(&address)
+        && next_hop.next_hop_mac.is_some()
     {
-        return None;
+        // Replies that come in there are not seen, and its driver may not send what others redirect to it.
+        let missing = !attached.contains(&next_hop.ifindex);
+        return missing.then(|| {
+            format!(
+                "is behind interface {}, which is not in `interfaces`",
+                interface_name(next_hop.ifindex)
+            )
+        });
     }
     Some(
         unresolved
@@ -569,6 +584,14 @@ fn next_hop_problem(model: &Model, unresolved: &BTreeMap<IpAddr, String>, addres
             .cloned()
             .unwrap_or_else(|| "not resolved yet".to_owned()),
     )
+}
+
+/// The name of an interface, or its number where it is gone.
+fn interface_name(ifindex: u32) -> String {
+    if_indextoname(ifindex)
+        .ok()
+        .and_then(|name| name.into_string().ok())
+        .unwrap_or_else(|| ifindex.to_string())
 }
 
 fn refused(reason: Refusal, message: String) -> Refused {

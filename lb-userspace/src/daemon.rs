@@ -33,6 +33,8 @@ use crate::{
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the maps are compared with what they shall hold.
 const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
+/// How often keys of replies that flows have left behind are looked for: a look at each key.
+const ORPHANS_INTERVAL: Duration = Duration::from_secs(300);
 /// How often counters are read for rates.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -108,6 +110,7 @@ pub async fn run(
     };
     let mut sweeps = ticks(SWEEP_INTERVAL);
     let mut repairs = ticks(REPAIR_INTERVAL);
+    let mut orphans = ticks(ORPHANS_INTERVAL);
     let mut samples = ticks(SAMPLE_INTERVAL);
     loop {
         tokio::select! {
@@ -122,6 +125,7 @@ pub async fn run(
             },
             _ = sweeps.tick() => controller.sweep(),
             _ = repairs.tick() => controller.repair().await,
+            _ = orphans.tick() => controller.remove_orphan_replies(),
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");

@@ -1,5 +1,7 @@
 //! The program on interfaces of a namespace, with real links and pins; wants root and bpffs.
 
+#![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+
 use std::{
     path::PathBuf,
     process::Command,

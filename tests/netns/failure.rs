@@ -248,7 +248,7 @@ fn when_one_of_three_leaves_the_others_keep_their_slots() {
     };
     leaves("drained", &mut |daemon| drop(daemon.done(&["drain", "web", "c"])));
     leaves("disabled", &mut |daemon| {
-        drop(daemon.done(&["disable", "web", "c"]))
+        drop(daemon.done(&["disable", "web", "c"]));
     });
     leaves("killed", &mut |daemon| {
         daemon.done(&["enable", "web", "c"]);

@@ -2,6 +2,8 @@
 //!
 //! The tests share the machine's cores and measure times: run them one after the other, `--test-threads=1`.
 
+#![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+
 mod administration;
 mod ageing;
 mod attachment;

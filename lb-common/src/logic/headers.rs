@@ -99,6 +99,10 @@ fn decode_ipv4<F: Frame>(frame: &F, ip_offset: usize) -> Result<Segment, Undecod
     if total_length < header_length || ip_offset + total_length > frame.len() {
         return Err(malformed(Reason::BadIpLength));
     }
+    let protocol = ip.u8(offset_of!(Ipv4Hdr, proto));
+    if protocol != TCP && protocol != UDP {
+        return Err(Undecodable::NotTransport(Reason::NotForService));
+    }
     let source = ip.u32(offset_of!(Ipv4Hdr, src_addr));
     if !may_be_source(source) || source == destination.v4_word() {
         return Err(malformed(Reason::BadSourceAddress));
@@ -107,16 +111,15 @@ fn decode_ipv4<F: Frame>(frame: &F, ip_offset: usize) -> Result<Segment, Undecod
         return Err(malformed(Reason::Fragment));
     }
 
-    let protocol = ip.u8(offset_of!(Ipv4Hdr, proto));
     let transport_offset = ip_offset + header_length;
     let transport_length = total_length - header_length;
-    let (ports, tcp_flags) = match protocol {
-        TCP => decode_tcp(frame, transport_offset, transport_length).map_err(malformed)?,
-        UDP => (
+    let (ports, tcp_flags) = if protocol == TCP {
+        decode_tcp(frame, transport_offset, transport_length).map_err(malformed)?
+    } else {
+        (
             decode_udp(frame, transport_offset, transport_length).map_err(malformed)?,
             0,
-        ),
-        _ => return Err(Undecodable::NotTransport(Reason::NotForService)),
+        )
     };
     if ports.0 == 0 || ports.1 == 0 {
         return Err(malformed(Reason::ZeroPort));

@@ -1,6 +1,6 @@
 //! `xlb detach`: removes what a daemon has left in the kernel.
 
-use super::{block_on, exit, fail, require_root};
+use super::{block_on, fail, output::print, require_root};
 use crate::{daemon, datapath::Pins, instance::Instance, net};
 
 /// Removes the pinned program, links and maps of a stopped daemon, with all flows, and the VIPs and neighbours that it set
@@ -12,14 +12,8 @@ pub fn run(instance: &Instance, _args: &Args) -> u8 {
         return code;
     }
     match block_on(detach(instance)) {
-        Ok(true) => {
-            anstream::println!("detached instance {instance}");
-            exit::DONE
-        }
-        Ok(false) => {
-            anstream::println!("instance {instance} has nothing attached");
-            exit::DONE
-        }
+        Ok(true) => print(&format!("detached instance {instance}")),
+        Ok(false) => print(&format!("instance {instance} has nothing attached")),
         Err(error) => fail(&error),
     }
 }

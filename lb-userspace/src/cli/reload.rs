@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{block_on, exit, fail};
+use super::{block_on, fail, output::print};
 use crate::api::{Done, client};
 
 /// Makes the daemon read its configuration anew; a bad one changes nothing and is explained
@@ -20,8 +20,7 @@ pub(super) fn report(result: anyhow::Result<Done>) -> u8 {
             for warning in done.warnings {
                 anstream::eprintln!("xlb: {warning}");
             }
-            anstream::println!("{}", done.message);
-            exit::DONE
+            print(&done.message)
         }
         Err(error) => fail(&error),
     }

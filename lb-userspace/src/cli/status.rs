@@ -4,7 +4,10 @@ use std::{fmt::Write, path::Path};
 
 use comfy_table::{Table, presets};
 
-use super::{block_on, exit, fail, output::OutputFormat};
+use super::{
+    block_on, fail,
+    output::{OutputFormat, print},
+};
 use crate::{
     api::client,
     model::Health,
@@ -25,13 +28,12 @@ pub fn run(socket: &Path, args: &Args) -> u8 {
         Err(error) => return fail(&error),
     };
     match args.output {
-        OutputFormat::Table => anstream::print!("{}", table(&status)),
+        OutputFormat::Table => print(&table(&status)),
         OutputFormat::Json => match serde_json::to_string_pretty(&status) {
-            Ok(json) => anstream::println!("{json}"),
-            Err(error) => return fail(&error.into()),
+            Ok(json) => print(&json),
+            Err(error) => fail(&error.into()),
         },
     }
-    exit::DONE
 }
 
 /// The status for people.
