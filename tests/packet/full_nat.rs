@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::SocketAddrV4};
 use lb_common::{
     abi::{
         Address, BackendFlags,
-        Reason::{NoFlow, NoSourceAddress, NoSourcePort},
+        Reason::{NextHopMissing, NoFlow, NoSourceAddress, NoSourcePort},
         Settings,
     },
     logic::source_port::{candidate, first_choice},
@@ -198,6 +198,15 @@ fn a_flow_whose_route_has_gone_sends_nothing_from_no_address() {
     });
     let ack = tcp(CLIENT, SHOP.vip, ACK);
     fixture.expect("ACK", &ack.bytes(), Expected::dropped(NoSourceAddress).of(&SHOP));
+}
+
+#[test]
+fn a_packet_whose_next_hop_is_unknown_is_dropped_because_the_host_would_drop_it_unseen() {
+    let mut fixture = Fixture::new();
+    fixture.run(&tcp(CLIENT, SHOP.vip, SYN).bytes());
+    fixture.change_backend(&SHOP, 0, |backend| backend.flags &= !BackendFlags::NEXT_HOP_KNOWN);
+    let ack = tcp(CLIENT, SHOP.vip, ACK);
+    fixture.expect("ACK", &ack.bytes(), Expected::dropped(NextHopMissing).of(&SHOP));
 }
 
 #[test]

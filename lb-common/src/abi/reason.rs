@@ -60,6 +60,7 @@ reasons! {
     ZeroPort, "zero-port", Dropped, "The source or destination port is 0.";
     NoBackend, "no-backend", Dropped, "No backend of the service is up and enabled.";
     NoFlow, "no-flow", Dropped, "A packet that ends or answers a flow that is not in the flow table.";
+    NextHopMissing, "next-hop-missing", Dropped, "The next hop of the backend is not resolved, and the host's stack would not take a packet from its own address.";
     NoSourceAddress, "no-source-address", Dropped, "No route to the backend tells which address of this host full-nat shall write.";
     NoSourcePort, "no-source-port", Dropped, "No source port towards the backend is free.";
     FlowTableFull, "flow-table-full", Dropped, "The flow table took no new flow.";

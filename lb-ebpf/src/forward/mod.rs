@@ -7,7 +7,7 @@ use aya_ebpf::{
     helpers::bpf_redirect,
 };
 use lb_common::{
-    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Link, Reason},
+    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason},
     logic::headers::{Frame, Segment},
 };
 
@@ -34,6 +34,11 @@ pub fn to_backend(
     if source.0 == Address::default().0 {
         return verdict.dropped(Reason::NoSourceAddress);
     }
+    let next_hop_known = backend.flags & BackendFlags::NEXT_HOP_KNOWN != 0;
+    // From an address of its own, which full-nat writes, the host's stack takes no packet in (fib_validate_source).
+    if !next_hop_known && flow.forward == Forward::FullNat.number() {
+        return verdict.dropped(Reason::NextHopMissing);
+    }
     let tuple = FlowKey {
         source,
         destination: backend.address.by_words(),
@@ -47,7 +52,7 @@ pub fn to_backend(
     if let Some(counters) = maps::backend_counters(backend_id) {
         add(&mut counters.forwarded, frame.len() as u64);
     }
-    if backend.flags & BackendFlags::NEXT_HOP_KNOWN == 0 {
+    if !next_hop_known {
         return verdict.passed(Reason::NextHopUnknown);
     }
     send(frame, verdict, backend.ifindex, backend.link, Reason::Forwarded)

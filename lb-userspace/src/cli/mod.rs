@@ -20,6 +20,7 @@ use crate::{
     datapath::DatapathError,
     instance::{self, Instance},
     net::NetError,
+    seed::SeedError,
 };
 
 /// Exit codes, as sysexits.h has those above 2.
@@ -114,6 +115,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         }
         if let Some(NetError::NotPermitted { .. }) = cause.downcast_ref::<NetError>() {
             return exit::NO_PERMISSION;
+        }
+        if let Some(SeedError::Malformed { .. }) = cause.downcast_ref::<SeedError>() {
+            return exit::BAD_CONFIGURATION;
         }
         let io = cause.downcast_ref::<std::io::Error>();
         let datapath = cause.downcast_ref::<DatapathError>().map(|error| &error.source);
