@@ -8,6 +8,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
+use aya::programs::ProgramInfo;
 use xlb::{
     datapath::{
         AttachMode, Pins,
@@ -38,6 +39,12 @@ impl Instance {
         attached
             .map(drop)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+    }
+
+    /// Id of the program that this data path has loaded.
+    fn program_id(&mut self) -> u32 {
+        let program = self.datapath.ebpf_mut().program("xlb").unwrap();
+        program.info().unwrap().id()
     }
 
     fn links(&self) -> Vec<(String, AttachMode, PathBuf)> {
@@ -154,4 +161,20 @@ fn a_program_of_somebody_else_is_named_whatever_its_mode() {
         }
     })
     .unwrap();
+}
+
+#[test]
+fn the_program_is_pinned_once_and_stays_over_a_restart() {
+    let mut instance = Instance::new();
+    let path = instance.pins.program("xlb");
+    let id = || ProgramInfo::from_pin(&path).unwrap().id();
+    let (first, own) = (id(), instance.program_id());
+    assert_eq!(first, own);
+    instance.datapath = KernelDatapath::open(instance.pins.clone(), 1024).unwrap();
+    // A debug build's program has a ring for log records of its own, so that it is another one each time.
+    if cfg!(debug_assertions) {
+        assert_eq!(id(), instance.program_id());
+    } else {
+        assert_eq!(id(), first);
+    }
 }

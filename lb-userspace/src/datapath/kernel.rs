@@ -181,6 +181,7 @@ impl KernelDatapath {
         program
             .load()
             .map_err(|error| failed("load", "the program", error))?;
+        pin_program(program, &pins.program(PROGRAM))?;
 
         let data =
             |name: &str| MapData::from_pin(pins.map(name)).map_err(|error| failed("open", name, error));
@@ -732,6 +733,22 @@ fn lru_hash<K: Pod, V: Pod>(data: MapData) -> Result<HashMap<MapData, K, V>, Map
 
 fn per_cpu<T: Pod>(data: MapData) -> Result<PerCpuArray<MapData, T>, MapError> {
     PerCpuArray::try_from(Map::PerCpuArray(data))
+}
+
+/// Pins a program where users and their tools find it, unless the same one is pinned there already.
+fn pin_program(program: &mut Xdp, path: &Path) -> Result<(), DatapathError> {
+    let object = path.display().to_string();
+    if path.exists() {
+        let same = match (ProgramInfo::from_pin(path), program.info()) {
+            (Ok(pinned), Ok(own)) => same_program(&pinned, &own),
+            _ => false,
+        };
+        if same {
+            return Ok(());
+        }
+        fs::remove_file(path).map_err(|source| DatapathError::new("remove", &object, source))?;
+    }
+    program.pin(path).map_err(|error| failed("pin", object, error))
 }
 
 /// Tells whether two programs have the same instructions on the same maps, so that one need not replace the other.

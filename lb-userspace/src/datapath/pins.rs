@@ -35,6 +35,11 @@ impl Pins {
         self.version.join("maps").join(name)
     }
 
+    /// Path of a pinned program.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.version.join("programs").join(name)
+    }
+
     /// Folder of the pinned links.
     pub fn links(&self) -> PathBuf {
         self.version.join(LINKS)
@@ -82,7 +87,7 @@ impl Pins {
                 ));
             }
         }
-        for folder in [self.version.join("maps"), self.links()] {
+        for folder in ["maps", "programs", LINKS].map(|name| self.version.join(name)) {
             fs::create_dir_all(&folder)
                 .map_err(|source| DatapathError::new("create", folder.display().to_string(), source))?;
         }
