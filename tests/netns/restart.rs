@@ -145,3 +145,18 @@ fn a_second_daemon_of_an_instance_refuses_and_leaves_the_first_alone() {
     drop(connection_to(&topology, "a"));
     assert_eq!(daemon.status().services[0].backends[0].health, Health::Up);
 }
+
+#[test]
+fn a_daemon_is_ready_and_answers_within_seconds() {
+    let topology = topology();
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure(&INTERFACES, &[web()]);
+    for _ in 0..2 {
+        let start = Instant::now();
+        daemon.start();
+        // Behind the first look for changes to the maps.
+        daemon.status();
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        daemon.kill();
+    }
+}

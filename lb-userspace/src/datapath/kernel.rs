@@ -471,7 +471,10 @@ impl Datapath for KernelDatapath {
             }
         })
         .map_err(|source| DatapathError::new("read", "BACKENDS", source))?;
-        for id in 0..self.slot_tables.len() {
+        // Those of services alone: before 6.8 the kernel waits for a grace period of RCU, some 20 ms, with each look
+        // into a map of maps (`maybe_wait_bpf_programs`). A table that an interrupted change has left under an id
+        // without a service is replaced when the id is given to one.
+        for &id in contents.services.keys() {
             let table = match self.slot_tables.get(&id, 0) {
                 Ok(table) => table,
                 Err(MapError::KeyNotFound) => continue,
