@@ -8,7 +8,7 @@ use lb_common::abi::{
     MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceKey,
     Settings, TCP, Totals, UDP,
 };
-use xlb::datapath::{Contents, Datapath, Operation, Pins, kernel::KernelDatapath};
+use xlb::datapath::{Contents, Datapath, Operation, Pins, contents_dump, kernel::KernelDatapath};
 
 use crate::{
     fixture::{Expected, Fixture, SETTINGS, WEB, unique_pins},
@@ -124,18 +124,19 @@ fn new_maps_are_empty() {
 #[test]
 fn every_operation_is_read_back() {
     let (mut fixture, mut expected) = filled();
-    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    assert!(fixture.datapath().read().unwrap() == expected);
     let key = service_key(1, 80, UDP);
     type Change<'a> = &'a dyn Fn(&mut Contents);
     let removals: [(Operation, Change<'_>); 5] = [
         (Operation::RemoveServiceKey(key), &|contents| {
             contents.service_keys.remove(&key);
         }),
-        (Operation::RemoveService(MAX_SERVICES - 1), &|contents| {
-            contents.services.remove(&(MAX_SERVICES - 1));
-        }),
+        // Before their service: without one they are not looked for.
         (Operation::RemoveSlots(MAX_SERVICES - 1), &|contents| {
             contents.slots.remove(&(MAX_SERVICES - 1));
+        }),
+        (Operation::RemoveService(MAX_SERVICES - 1), &|contents| {
+            contents.services.remove(&(MAX_SERVICES - 1));
         }),
         (Operation::RemoveBackend(MAX_BACKENDS - 1), &|contents| {
             contents.backends.remove(&(MAX_BACKENDS - 1));
@@ -147,7 +148,10 @@ fn every_operation_is_read_back() {
     for (operation, change) in removals {
         fixture.apply(operation.clone());
         change(&mut expected);
-        assert_eq!(fixture.datapath().read().unwrap(), expected, "{operation:?}");
+        let read = fixture.datapath().read().unwrap();
+        // Not the contents themselves: slot tables fill a screen.
+        assert_eq!(contents_dump(&read), contents_dump(&expected), "{operation:?}");
+        assert!(read == expected, "{operation:?}");
     }
     // Each a second time with other values.
     expected.settings.udp_idle += 1;
@@ -159,7 +163,7 @@ fn every_operation_is_read_back() {
     for operation in put_operations(&expected) {
         fixture.apply(operation);
     }
-    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    assert!(fixture.datapath().read().unwrap() == expected);
 }
 
 #[test]
@@ -173,7 +177,7 @@ fn many_entries_are_read_back_whole() {
     for operation in put_operations(&expected) {
         fixture.apply(operation);
     }
-    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    assert!(fixture.datapath().read().unwrap() == expected);
 }
 
 #[test]
@@ -221,9 +225,9 @@ fn the_counters_of_an_entry_that_is_removed_start_from_zero() {
 fn a_restarted_daemon_finds_all_as_it_was() {
     let (mut fixture, expected) = filled();
     fixture.restart(1024);
-    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    assert!(fixture.datapath().read().unwrap() == expected);
     fixture.restart(4096);
-    assert_eq!(fixture.datapath().read().unwrap(), expected);
+    assert!(fixture.datapath().read().unwrap() == expected);
     assert_eq!(
         fixture.datapath().flow_table_size().unwrap(),
         1024,
