@@ -148,7 +148,9 @@ fn private_lists() -> Result<Vec<String>> {
         "Created-By: Packages",
     ]))
     .unwrap_or_default();
-    fs::write(root.join("sources.list"), bookworm_sources(&mirrors))?;
+    let sources = bookworm_sources(&mirrors)
+        .context("apt has no source of Debian packages, so there is no mirror to ask for the kernels")?;
+    fs::write(root.join("sources.list"), sources)?;
     let path = |name: &str| root.join(name).display().to_string();
     let options: Vec<String> = [
         format!("Dir::Etc::sourcelist={}", path("sources.list")),
@@ -168,8 +170,8 @@ fn private_lists() -> Result<Vec<String>> {
     Ok(options)
 }
 
-/// A sources.list from lines of `URI SUITE`, as the machine has them.
-fn bookworm_sources(mirrors: &str) -> String {
+/// A sources.list from lines of `URI SUITE`, as the machine has them; nothing where none of them is Debian's.
+fn bookworm_sources(mirrors: &str) -> Option<String> {
     let uri_of = |security: bool| {
         mirrors.lines().find_map(|line| {
             let (uri, suite) = line.split_once(' ')?;
@@ -179,15 +181,15 @@ fn bookworm_sources(mirrors: &str) -> String {
             (debian && suite.ends_with("-security") == security).then(|| uri.trim_end_matches('/').to_owned())
         })
     };
-    let main = uri_of(false).unwrap_or_else(|| "http://deb.debian.org/debian".to_owned());
+    let main = uri_of(false)?;
     let security = uri_of(true).unwrap_or_else(|| format!("{main}-security"));
     let keyring = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
-    format!(
+    Some(format!(
         "deb {keyring} {main} bookworm main\n\
          deb {keyring} {main} bookworm-updates main\n\
          deb {keyring} {security} bookworm-security main\n\
          deb {keyring} {main} bookworm-backports main\n"
-    )
+    ))
 }
 
 /// The static busybox: unpacked only, since installed it would displace another busybox.
@@ -240,14 +242,20 @@ mod tests {
     fn private_lists_keep_the_mirror_of_the_machine() {
         let sources = bookworm_sources(
             "http://mirror.example/debian/ bookworm\nhttp://mirror.example/sec/ bookworm-security",
-        );
+        )
+        .unwrap();
         assert!(sources.contains("http://mirror.example/debian bookworm-backports main"));
         assert!(sources.contains("http://mirror.example/sec bookworm-security main"));
     }
 
     #[test]
-    fn private_lists_without_a_debian_mirror_use_the_public_one() {
-        let sources = bookworm_sources("https://packages.example/ other");
-        assert!(sources.contains("http://deb.debian.org/debian-security bookworm-security main"));
+    fn without_a_debian_mirror_there_are_no_private_lists() {
+        assert_eq!(bookworm_sources("https://packages.example/ other"), None);
+    }
+
+    #[test]
+    fn the_security_mirror_is_beside_the_main_one_unless_the_machine_knows_better() {
+        let sources = bookworm_sources("http://mirror.example/debian bookworm").unwrap();
+        assert!(sources.contains("http://mirror.example/debian-security bookworm-security main"));
     }
 }
