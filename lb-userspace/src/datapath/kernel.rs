@@ -1,6 +1,6 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
-use std::{fmt, fs, io, os::fd::AsFd, path::Path};
+use std::{collections::BTreeMap, fmt, fs, io, os::fd::AsFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
@@ -12,7 +12,7 @@ use aya::{
         links::{FdLink, LinkError, PinnedLink},
         xdp::XdpLink,
     },
-    util::nr_cpus,
+    util::{KernelVersion, nr_cpus},
 };
 use lb_common::abi::{
     Address, Backend, BackendCounters, Count, Flow, FlowKey, Forward, MAX_ADDRESSES, MAX_BACKENDS,
@@ -21,7 +21,8 @@ use lb_common::abi::{
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, counters, packet_log, syscall,
+    AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, SlotTable, counters,
+    packet_log, syscall,
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -383,6 +384,66 @@ impl KernelDatapath {
         Ok(())
     }
 
+    fn read_all_but_slots(&self) -> Result<Contents, DatapathError> {
+        let mut contents = Contents {
+            settings: self
+                .settings
+                .get(&0, 0)
+                .map_err(|error| failed("read", "SETTINGS", error))?
+                .0,
+            ..Contents::default()
+        };
+        syscall::for_each(
+            self.addresses.map().fd().as_fd(),
+            |address: &Address, roles: &u32| {
+                contents.addresses.insert(*address, *roles);
+            },
+        )
+        .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
+        syscall::for_each(
+            self.service_keys.map().fd().as_fd(),
+            |key: &ServiceKey, id: &u32| {
+                contents.service_keys.insert(*key, *id);
+            },
+        )
+        .map_err(|source| DatapathError::new("read", "SERVICE_KEYS", source))?;
+        syscall::for_each(self.services.map().fd().as_fd(), |id: &u32, service: &Service| {
+            if service.in_use != 0 {
+                contents.services.insert(*id, *service);
+            }
+        })
+        .map_err(|source| DatapathError::new("read", "SERVICES", source))?;
+        syscall::for_each(self.backends.map().fd().as_fd(), |id: &u32, backend: &Backend| {
+            if backend.service_plus_one != 0 {
+                contents.backends.insert(*id, *backend);
+            }
+        })
+        .map_err(|source| DatapathError::new("read", "BACKENDS", source))?;
+        Ok(contents)
+    }
+
+    /// Reads the slot tables of services alone: a table that an interrupted change has left under an id without a
+    /// service is replaced when the id is given to one.
+    fn read_slots(&self, contents: &Contents) -> Result<BTreeMap<u32, SlotTable>, DatapathError> {
+        let mut tables = BTreeMap::new();
+        for &id in contents.services.keys() {
+            let table = match self.slot_tables.get(&id, 0) {
+                Ok(table) => table,
+                Err(MapError::KeyNotFound) => continue,
+                Err(error) => return Err(failed("read", format!("SLOT_TABLES[{id}]"), error)),
+            };
+            let mut slots = vec![0; SLOT_COUNT as usize];
+            syscall::for_each(table.map().fd().as_fd(), |slot: &u32, backend: &u32| {
+                if let Some(entry) = slots.get_mut(*slot as usize) {
+                    *entry = *backend;
+                }
+            })
+            .map_err(|source| DatapathError::new("read", format!("SLOT_TABLES[{id}]"), source))?;
+            tables.insert(id, slots.into());
+        }
+        Ok(tables)
+    }
+
     fn put_slots(&mut self, service: u32, slots: &[u32]) -> Result<(), DatapathError> {
         let object = format!("SLOT_TABLES[{service}]");
         let table: Array<MapData, u32> =
@@ -437,58 +498,20 @@ impl Mode {
 
 impl Datapath for KernelDatapath {
     fn read(&self) -> Result<Contents, DatapathError> {
-        let mut contents = Contents {
-            settings: self
-                .settings
-                .get(&0, 0)
-                .map_err(|error| failed("read", "SETTINGS", error))?
-                .0,
-            ..Contents::default()
-        };
-        syscall::for_each(
-            self.addresses.map().fd().as_fd(),
-            |address: &Address, roles: &u32| {
-                contents.addresses.insert(*address, *roles);
-            },
-        )
-        .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
-        syscall::for_each(
-            self.service_keys.map().fd().as_fd(),
-            |key: &ServiceKey, id: &u32| {
-                contents.service_keys.insert(*key, *id);
-            },
-        )
-        .map_err(|source| DatapathError::new("read", "SERVICE_KEYS", source))?;
-        syscall::for_each(self.services.map().fd().as_fd(), |id: &u32, service: &Service| {
-            if service.in_use != 0 {
-                contents.services.insert(*id, *service);
-            }
-        })
-        .map_err(|source| DatapathError::new("read", "SERVICES", source))?;
-        syscall::for_each(self.backends.map().fd().as_fd(), |id: &u32, backend: &Backend| {
-            if backend.service_plus_one != 0 {
-                contents.backends.insert(*id, *backend);
-            }
-        })
-        .map_err(|source| DatapathError::new("read", "BACKENDS", source))?;
-        // Those of services alone: before 6.8 the kernel waits for a grace period of RCU, some 20 ms, with each look
-        // into a map of maps (`maybe_wait_bpf_programs`). A table that an interrupted change has left under an id
-        // without a service is replaced when the id is given to one.
-        for &id in contents.services.keys() {
-            let table = match self.slot_tables.get(&id, 0) {
-                Ok(table) => table,
-                Err(MapError::KeyNotFound) => continue,
-                Err(error) => return Err(failed("read", format!("SLOT_TABLES[{id}]"), error)),
-            };
-            let mut slots = vec![0; SLOT_COUNT as usize];
-            syscall::for_each(table.map().fd().as_fd(), |slot: &u32, backend: &u32| {
-                if let Some(entry) = slots.get_mut(*slot as usize) {
-                    *entry = *backend;
-                }
-            })
-            .map_err(|source| DatapathError::new("read", format!("SLOT_TABLES[{id}]"), source))?;
-            contents.slots.insert(id, slots.into());
+        let mut contents = self.read_all_but_slots()?;
+        contents.slots = self.read_slots(&contents)?;
+        Ok(contents)
+    }
+
+    fn refresh(&self, known: &Contents) -> Result<Contents, DatapathError> {
+        // Before 6.8 the kernel waits for a grace period of RCU, some 20 ms, with each look into a map of maps
+        // (`maybe_wait_bpf_programs`): too long to do for every service time and again.
+        if KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 8, 0)) {
+            return self.read();
         }
+        let mut contents = self.read_all_but_slots()?;
+        contents.slots = known.slots.clone();
+        contents.slots.retain(|id, _| contents.services.contains_key(id));
         Ok(contents)
     }
 

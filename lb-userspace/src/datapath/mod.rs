@@ -108,6 +108,13 @@ pub trait Datapath: Send {
     /// Reads back everything that the reconciler governs.
     fn read(&self) -> Result<Contents, DatapathError>;
 
+    /// Reads back the same, where `known` is what the maps held last; slot tables may be taken from that where the
+    /// kernel makes looking at them slow.
+    fn refresh(&self, known: &Contents) -> Result<Contents, DatapathError> {
+        let _ = known;
+        self.read()
+    }
+
     /// Makes one change.
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError>;
 

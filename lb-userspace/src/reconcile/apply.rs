@@ -95,7 +95,10 @@ impl<D: Datapath> Reconciler<D> {
     /// # Errors
     /// When the maps cannot be read; what is known stays as it was.
     pub fn refresh(&mut self) -> Result<usize, ReconcileError> {
-        let read = self.datapath.read().map_err(ReconcileError::Read)?;
+        let read = self
+            .datapath
+            .refresh(&self.actual)
+            .map_err(ReconcileError::Read)?;
         let changes = plan(&self.actual, &read).len();
         self.actual = read;
         Ok(changes)
