@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let xtask = env::current_exe().context("the path of this program is not known")?;
     let wanted = |kind| arguments.only.is_none_or(|only| only == kind);
     setup::run(setup::Scope::Test)?;
-    if wanted(Kind::Packet) || wanted(Kind::Netns) {
+    if wanted(Kind::Unit) || wanted(Kind::Packet) || wanted(Kind::Netns) {
         process::require_root("testing with the kernel")?;
     }
     let mut report = Report {
@@ -66,8 +66,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
             ],
         );
     }
-    if wanted(Kind::Packet) || wanted(Kind::Netns) {
-        on_this_kernel(&mut report, wanted(Kind::Packet), wanted(Kind::Netns))?;
+    if wanted(Kind::Unit) || wanted(Kind::Packet) || wanted(Kind::Netns) {
+        on_this_kernel(&mut report, wanted)?;
     }
     if wanted(Kind::Packet) {
         with_other_toolchain(&mut report)?;
@@ -105,7 +105,7 @@ fn checks(report: &mut Report) -> Result<()> {
 }
 
 /// The debug build, whose object logs every packet.
-fn on_this_kernel(report: &mut Report, packet: bool, netns: bool) -> Result<()> {
+fn on_this_kernel(report: &mut Report, wanted: impl Fn(Kind) -> bool) -> Result<()> {
     let xlb = match build::build_debug() {
         Ok(xlb) => xlb,
         Err(error) => {
@@ -113,14 +113,21 @@ fn on_this_kernel(report: &mut Report, packet: bool, netns: bool) -> Result<()> 
             return Ok(());
         }
     };
-    if packet {
+    if wanted(Kind::Unit) {
+        let mut command = build::cargo("test")?;
+        report.run(
+            "integration",
+            &mut [with_root(&mut command, &xlb).args(INTEGRATION)],
+        );
+    }
+    if wanted(Kind::Packet) {
         let mut command = build::cargo("test")?;
         report.run(
             "packet, debug object",
             &mut [with_root(&mut command, &xlb).args(PACKET)],
         );
     }
-    if netns {
+    if wanted(Kind::Netns) {
         let mut command = build::cargo("test")?;
         report.run("netns", &mut [with_root(&mut command, &xlb).args(NETNS)]);
     }
@@ -175,6 +182,16 @@ fn optimized(report: &mut Report, arguments: &Arguments, xtask: &Path, packet: b
     Ok(())
 }
 
+/// Tests of the library and of the binary as a whole.
+const INTEGRATION: &[&str] = &[
+    "--workspace",
+    "--test",
+    "configuration",
+    "--test",
+    "attach",
+    "--test",
+    "demo",
+];
 const PACKET: &[&str] = &["--workspace", "--test", "packet"];
 const NETNS: &[&str] = &["--workspace", "--test", "netns"];
 
@@ -241,7 +258,7 @@ impl Report {
         for command in commands {
             command.args(["--no-fail-fast", "--"]);
             // The tests of namespaces share the machine's names, pins and processors.
-            if name.contains("netns") {
+            if name.contains("netns") || name == "integration" {
                 command.arg("--test-threads=1");
             }
             command.args(&self.filter);
