@@ -225,8 +225,12 @@ impl Controller {
     /// Mends what somebody else has changed in the maps, and what could not be done before.
     pub async fn repair(&mut self) {
         match self.reconciler.refresh() {
-            Ok(0) => {}
-            Ok(changes) => warn!(changes, "the maps were changed from outside; they are mended"),
+            Ok(changes) => {
+                self.problems.remove("read the maps");
+                if changes > 0 {
+                    warn!(changes, "the maps were changed from outside; they are mended");
+                }
+            }
             Err(error) => self.problem("read the maps", &error.into()),
         }
         self.converge_or_retry();
