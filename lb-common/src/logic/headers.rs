@@ -2,23 +2,23 @@
 
 use core::mem::offset_of;
 
-use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
 
 use super::tcp_state::flags_are_sane;
-use crate::abi::{Address, FlowKey, Reason, TCP, UDP};
+use crate::abi::{Address, FlowKey, ICMP, ICMPV6, Link, Reason, TCP, Tags, UDP};
 
 /// A frame whose bounds have to be checked before it is read.
 pub trait Frame {
     /// Bytes of a frame that are known to be there.
     type View: View;
 
-    /// Length of the frame in bytes.
-    fn len(&self) -> usize;
-
-    /// Tells whether there is not a single byte.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
+    /// Tells whether the frame has at least so many bytes, whether or not all of them can be viewed.
+    fn reaches(&self, end: usize) -> bool;
 
     /// The `N` bytes at an offset, or nothing where the frame ends before.
     fn view<const N: usize>(&self, offset: usize) -> Option<Self::View>;
@@ -31,112 +31,390 @@ pub trait View {
     fn u32(&self, at: usize) -> u32;
 }
 
-/// `0x0800` in network byte order.
-const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
-/// In the first byte of a MAC address: multicast or broadcast (IEEE 802, section 8.2.2).
-const GROUP_BIT: u8 = 0x01;
-/// "More fragments" and the offset (RFC 791 section 3.1), in network byte order.
-const FRAGMENT_MASK: u16 = 0x3fff_u16.to_be();
-
-/// A TCP or UDP packet, decoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    pub key: FlowKey,
-    /// Offset of the IP header in the frame.
-    pub ip_offset: usize,
-    /// Offset of the TCP or UDP header in the frame.
-    pub transport_offset: usize,
-    /// TCP flags as in the header; 0 for UDP.
-    pub tcp_flags: u8,
-    pub ttl: u8,
+/// EtherTypes in network byte order.
+pub mod ethertype {
+    pub const IPV4: u16 = 0x0800_u16.to_be();
+    pub const IPV6: u16 = 0x86dd_u16.to_be();
+    /// A VLAN tag (IEEE 802.1Q).
+    pub const VLAN: u16 = 0x8100_u16.to_be();
+    /// The outer of two VLAN tags (IEEE 802.1ad).
+    pub const SERVICE_VLAN: u16 = 0x88a8_u16.to_be();
 }
 
-/// Why a frame is no [`Segment`].
+/// Length of a VLAN tag in bytes.
+pub const TAG_LEN: usize = 4;
+/// In the first byte of a MAC address: multicast or broadcast (IEEE 802, section 8.2.2).
+const GROUP_BIT: u8 = 0x01;
+/// "More fragments" (RFC 791 section 3.1), in network byte order.
+const MORE_FRAGMENTS: u16 = 0x2000_u16.to_be();
+/// The offset of a fragment, in network byte order.
+const FRAGMENT_OFFSET: u16 = 0x1fff_u16.to_be();
+/// "Don't fragment", in network byte order.
+pub const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
+/// The offset of a fragment of IPv6 (RFC 8200 section 4.5), in network byte order.
+const FRAGMENT_OFFSET_V6: u16 = 0xfff8_u16.to_be();
+const MORE_FRAGMENTS_V6: u16 = 0x0001_u16.to_be();
+
+/// Extension headers of IPv6 that are walked at most: RFC 8200 section 4.1 recommends an order of six.
+const MAX_EXTENSION_HEADERS: usize = 6;
+/// Numbers of extension headers (RFC 8200 section 4, RFC 4302).
+mod extension {
+    pub const HOP_BY_HOP: u8 = 0;
+    pub const ROUTING: u8 = 43;
+    pub const FRAGMENT: u8 = 44;
+    pub const AUTHENTICATION: u8 = 51;
+    pub const DESTINATION_OPTIONS: u8 = 60;
+}
+
+/// A packet, decoded as far as a balancer looks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Packet {
+    /// The 5-tuple; ports are 0 where the packet has none.
+    pub key: FlowKey,
+    /// MAC addresses as they came.
+    pub link: Link,
+    pub tags: Tags,
+    /// What the fragments of one packet have in common; as it lies in the header.
+    pub identification: u32,
+    /// Offset of the IP header in the frame.
+    pub ip_offset: u32,
+    /// Offset of what follows the IP headers.
+    pub transport_offset: u32,
+    /// Offset of the end of the IP packet in the frame.
+    pub end: u32,
+    /// TCP flags as in the header; 0 for all else.
+    pub tcp_flags: u8,
+    /// Hops that it may still go.
+    pub ttl: u8,
+    /// Differentiated services and ECN (RFC 2474, RFC 3168).
+    pub traffic_class: u8,
+    /// Non-zero for IPv6.
+    pub is_v6: u8,
+    /// A [`Fragment`] as its number.
+    pub fragment: u8,
+    /// Non-zero where routers may not fragment it.
+    pub dont_fragment: u8,
+    pub _pad: u16,
+}
+
+/// Which part of a packet a frame has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragment {
+    /// All of it.
+    Whole = 0,
+    /// The first part, with the ports.
+    First = 1,
+    /// Another part.
+    Later = 2,
+}
+
+impl Packet {
+    /// Tells whether it is a later fragment, which has no transport header.
+    #[inline(always)]
+    pub const fn is_later_fragment(&self) -> bool {
+        self.fragment == Fragment::Later as u8
+    }
+}
+
+/// What a packet is, as far as it goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// TCP or UDP with its ports.
+    Transport,
+    /// A later fragment of TCP or UDP: its ports are those of the first.
+    LaterFragment,
+    /// A whole ICMP or ICMPv6 message.
+    Icmp,
+}
+
+/// Why a frame is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Undecodable {
     /// Nothing for a balancer, whatever its destination.
     NotTransport(Reason),
-    /// Malformed: to be dropped with the reason if the destination is a VIP.
-    Malformed { destination: Address, reason: Reason },
+    /// Malformed: to be dropped with the reason if the destination, which [`Packet::key`] has, is a VIP.
+    Malformed(Reason),
 }
 
-/// Decodes a frame from its Ethernet header down to the ports.
+/// Decodes a frame from its Ethernet header down to the ports, into a packet that is all zeroes or of an earlier frame.
 ///
 /// # Errors
-/// What is not IPv4 with TCP or UDP in it, and each way in which such a packet can be malformed.
+/// What is neither TCP, UDP nor ICMP over IP, and each way in which such a packet can be malformed.
 #[inline(always)]
-pub fn decode<F: Frame>(frame: &F) -> Result<Segment, Undecodable> {
-    let not_ip = Undecodable::NotTransport(Reason::NotIp);
-    let ethernet = frame.view::<{ EthHdr::LEN }>(0).ok_or(not_ip)?;
-    if ethernet.u16(offset_of!(EthHdr, ether_type)) != ETHERTYPE_IPV4 {
-        return Err(not_ip);
+pub fn decode<F: Frame>(frame: &F, packet: &mut Packet) -> Result<Kind, Undecodable> {
+    let (ether_type, ip_offset) = decode_ethernet(frame, packet)?;
+    match ether_type {
+        ethertype::IPV4 => decode_ipv4(frame, packet, ip_offset),
+        ethertype::IPV6 => uncode(decode_ipv6(frame, packet, ip_offset)),
+        _ => Err(Undecodable::NotTransport(Reason::NotIp)),
     }
+}
+
+/// Decodes the Ethernet header and up to two VLAN tags; gives the EtherType of what follows and its offset.
+#[inline(always)]
+fn decode_ethernet<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(u16, usize), Undecodable> {
+    let not_ip = Undecodable::NotTransport(Reason::NotIp);
+    packet.end = 0;
+    packet.tags = Tags([0, 0]);
+    let ethernet = frame.view::<{ EthHdr::LEN }>(0).ok_or(not_ip)?;
+    packet.link = Link([ethernet.u32(0), ethernet.u32(4), ethernet.u32(8)]);
     // A frame for a group reaches every host of the network: were each to balance it, backends would get it several
     // times, and its destination is no address to answer from (RFC 1122 section 3.3.6 has hosts ignore it, too).
     if ethernet.u8(offset_of!(EthHdr, dst_addr)) & GROUP_BIT != 0 {
         return Err(Undecodable::NotTransport(Reason::NotForService));
     }
-    decode_ipv4(frame, EthHdr::LEN)
+    let mut ether_type = ethernet.u16(offset_of!(EthHdr, ether_type));
+    let mut ip_offset = EthHdr::LEN;
+    if ether_type == ethertype::VLAN || ether_type == ethertype::SERVICE_VLAN {
+        let tag = frame.view::<{ TAG_LEN + 2 }>(EthHdr::LEN - 2).ok_or(not_ip)?;
+        packet.tags.0[0] = tag.u32(0);
+        ether_type = tag.u16(TAG_LEN);
+        ip_offset = EthHdr::LEN + TAG_LEN;
+        if ether_type == ethertype::VLAN || ether_type == ethertype::SERVICE_VLAN {
+            let tag = frame
+                .view::<{ TAG_LEN + 2 }>(EthHdr::LEN + TAG_LEN - 2)
+                .ok_or(not_ip)?;
+            packet.tags.0[1] = tag.u32(0);
+            ether_type = tag.u16(TAG_LEN);
+            ip_offset = EthHdr::LEN + 2 * TAG_LEN;
+        }
+    }
+    Ok((ether_type, ip_offset))
 }
 
 #[inline(always)]
-fn decode_ipv4<F: Frame>(frame: &F, ip_offset: usize) -> Result<Segment, Undecodable> {
+fn decode_ipv4<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Result<Kind, Undecodable> {
     let Some(ip) = frame.view::<{ Ipv4Hdr::LEN }>(ip_offset) else {
         return Err(Undecodable::NotTransport(Reason::NotIp));
     };
-    let destination = Address::from_v4_word(ip.u32(offset_of!(Ipv4Hdr, dst_addr)));
-    let malformed = |reason| Undecodable::Malformed { destination, reason };
+    let source = ip.u32(offset_of!(Ipv4Hdr, src_addr));
+    let destination = ip.u32(offset_of!(Ipv4Hdr, dst_addr));
+    packet.key.source = Address::from_v4_word(source);
+    packet.key.destination = Address::from_v4_word(destination);
+    let malformed = |reason| Err(Undecodable::Malformed(reason));
 
     let vihl = ip.u8(offset_of!(Ipv4Hdr, vihl));
     if vihl >> 4 != 4 {
-        return Err(malformed(Reason::BadIpVersion));
+        return malformed(Reason::BadIpVersion);
     }
     let header_length = ((vihl & 0x0f) as usize) * 4;
     let total_length = u16::from_be(ip.u16(offset_of!(Ipv4Hdr, tot_len))) as usize;
-    if header_length < Ipv4Hdr::LEN || ip_offset + header_length > frame.len() {
-        return Err(malformed(Reason::BadIpHeaderLength));
+    if header_length < Ipv4Hdr::LEN || !frame.reaches(ip_offset + header_length) {
+        return malformed(Reason::BadIpHeaderLength);
     }
-    if total_length < header_length || ip_offset + total_length > frame.len() {
-        return Err(malformed(Reason::BadIpLength));
+    if total_length < header_length || !frame.reaches(ip_offset + total_length) {
+        return malformed(Reason::BadIpLength);
     }
     let protocol = ip.u8(offset_of!(Ipv4Hdr, proto));
-    if protocol != TCP && protocol != UDP {
+    if protocol != TCP && protocol != UDP && protocol != ICMP {
         return Err(Undecodable::NotTransport(Reason::NotForService));
     }
-    let source = ip.u32(offset_of!(Ipv4Hdr, src_addr));
-    if !may_be_source(source) || source == destination.v4_word() {
-        return Err(malformed(Reason::BadSourceAddress));
+    if !may_be_source(source) || source == destination {
+        return malformed(Reason::BadSourceAddress);
     }
-    if ip.u16(offset_of!(Ipv4Hdr, frags)) & FRAGMENT_MASK != 0 {
-        return Err(malformed(Reason::Fragment));
-    }
-
-    let transport_offset = ip_offset + header_length;
-    let transport_length = total_length - header_length;
-    let (ports, tcp_flags) = if protocol == TCP {
-        decode_tcp(frame, transport_offset, transport_length).map_err(malformed)?
+    let fragment_word = ip.u16(offset_of!(Ipv4Hdr, frags));
+    packet.identification = ip.u16(offset_of!(Ipv4Hdr, id)) as u32;
+    packet.dont_fragment = (fragment_word & DONT_FRAGMENT != 0) as u8;
+    packet.ip_offset = ip_offset as u32;
+    packet.end = (ip_offset + total_length) as u32;
+    packet.ttl = ip.u8(offset_of!(Ipv4Hdr, ttl));
+    packet.traffic_class = ip.u8(offset_of!(Ipv4Hdr, tos));
+    packet.is_v6 = 0;
+    packet.fragment = if fragment_word & FRAGMENT_OFFSET != 0 {
+        Fragment::Later as u8
+    } else if fragment_word & MORE_FRAGMENTS != 0 {
+        Fragment::First as u8
     } else {
-        (
-            decode_udp(frame, transport_offset, transport_length).map_err(malformed)?,
-            0,
-        )
+        Fragment::Whole as u8
+    };
+    let offset = u16::from_be(fragment_word & FRAGMENT_OFFSET) as usize * 8;
+    decode_transport(frame, packet, protocol, ip_offset + header_length, offset)
+}
+
+/// As [`decode_ipv4`]; a function of its own in the kernel, where its loop would be checked again for all that follows.
+/// Gives the result as a number, see [`uncode`].
+#[inline(never)]
+fn decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> u32 {
+    code(try_decode_ipv6(frame, packet, ip_offset))
+}
+
+#[inline(always)]
+fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Result<Kind, Undecodable> {
+    let Some(ip) = frame.view::<{ Ipv6Hdr::LEN }>(ip_offset) else {
+        return Err(Undecodable::NotTransport(Reason::NotIp));
+    };
+    let at = offset_of!(Ipv6Hdr, src_addr);
+    packet.key.source = Address([ip.u32(at), ip.u32(at + 4), ip.u32(at + 8), ip.u32(at + 12)]);
+    let at = offset_of!(Ipv6Hdr, dst_addr);
+    packet.key.destination = Address([ip.u32(at), ip.u32(at + 4), ip.u32(at + 8), ip.u32(at + 12)]);
+    // A mapped address stands for an IPv4 one here, and has no place on the wire (RFC 4291 section 2.5.5.2).
+    if packet.key.destination.is_v4() {
+        return Err(Undecodable::NotTransport(Reason::NotForService));
+    }
+    let malformed = |reason| Err(Undecodable::Malformed(reason));
+    let first_word = u32::from_be(ip.u32(0));
+    if first_word >> 28 != 6 {
+        return malformed(Reason::BadIpVersion);
+    }
+    let payload_length = u16::from_be(ip.u16(offset_of!(Ipv6Hdr, payload_len))) as usize;
+    let end = ip_offset + Ipv6Hdr::LEN + payload_length;
+    if !frame.reaches(end) {
+        return malformed(Reason::BadIpLength);
+    }
+    packet.ip_offset = ip_offset as u32;
+    packet.end = end as u32;
+    packet.ttl = ip.u8(offset_of!(Ipv6Hdr, hop_limit));
+    packet.traffic_class = (first_word >> 20) as u8;
+    packet.is_v6 = 1;
+    packet.dont_fragment = 1;
+    packet.identification = 0;
+    packet.fragment = Fragment::Whole as u8;
+
+    let mut next = ip.u8(offset_of!(Ipv6Hdr, next_hdr));
+    let mut offset = ip_offset + Ipv6Hdr::LEN;
+    let mut fragment_offset = 0;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        if !is_extension(next) {
+            break;
+        }
+        let Some(header) = frame.view::<8>(offset) else {
+            return malformed(Reason::BadExtensionHeader);
+        };
+        if next == extension::FRAGMENT {
+            if packet.fragment != Fragment::Whole as u8 || fragment_offset != 0 {
+                return malformed(Reason::BadFragment);
+            }
+            let word = header.u16(2);
+            fragment_offset = u16::from_be(word & FRAGMENT_OFFSET_V6) as usize;
+            packet.identification = header.u32(4);
+            packet.fragment = if fragment_offset != 0 {
+                Fragment::Later as u8
+            } else if word & MORE_FRAGMENTS_V6 != 0 {
+                Fragment::First as u8
+            } else {
+                // An atomic fragment (RFC 6946) is a whole packet.
+                Fragment::Whole as u8
+            };
+            offset += 8;
+        } else if next == extension::AUTHENTICATION {
+            offset += (header.u8(1) as usize + 2) * 4;
+        } else {
+            // A destination that is not the last one is no VIP's (RFC 8200 section 4.4); type 0 is dead (RFC 5095).
+            if next == extension::ROUTING && header.u8(3) != 0 {
+                return malformed(Reason::BadExtensionHeader);
+            }
+            offset += (header.u8(1) as usize + 1) * 8;
+        }
+        next = header.u8(0);
+        if packet.fragment == Fragment::Later as u8 {
+            break;
+        }
+    }
+    if offset > end {
+        return malformed(Reason::BadExtensionHeader);
+    }
+    if is_extension(next) && packet.fragment != Fragment::Later as u8 {
+        return malformed(Reason::BadExtensionHeader);
+    }
+    if next != TCP && next != UDP && next != ICMPV6 {
+        return Err(Undecodable::NotTransport(Reason::NotForService));
+    }
+    if !may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0 {
+        return malformed(Reason::BadSourceAddress);
+    }
+    decode_transport(frame, packet, next, offset, fragment_offset)
+}
+
+#[inline(always)]
+const fn is_extension(next: u8) -> bool {
+    next == extension::HOP_BY_HOP
+        || next == extension::ROUTING
+        || next == extension::FRAGMENT
+        || next == extension::AUTHENTICATION
+        || next == extension::DESTINATION_OPTIONS
+}
+
+/// What follows the IP headers; `fragment_offset` is in bytes.
+#[inline(always)]
+fn decode_transport<F: Frame>(
+    frame: &F,
+    packet: &mut Packet,
+    protocol: u8,
+    offset: usize,
+    fragment_offset: usize,
+) -> Result<Kind, Undecodable> {
+    let malformed = |reason| Err(Undecodable::Malformed(reason));
+    let length = packet.end as usize - offset;
+    packet.transport_offset = offset as u32;
+    packet.key.protocol = protocol as u32;
+    packet.key.source_port = 0;
+    packet.key.destination_port = 0;
+    packet.tcp_flags = 0;
+    if protocol != TCP && protocol != UDP {
+        // Fragments of ICMP are the host's business.
+        if packet.fragment != Fragment::Whole as u8 {
+            return Err(Undecodable::NotTransport(Reason::NotForService));
+        }
+        return Ok(Kind::Icmp);
+    }
+    if packet.fragment == Fragment::Later as u8 {
+        // The last byte of a datagram has a place too (ping of death); and a part that would overwrite the flags of
+        // the first is made to deceive filters (RFC 3128).
+        if fragment_offset + length > u16::MAX as usize || (protocol == TCP && fragment_offset < TcpHdr::LEN)
+        {
+            return malformed(Reason::BadFragment);
+        }
+        return Ok(Kind::LaterFragment);
+    }
+    let whole = packet.fragment == Fragment::Whole as u8;
+    let (ports, tcp_flags) = if protocol == TCP {
+        match decode_tcp(frame, offset, length) {
+            Ok(decoded) => decoded,
+            Err(reason) => return malformed(reason),
+        }
+    } else {
+        match decode_udp(frame, offset, length, whole) {
+            Ok(ports) => (ports, 0),
+            Err(reason) => return malformed(reason),
+        }
     };
     if ports.0 == 0 || ports.1 == 0 {
-        return Err(malformed(Reason::ZeroPort));
+        return malformed(Reason::ZeroPort);
     }
-    Ok(Segment {
-        key: FlowKey {
-            source: Address::from_v4_word(source),
-            destination,
-            source_port: ports.0,
-            destination_port: ports.1,
-            protocol: protocol as u32,
-        },
-        ip_offset,
-        transport_offset,
-        tcp_flags,
-        ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
-    })
+    packet.key.source_port = ports.0;
+    packet.key.destination_port = ports.1;
+    packet.tcp_flags = tcp_flags;
+    Ok(Kind::Transport)
+}
+
+const NOT_TRANSPORT: u32 = 1 << 16;
+const MALFORMED: u32 = 1 << 17;
+
+/// A result as one number: a function of the kernel's own returns no more than a register.
+#[inline(always)]
+const fn code(result: Result<Kind, Undecodable>) -> u32 {
+    match result {
+        Ok(kind) => kind as u32,
+        Err(Undecodable::NotTransport(reason)) => NOT_TRANSPORT | reason.index(),
+        Err(Undecodable::Malformed(reason)) => MALFORMED | reason.index(),
+    }
+}
+
+/// The result that [`code`] made a number of.
+#[inline(always)]
+const fn uncode(code: u32) -> Result<Kind, Undecodable> {
+    if code & NOT_TRANSPORT != 0 {
+        return Err(Undecodable::NotTransport(Reason::from_index(code & 0xffff)));
+    }
+    if code & MALFORMED != 0 {
+        return Err(Undecodable::Malformed(Reason::from_index(code & 0xffff)));
+    }
+    match code {
+        0 => Ok(Kind::Transport),
+        1 => Ok(Kind::LaterFragment),
+        _ => Ok(Kind::Icmp),
+    }
 }
 
 /// Ports in network byte order and flags of a TCP header.
@@ -165,9 +443,9 @@ fn decode_tcp<F: Frame>(frame: &F, offset: usize, length: usize) -> Result<((u16
     ))
 }
 
-/// Ports of a UDP header in network byte order.
+/// Ports of a UDP header in network byte order. The first fragment of a datagram is shorter than it says.
 #[inline(always)]
-fn decode_udp<F: Frame>(frame: &F, offset: usize, length: usize) -> Result<(u16, u16), Reason> {
+fn decode_udp<F: Frame>(frame: &F, offset: usize, length: usize, whole: bool) -> Result<(u16, u16), Reason> {
     if length < UdpHdr::LEN {
         return Err(Reason::TruncatedTransport);
     }
@@ -175,7 +453,7 @@ fn decode_udp<F: Frame>(frame: &F, offset: usize, length: usize) -> Result<(u16,
         .view::<{ UdpHdr::LEN }>(offset)
         .ok_or(Reason::TruncatedTransport)?;
     let udp_length = u16::from_be(udp.u16(offset_of!(UdpHdr, len))) as usize;
-    if udp_length < UdpHdr::LEN || udp_length > length {
+    if udp_length < UdpHdr::LEN || (whole && udp_length > length) {
         return Err(Reason::BadUdpLength);
     }
     Ok((udp.u16(offset_of!(UdpHdr, src)), udp.u16(offset_of!(UdpHdr, dst))))
@@ -189,11 +467,20 @@ const fn may_be_source(word: u32) -> bool {
     first != 0 && first != 127 && first < 224
 }
 
+/// Tells whether a host may use an IPv6 address as its source: not unspecified, the loopback's, multicast or mapped
+/// (RFC 4291 sections 2.5.2, 2.5.3, 2.7 and 2.5.5.2).
+#[inline(always)]
+const fn may_be_source_v6(address: &Address) -> bool {
+    let [a, b, c, d] = &address.0;
+    let low = u32::from_be(*d) <= 1 && *a == 0 && *b == 0 && *c == 0;
+    !low && u32::from_be(*a) >> 24 != 0xff && !address.is_v4()
+}
+
 impl Frame for &[u8] {
     type View = SliceView;
 
-    fn len(&self) -> usize {
-        <[u8]>::len(self)
+    fn reaches(&self, end: usize) -> bool {
+        end <= self.len()
     }
 
     fn view<const N: usize>(&self, offset: usize) -> Option<SliceView> {
@@ -250,8 +537,17 @@ mod tests {
         0x13, 0x88, 0, 80, 0, 8, 0, 0, // UDP
     ];
 
-    fn segment(protocol: u8, tcp_flags: u8) -> Segment {
-        Segment {
+    /// What a frame is decoded to.
+    fn decoded(bytes: &[u8]) -> Result<(Kind, Packet), Undecodable> {
+        let mut packet = Packet::default();
+        decode(&bytes, &mut packet).map(|kind| (kind, packet))
+    }
+
+    fn packet(protocol: u8, tcp_flags: u8) -> Packet {
+        Packet {
+            link: Link::new([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]),
+            identification: u32::from(u16::from_ne_bytes([0x12, 0x34])),
+            end: if protocol == TCP { 54 } else { 42 },
             key: FlowKey {
                 source: Ipv4Addr::new(198, 51, 100, 7).into(),
                 destination: Ipv4Addr::new(203, 0, 113, 10).into(),
@@ -263,13 +559,14 @@ mod tests {
             transport_offset: 34,
             tcp_flags,
             ttl: 64,
+            ..Packet::default()
         }
     }
 
     fn reason_of(bytes: &[u8]) -> Reason {
-        match decode(&bytes) {
-            Err(Undecodable::NotTransport(reason) | Undecodable::Malformed { reason, .. }) => reason,
-            Ok(segment) => panic!("{segment:?}"),
+        match decoded(bytes) {
+            Err(Undecodable::NotTransport(reason) | Undecodable::Malformed(reason)) => reason,
+            Ok(packet) => panic!("{packet:?}"),
         }
     }
 
@@ -283,12 +580,12 @@ mod tests {
 
     #[test]
     fn a_tcp_segment_is_decoded_whole() {
-        assert_eq!(decode(&&ACK[..]), Ok(segment(TCP, 0x10)));
+        assert_eq!(decoded(&ACK), Ok((Kind::Transport, packet(TCP, 0x10))));
     }
 
     #[test]
     fn a_udp_datagram_is_decoded_whole() {
-        assert_eq!(decode(&&DATAGRAM[..]), Ok(segment(UDP, 0)));
+        assert_eq!(decoded(&DATAGRAM), Ok((Kind::Transport, packet(UDP, 0))));
     }
 
     #[test]
@@ -297,7 +594,7 @@ mod tests {
             let mut frame = ACK;
             frame[..6].copy_from_slice(&group);
             let expected = Err(Undecodable::NotTransport(Reason::NotForService));
-            assert_eq!(decode(&&frame[..]), expected, "{group:?}");
+            assert_eq!(decoded(&frame), expected, "{group:?}");
         }
     }
 
@@ -308,11 +605,12 @@ mod tests {
         frame.extend_from_slice(&ACK[34..]);
         frame[14] = 0x4f;
         frame[17] = 80;
-        let expected = Segment {
+        let expected = Packet {
             transport_offset: 74,
-            ..segment(TCP, 0x10)
+            end: 94,
+            ..packet(TCP, 0x10)
         };
-        assert_eq!(decode(&&frame[..]), Ok(expected));
+        assert_eq!(decoded(&frame), Ok((Kind::Transport, expected)));
     }
 
     #[test]
@@ -331,8 +629,9 @@ mod tests {
                 &[(26, 203), (27, 0), (28, 113), (29, 10)],
                 Reason::BadSourceAddress,
             ),
-            (&[(20, 0x20)], Reason::Fragment),
-            (&[(21, 0x01)], Reason::Fragment),
+            (&[(21, 0x01)], Reason::BadFragment),
+            (&[(21, 0x02)], Reason::BadFragment),
+            (&[(20, 0x1f), (21, 0xff)], Reason::BadFragment),
             (&[(17, 39)], Reason::TruncatedTransport),
             (&[(46, 0x40)], Reason::BadTcpOffset),
             (&[(46, 0x60)], Reason::BadTcpOffset),
@@ -341,9 +640,11 @@ mod tests {
             (&[(37, 0)], Reason::ZeroPort),
         ] {
             let frame = changed(ACK, changes);
-            let destination = Ipv4Addr::new(203, 0, 113, 10).into();
-            let expected = Undecodable::Malformed { destination, reason };
-            assert_eq!(decode(&&frame[..]), Err(expected), "{changes:x?}");
+            assert_eq!(
+                decoded(&frame),
+                Err(Undecodable::Malformed(reason)),
+                "{changes:x?}"
+            );
         }
         for (changes, reason) in [
             (&[(17, 27)][..], Reason::TruncatedTransport),
@@ -356,15 +657,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ipv4_is_told_from_what_is_not_transport() {
-        assert_eq!(reason_of(&changed(ACK, &[(12, 0x86), (13, 0xdd)])), Reason::NotIp);
+    fn what_is_not_ip_is_told_from_what_is_not_transport() {
+        assert_eq!(reason_of(&changed(ACK, &[(12, 0x08), (13, 0x06)])), Reason::NotIp);
         for length in 0..34 {
             assert_eq!(reason_of(&ACK[..length]), Reason::NotIp, "{length} bytes");
         }
-        for protocol in (0..=u8::MAX).filter(|protocol| ![TCP, UDP].contains(protocol)) {
+        for protocol in (0..=u8::MAX).filter(|protocol| ![TCP, UDP, ICMP].contains(protocol)) {
             let frame = changed(ACK, &[(23, protocol)]);
             assert_eq!(
-                decode(&&frame[..]),
+                decoded(&frame),
                 Err(Undecodable::NotTransport(Reason::NotForService))
             );
         }
@@ -373,7 +674,7 @@ mod tests {
     #[test]
     fn flags_of_ip_that_are_no_fragments_are_let_be() {
         for flags in [0x40, 0x80, 0xc0] {
-            assert!(decode(&&changed(ACK, &[(20, flags)])[..]).is_ok(), "{flags:#x}");
+            assert!(decoded(&changed(ACK, &[(20, flags)])).is_ok(), "{flags:#x}");
         }
     }
 
@@ -405,37 +706,40 @@ mod tests {
 
         #[test]
         fn no_bytes_make_it_panic_and_what_it_decodes_is_in_the_frame(frame in frames()) {
-            let Ok(segment) = decode(&&frame[..]) else { return Ok(()) };
-            let header = if segment.key.protocol == u32::from(TCP) { 20 } else { 8 };
-            let total = usize::from(u16::from_be_bytes([frame[16], frame[17]]));
-            prop_assert_eq!(segment.ip_offset, 14);
-            prop_assert_eq!(segment.transport_offset, 14 + usize::from(frame[14] & 0x0f) * 4);
-            prop_assert!(segment.transport_offset + header <= 14 + total && 14 + total <= frame.len());
-            let at = segment.transport_offset;
-            prop_assert_eq!(segment.key.source_port.to_ne_bytes(), [frame[at], frame[at + 1]]);
-            prop_assert_eq!(segment.key.destination_port.to_ne_bytes(), [frame[at + 2], frame[at + 3]]);
-            prop_assert_eq!(&segment.key.source.v4_word().to_ne_bytes()[..], &frame[26..30]);
-            prop_assert_eq!(&segment.key.destination.v4_word().to_ne_bytes()[..], &frame[30..34]);
-            prop_assert!(segment.key.source.is_v4() && segment.key.destination.is_v4());
-            prop_assert_eq!(segment.ttl, frame[22]);
-            prop_assert_eq!(segment.tcp_flags == 0, header == 8);
-            prop_assert!(segment.key.source_port != 0 && segment.key.destination_port != 0);
-            prop_assert!(segment.key.source != segment.key.destination);
+            let Ok((Kind::Transport, packet)) = decoded(&frame) else { return Ok(()) };
+            let header = if packet.key.protocol == u32::from(TCP) { 20 } else { 8 };
+            let (ip, at, end) = (packet.ip_offset as usize, packet.transport_offset as usize, packet.end as usize);
+            prop_assert!(ip >= 14 && ip < at && at + header <= end && end <= frame.len());
+            prop_assert_eq!(packet.key.source_port.to_ne_bytes(), [frame[at], frame[at + 1]]);
+            prop_assert_eq!(packet.key.destination_port.to_ne_bytes(), [frame[at + 2], frame[at + 3]]);
+            if packet.is_v6 == 0 {
+                prop_assert_eq!(&packet.key.source.v4_word().to_ne_bytes()[..], &frame[ip + 12..ip + 16]);
+                prop_assert_eq!(&packet.key.destination.v4_word().to_ne_bytes()[..], &frame[ip + 16..ip + 20]);
+                prop_assert_eq!(packet.ttl, frame[ip + 8]);
+            }
+            prop_assert_eq!(packet.key.source.is_v4(), packet.is_v6 == 0);
+            prop_assert_eq!(packet.key.destination.is_v4(), packet.is_v6 == 0);
+            prop_assert_eq!(packet.tcp_flags == 0, header == 8);
+            prop_assert!(packet.key.source_port != 0 && packet.key.destination_port != 0);
+            prop_assert!(packet.key.source != packet.key.destination);
         }
 
         #[test]
         fn a_malformed_packet_names_its_destination(frame in frames()) {
-            if let Err(Undecodable::Malformed { destination, reason }) = decode(&&frame[..]) {
-                prop_assert_eq!(&destination.v4_word().to_ne_bytes()[..], &frame[30..34]);
+            let mut packet = Packet::default();
+            if let Err(Undecodable::Malformed(reason)) = decode(&&frame[..], &mut packet) {
+                if packet.tags.count() == 0 && frame[12..14] == [0x08, 0x00] {
+                    prop_assert_eq!(&packet.key.destination.v4_word().to_ne_bytes()[..], &frame[30..34]);
+                }
                 prop_assert_eq!(reason.class(), crate::abi::VerdictClass::Dropped);
             }
         }
 
         #[test]
         fn what_follows_the_packet_in_its_frame_makes_no_difference(frame in frames(), trailer in vec(any::<u8>(), 0..40)) {
-            if let Ok(segment) = decode(&&frame[..]) {
+            if let Ok(decoded_frame) = decoded(&frame) {
                 let longer = [&frame[..], &trailer].concat();
-                prop_assert_eq!(decode(&&longer[..]), Ok(segment));
+                prop_assert_eq!(decoded(&longer), Ok(decoded_frame));
             }
         }
     }
