@@ -3,12 +3,13 @@
 //! All are BTF maps, so that bpftool and libbpf can load the object too.
 
 use aya_ebpf::{
-    btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS,
-    MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, Totals,
+    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FilterKey, Flow, FlowKey, LiveCount,
+    MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT,
+    SLOT_COUNT, Service, ServiceKey, Settings, Totals,
 };
 
 /// What holds for all services. Written by the daemon.
@@ -36,6 +37,20 @@ pub static SLOT_TABLES: ArrayOfMaps<Array<u32, { SLOT_COUNT as usize }>, { MAX_S
 /// By backend id. Written by the daemon.
 #[btf_map]
 static BACKENDS: Array<Backend, { MAX_BACKENDS as usize }> = Array::new();
+
+/// `FILTER_ALLOW` or `FILTER_DENY` by service and prefix of the client's address: the longest that holds it decides
+/// about a new flow. Written by the daemon. A trie is never preallocated: prefixes that are not there cost nothing.
+#[btf_map]
+pub static SOURCE_FILTERS: LpmTrie<FilterKey, u32, { MAX_SOURCE_FILTERS as usize }> = LpmTrie::new();
+
+/// By backend id: flows that began and that were seen to end. Written here alone, on all CPUs, so atomically.
+#[btf_map]
+pub static LIVE: Array<LiveCount, { MAX_BACKENDS as usize }> = Array::new();
+
+/// By backend id: what makes live flows of `LIVE`: `opened - ended + base`, wrapping. Written by the daemon alone,
+/// after each recount of the flow table; a map of its own, so that neither writes over the other's numbers.
+#[btf_map]
+pub static LIVE_BASE: Array<u64, { MAX_BACKENDS as usize }> = Array::new();
 
 /// The flow table: by the client's 5-tuple. Written here, aged by the daemon, which sets the size at load time.
 /// LRU, so that it goes on without the daemon.

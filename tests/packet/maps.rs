@@ -4,11 +4,11 @@ use std::net::Ipv4Addr;
 
 use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS,
-    MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceKey,
-    Settings, TCP, Tags, Totals, UDP,
+    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FILTER_ALLOW, FILTER_DENY, FilterKey, Flow,
+    FlowKey, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS,
+    REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceKey, Settings, TCP, Tags, Totals, UDP,
 };
-use xlb::datapath::{Contents, Datapath, Operation, Pins, contents_dump, kernel::KernelDatapath};
+use xlb::datapath::{Contents, Datapath, Live, Operation, Pins, contents_dump, kernel::KernelDatapath};
 
 use crate::{
     fixture::{Expected, Fixture, SETTINGS, WEB, unique_pins},
@@ -72,7 +72,23 @@ fn contents() -> Contents {
         services: [(0, service(1)), (MAX_SERVICES - 1, service(2))].into(),
         slots: [(0, slots(1)), (MAX_SERVICES - 1, slots(2))].into(),
         backends: [(1, backend(1)), (MAX_BACKENDS - 1, backend(2))].into(),
+        source_filters: [
+            ((filter_key(0, Address::default()), 32), FILTER_DENY),
+            (
+                (
+                    filter_key(0, Address::from(Ipv4Addr::new(192, 0, 2, 0))),
+                    32 + 96 + 24,
+                ),
+                FILTER_ALLOW,
+            ),
+            ((filter_key(MAX_SERVICES - 1, address(7)), 32 + 128), FILTER_DENY),
+        ]
+        .into(),
     }
+}
+
+fn filter_key(service: u32, address: Address) -> FilterKey {
+    FilterKey { service, address }
 }
 
 fn put_operations(contents: &Contents) -> Vec<Operation> {
@@ -107,6 +123,12 @@ fn put_operations(contents: &Contents) -> Vec<Operation> {
             .iter()
             .map(|(k, v)| Operation::PutServiceKey(*k, *v)),
     );
+    operations.extend(
+        contents
+            .source_filters
+            .iter()
+            .map(|((key, length), v)| Operation::PutFilter(*key, *length, *v)),
+    );
     operations
 }
 
@@ -136,7 +158,11 @@ fn every_operation_is_read_back() {
     assert!(fixture.datapath().read().unwrap() == expected);
     let key = service_key(1, 80, UDP);
     type Change<'a> = &'a dyn Fn(&mut Contents);
-    let removals: [(Operation, Change<'_>); 5] = [
+    let filter = filter_key(MAX_SERVICES - 1, address(7));
+    let removals: [(Operation, Change<'_>); 6] = [
+        (Operation::RemoveFilter(filter, 32 + 128), &|contents| {
+            contents.source_filters.remove(&(filter, 32 + 128));
+        }),
         (Operation::RemoveServiceKey(key), &|contents| {
             contents.service_keys.remove(&key);
         }),
@@ -169,6 +195,9 @@ fn every_operation_is_read_back() {
     expected.slots.insert(0, vec![9; SLOT_COUNT as usize].into());
     expected.services.get_mut(&0).unwrap().forward = 2;
     *expected.service_keys.get_mut(&service_key(1, 80, TCP)).unwrap() = 3;
+    for value in expected.source_filters.values_mut() {
+        *value = FILTER_ALLOW + FILTER_DENY - *value;
+    }
     for operation in put_operations(&expected) {
         fixture.apply(operation);
     }
@@ -182,6 +211,8 @@ fn many_entries_are_read_back_whole() {
     for number in 0..10_000u32 {
         let key = service_key((number / 4000) as u8, (number % 4000) as u16 + 1, TCP);
         expected.service_keys.insert(key, number % MAX_SERVICES);
+        let prefix = filter_key(number % MAX_SERVICES, Address([0, 0, 0, number.to_be()]));
+        expected.source_filters.insert((prefix, 32 + 128), FILTER_DENY);
     }
     for operation in put_operations(&expected) {
         fixture.apply(operation);
@@ -210,11 +241,39 @@ fn what_does_not_fit_is_refused_with_the_map_and_the_key() {
             "SLOT_TABLES[1]",
         ),
         (Operation::RemoveAddress(address(9)), "ADDRESSES[192.0.2.9]"),
+        (
+            Operation::RemoveFilter(filter_key(0, address(9)), 160),
+            "SOURCE_FILTERS[192.0.2.9]",
+        ),
+        (
+            Operation::PutFilter(filter_key(0, address(9)), 161, FILTER_DENY),
+            "SOURCE_FILTERS[192.0.2.9]",
+        ),
     ] {
         let error = fixture.datapath().apply(&operation).unwrap_err();
         assert_eq!(error.object, object, "{error}");
     }
     assert_eq!(fixture.datapath().read().unwrap(), Contents::default());
+}
+
+#[test]
+fn the_base_of_live_flows_is_read_back_and_survives_a_restart() {
+    let mut fixture = Fixture::empty(1024);
+    let last = MAX_BACKENDS - 1;
+    fixture
+        .datapath()
+        .set_live_base(last, 3_u64.wrapping_neg())
+        .unwrap();
+    let error = fixture.datapath().set_live_base(MAX_BACKENDS, 1).unwrap_err();
+    assert_eq!(error.object, "LIVE_BASE[16384]");
+    fixture.restart(1024);
+    let live = fixture.datapath().live_counts(&[1, last]).unwrap();
+    let based = |base| Live {
+        count: LiveCount::default(),
+        base,
+    };
+    assert_eq!(live, [(1, based(0)), (last, based(3_u64.wrapping_neg()))].into());
+    assert_eq!(live[&last].flows(), 0, "the parts contradict each other");
 }
 
 #[test]
@@ -335,6 +394,14 @@ fn the_objects_maps_have_the_sizes_of_the_shared_types() {
         ("SERVICES", 4, size_of::<Service>(), MAX_SERVICES),
         ("SLOT_TABLES", 4, 4, MAX_SERVICES),
         ("BACKENDS", 4, size_of::<Backend>(), MAX_BACKENDS),
+        (
+            "SOURCE_FILTERS",
+            4 + size_of::<FilterKey>(),
+            4,
+            MAX_SOURCE_FILTERS,
+        ),
+        ("LIVE", 4, size_of::<LiveCount>(), MAX_BACKENDS),
+        ("LIVE_BASE", 4, 8, MAX_BACKENDS),
         ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>(), DEFAULT_FLOWS),
         (
             "REPLIES",

@@ -7,7 +7,8 @@ use std::{
 };
 
 use lb_common::abi::{
-    Backend, BackendFlags, ROLE_BACKEND, ROLE_VIP, Service, ServiceKey, Settings, TCP, UDP,
+    Backend, BackendFlags, FILTER_ALLOW, FILTER_DENY, FilterKey, ROLE_BACKEND, ROLE_VIP, Service, ServiceKey,
+    Settings, TCP, UDP,
 };
 
 use super::{Contents, Operation};
@@ -27,6 +28,10 @@ impl Contents {
             Operation::RemoveService(id) => drop(self.services.remove(id)),
             Operation::PutServiceKey(key, id) => drop(self.service_keys.insert(*key, *id)),
             Operation::RemoveServiceKey(key) => drop(self.service_keys.remove(key)),
+            Operation::PutFilter(key, length, value) => {
+                self.source_filters.insert((*key, *length), *value);
+            }
+            Operation::RemoveFilter(key, length) => drop(self.source_filters.remove(&(*key, *length))),
         }
     }
 }
@@ -70,6 +75,9 @@ pub fn contents_dump(contents: &Contents) -> Vec<String> {
             .map(|(backend, count)| format!("{backend}={count}"))
             .collect();
         lines.push(format!("slots {id} {}", counts.join(" ")));
+    }
+    for ((key, length), value) in &contents.source_filters {
+        lines.push(format!("source-filter {}", DisplayFilter(key, *length, *value)));
     }
     lines
 }
@@ -154,6 +162,22 @@ impl Display for DisplayKey<'_> {
             TCP => write!(f, "tcp {vip}"),
             UDP => write!(f, "udp {vip}"),
             other => write!(f, "protocol-{other} {vip}"),
+        }
+    }
+}
+
+struct DisplayFilter<'a>(&'a FilterKey, u32, u32);
+
+impl Display for DisplayFilter<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(FilterKey { service, address }, length, value) = self;
+        let before = if address.is_v4() { 32 + 96 } else { 32 };
+        let bits = i64::from(*length) - before;
+        write!(f, "service {service} {address}/{bits} ")?;
+        match *value {
+            FILTER_ALLOW => f.write_str("allow"),
+            FILTER_DENY => f.write_str("deny"),
+            other => write!(f, "{other:#x}"),
         }
     }
 }

@@ -1,13 +1,13 @@
 //! A data path that fails now and then, by plan; for tests of what happens then.
 
-use std::{cell::Cell, io};
+use std::{cell::Cell, collections::BTreeMap, io};
 
 use lb_common::{
     abi::{Flow, FlowKey},
     logic::hash::siphash13,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Operation};
+use super::{Contents, Counters, Datapath, DatapathError, Live, Operation};
 
 /// Which calls fail, counted from 0 over all methods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +91,16 @@ impl<D: Datapath> Datapath for FaultyDatapath<D> {
     fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
         self.call("delete", || "replies".to_owned())?;
         self.inner.remove_orphan_replies()
+    }
+
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
+        self.call("read", || "live flows".to_owned())?;
+        self.inner.live_counts(backends)
+    }
+
+    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
+        self.call("update", || "live flows".to_owned())?;
+        self.inner.set_live_base(backend, base)
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {

@@ -6,6 +6,7 @@ use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
     maps::{
         Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapType, PerCpuArray, PerCpuValues,
+        lpm_trie::{self, LpmTrie},
     },
     programs::{
         ProgramError, ProgramInfo, Xdp, XdpMode,
@@ -15,13 +16,14 @@ use aya::{
     util::{KernelVersion, nr_cpus},
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, Flow, FlowKey, Forward, MAX_ADDRESSES, MAX_BACKENDS,
-    MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, Totals,
+    Address, Backend, BackendCounters, Count, FilterKey, Flow, FlowKey, Forward, LiveCount, MAX_ADDRESSES,
+    MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, SLOT_COUNT, Service,
+    ServiceKey, Settings, Totals,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    AttachMode, Contents, Counters, Datapath, DatapathError, Operation, Pins, SlotTable, counters,
+    AttachMode, Contents, Counters, Datapath, DatapathError, Live, Operation, Pins, SlotTable, counters,
     packet_log, syscall,
 };
 
@@ -69,6 +71,9 @@ pub struct KernelDatapath {
     slot_tables: ArrayOfMaps<MapData, Array<MapData, u32>>,
     slot_tables_data: MapData,
     backends: Array<MapData, Raw<Backend>>,
+    source_filters: LpmTrie<MapData, Raw<FilterKey>, u32>,
+    live: Array<MapData, Raw<LiveCount>>,
+    live_base: Array<MapData, u64>,
     flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
     replies: HashMap<MapData, Raw<FlowKey>, Raw<FlowKey>>,
     totals: PerCpuArray<MapData, Raw<Totals>>,
@@ -115,6 +120,14 @@ const fn flow_layout(name: &'static str, value: usize) -> Layout {
     }
 }
 
+/// The key of a source filter as the kernel has it (`struct bpf_lpm_trie_key_u8`).
+#[repr(C)]
+#[derive(Clone, FromBytes, IntoBytes, Immutable)]
+struct FilterEntry {
+    length: u32,
+    key: FilterKey,
+}
+
 /// Every map of the object that is pinned.
 const MAPS: &[Layout] = &[
     layout("SETTINGS", MapType::Array, 4, size_of::<Settings>(), 1),
@@ -129,6 +142,15 @@ const MAPS: &[Layout] = &[
     layout("SERVICES", MapType::Array, 4, size_of::<Service>(), MAX_SERVICES),
     layout("SLOT_TABLES", MapType::ArrayOfMaps, 4, 4, MAX_SERVICES),
     layout("BACKENDS", MapType::Array, 4, size_of::<Backend>(), MAX_BACKENDS),
+    layout(
+        SOURCE_FILTERS,
+        MapType::LpmTrie,
+        size_of::<FilterEntry>(),
+        4,
+        MAX_SOURCE_FILTERS,
+    ),
+    layout("LIVE", MapType::Array, 4, size_of::<LiveCount>(), MAX_BACKENDS),
+    layout("LIVE_BASE", MapType::Array, 4, 8, MAX_BACKENDS),
     flow_layout(FLOWS, size_of::<Flow>()),
     flow_layout(REPLIES, size_of::<FlowKey>()),
     layout("TOTALS", MapType::PerCpuArray, 4, size_of::<Totals>(), 1),
@@ -155,6 +177,7 @@ const MAPS: &[Layout] = &[
     ),
 ];
 
+const SOURCE_FILTERS: &str = "SOURCE_FILTERS";
 const FLOWS: &str = "FLOWS";
 const REPLIES: &str = "REPLIES";
 
@@ -196,6 +219,10 @@ impl KernelDatapath {
                 .map_err(|error| converted("SLOT_TABLES", error))?,
             slot_tables_data: data("SLOT_TABLES")?,
             backends: array(data("BACKENDS")?).map_err(|error| converted("BACKENDS", error))?,
+            source_filters: LpmTrie::try_from(Map::LpmTrie(data(SOURCE_FILTERS)?))
+                .map_err(|error| converted(SOURCE_FILTERS, error))?,
+            live: array(data("LIVE")?).map_err(|error| converted("LIVE", error))?,
+            live_base: array(data("LIVE_BASE")?).map_err(|error| converted("LIVE_BASE", error))?,
             flows: lru_hash(data(FLOWS)?).map_err(|error| converted(FLOWS, error))?,
             replies: lru_hash(data(REPLIES)?).map_err(|error| converted(REPLIES, error))?,
             totals: per_cpu(data("TOTALS")?).map_err(|error| converted("TOTALS", error))?,
@@ -419,6 +446,13 @@ impl KernelDatapath {
             }
         })
         .map_err(|source| DatapathError::new("read", "BACKENDS", source))?;
+        syscall::for_each(
+            self.source_filters.map().fd().as_fd(),
+            |entry: &FilterEntry, value: &u32| {
+                contents.source_filters.insert((entry.key, entry.length), *value);
+            },
+        )
+        .map_err(|source| DatapathError::new("read", SOURCE_FILTERS, source))?;
         Ok(contents)
     }
 
@@ -562,6 +596,14 @@ impl Datapath for KernelDatapath {
                 .service_keys
                 .remove(&Raw(*key))
                 .map_err(|error| failed("delete", format!("SERVICE_KEYS[{}]", key.vip), error)),
+            Operation::PutFilter(key, length, value) => self
+                .source_filters
+                .insert(&lpm_trie::Key::new(*length, Raw(*key)), value, 0)
+                .map_err(|error| failed("update", format!("{SOURCE_FILTERS}[{}]", key.address), error)),
+            Operation::RemoveFilter(key, length) => self
+                .source_filters
+                .remove(&lpm_trie::Key::new(*length, Raw(*key)))
+                .map_err(|error| failed("delete", format!("{SOURCE_FILTERS}[{}]", key.address), error)),
         }
     }
 
@@ -622,6 +664,24 @@ impl Datapath for KernelDatapath {
             }
         }
         Ok(removed)
+    }
+
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
+        let mut counts = BTreeMap::new();
+        for id in backends {
+            let Raw(count) =
+                (self.live.get(id, 0)).map_err(|error| failed("read", format!("LIVE[{id}]"), error))?;
+            let base = (self.live_base.get(id, 0))
+                .map_err(|error| failed("read", format!("LIVE_BASE[{id}]"), error))?;
+            counts.insert(*id, Live { count, base });
+        }
+        Ok(counts)
+    }
+
+    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
+        self.live_base
+            .set(backend, base, 0)
+            .map_err(|error| failed("update", format!("LIVE_BASE[{backend}]"), error))
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {

@@ -3,10 +3,11 @@
 use std::{collections::BTreeMap, io};
 
 use lb_common::abi::{
-    Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, SLOT_COUNT,
+    FILTER_ALLOW, FILTER_DENY, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
+    MAX_SOURCE_FILTERS, SLOT_COUNT,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Operation};
+use super::{Contents, Counters, Datapath, DatapathError, Live, Operation};
 
 /// A data path without a kernel.
 #[derive(Clone, Debug, Default)]
@@ -15,6 +16,8 @@ pub struct MemoryDatapath {
     pub contents: Contents,
     /// The flow table, by the client's 5-tuple.
     pub flows: BTreeMap<FlowKey, Flow>,
+    /// Live flows by backend id; change `count` to play the program.
+    pub live: BTreeMap<u32, Live>,
 }
 
 impl Datapath for MemoryDatapath {
@@ -53,6 +56,17 @@ impl Datapath for MemoryDatapath {
         Ok(0)
     }
 
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
+        let of = |id: &u32| (*id, self.live.get(id).copied().unwrap_or_default());
+        Ok(backends.iter().map(of).collect())
+    }
+
+    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
+        check_index(backend, MAX_BACKENDS, "live-base")?;
+        self.live.entry(backend).or_default().base = base;
+        Ok(())
+    }
+
     /// No packet passes here.
     fn counters(&self, _services: &[u32], _backends: &[u32]) -> Result<Counters, DatapathError> {
         Ok(Counters::default())
@@ -83,6 +97,26 @@ impl MemoryDatapath {
             Operation::RemoveService(id) => check_present(&contents.services, id, "services"),
             Operation::RemoveSlots(id) => check_present(&contents.slots, id, "slots"),
             Operation::RemoveBackend(id) => check_present(&contents.backends, id, "backends"),
+            Operation::PutFilter(key, length, value) => {
+                if *length > 160 || ![FILTER_ALLOW, FILTER_DENY].contains(value) {
+                    return Err(refusal(
+                        "update",
+                        format!("source-filters [{key:?}]"),
+                        libc::EINVAL,
+                    ));
+                }
+                check_index(key.service, MAX_SERVICES, "source-filters")?;
+                let limit = MAX_SOURCE_FILTERS;
+                check_room(
+                    &contents.source_filters,
+                    &(*key, *length),
+                    limit,
+                    "source-filters",
+                )
+            }
+            Operation::RemoveFilter(key, length) => {
+                check_present(&contents.source_filters, &(*key, *length), "source-filters")
+            }
         }
     }
 }
@@ -147,6 +181,7 @@ mod tests {
             Operation::RemoveSlots(0),
             Operation::RemoveService(0),
             Operation::RemoveServiceKey(Default::default()),
+            Operation::RemoveFilter(Default::default(), 32),
         ] {
             assert_eq!(
                 errno(datapath.apply(&operation)),

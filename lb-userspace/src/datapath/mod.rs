@@ -14,7 +14,7 @@ mod syscall;
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
-use lb_common::abi::{Address, Backend, Flow, FlowKey, Service, ServiceKey, Settings};
+use lb_common::abi::{Address, Backend, FilterKey, Flow, FlowKey, LiveCount, Service, ServiceKey, Settings};
 
 pub use contents::contents_dump;
 pub use counters::Counters;
@@ -34,6 +34,8 @@ pub struct Contents {
     pub slots: BTreeMap<u32, SlotTable>,
     /// By backend id, from 1 on; unused ids are absent.
     pub backends: BTreeMap<u32, Backend>,
+    /// `FILTER_ALLOW` or `FILTER_DENY` by key and length in bits: 32 for the service and those of the prefix.
+    pub source_filters: BTreeMap<(FilterKey, u32), u32>,
 }
 
 /// Backend ids by slot.
@@ -54,6 +56,30 @@ pub enum Operation {
     RemoveService(u32),
     PutServiceKey(ServiceKey, u32),
     RemoveServiceKey(ServiceKey),
+    /// A key, its length in bits and the value.
+    PutFilter(FilterKey, u32, u32),
+    RemoveFilter(FilterKey, u32),
+}
+
+/// What is known of the live flows of a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Live {
+    /// By the data path.
+    pub count: LiveCount,
+    /// By the daemon; see [`Datapath::set_live_base`].
+    pub base: u64,
+}
+
+impl Live {
+    /// How many there are now; 0 where the parts were not read at one instant and contradict each other.
+    pub const fn flows(&self) -> u64 {
+        let flows = self
+            .count
+            .opened
+            .wrapping_sub(self.count.ended)
+            .wrapping_add(self.base);
+        if flows > i64::MAX as u64 { 0 } else { flows }
+    }
 }
 
 /// Why the kernel did not do what was asked.
@@ -128,6 +154,12 @@ pub trait Datapath: Send {
     /// Removes the keys of replies that lead to no flow, or to one that has another by now. Tells how many were
     /// removed.
     fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError>;
+
+    /// Reads what is known of the live flows of these backends, by id.
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError>;
+
+    /// Sets the number that makes live flows of what the data path counts: `opened - ended + base`, wrapping.
+    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError>;
 
     /// Reads the counters of these services and backends, by id, and those that belong to none.
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError>;

@@ -96,14 +96,14 @@ where
     let mut chunk = CHUNK;
     let mut keys = vec![zeroed::<K>(); chunk];
     let mut values = vec![zeroed::<V>(); chunk];
-    // The position is the kernel's own: a bucket for hash maps, a key for arrays, 4 bytes for both.
-    let mut position = 0u32;
+    // The position is the kernel's own: a bucket of 4 bytes for hash maps, a key for others.
+    let mut position = vec![0u8; size_of::<K>().max(size_of::<u32>())];
+    let mut next = position.clone();
     let mut first = true;
     loop {
-        let mut next = 0u32;
         let mut attributes = BatchAttributes {
-            in_batch: if first { 0 } else { address_of(&mut position) },
-            out_batch: address_of(&mut next),
+            in_batch: if first { 0 } else { position.as_mut_ptr() as u64 },
+            out_batch: next.as_mut_ptr() as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
             count: chunk as u32,
@@ -130,7 +130,7 @@ where
         if end {
             return Ok(());
         }
-        position = next;
+        std::mem::swap(&mut position, &mut next);
         first = false;
     }
 }
@@ -206,10 +206,6 @@ fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 
 fn zeroed<T: FromBytes>() -> T {
     T::new_zeroed()
-}
-
-fn address_of(value: &mut u32) -> u64 {
-    (&raw mut *value) as u64
 }
 
 fn bpf<A>(command: libc::c_long, attributes: &mut A) -> io::Result<i32> {

@@ -119,12 +119,14 @@ fn is_removal(operation: &Operation) -> bool {
         | Operation::RemoveBackend(_)
         | Operation::RemoveSlots(_)
         | Operation::RemoveService(_)
-        | Operation::RemoveServiceKey(_) => true,
+        | Operation::RemoveServiceKey(_)
+        | Operation::RemoveFilter(..) => true,
         Operation::PutSettings(_)
         | Operation::PutAddress(..)
         | Operation::PutBackend(..)
         | Operation::PutSlots(..)
         | Operation::PutService(..)
-        | Operation::PutServiceKey(..) => false,
+        | Operation::PutServiceKey(..)
+        | Operation::PutFilter(..) => false,
     }
 }

@@ -7,7 +7,7 @@ use crate::datapath::{Contents, Operation};
 /// Lists the operations that make `desired` of `actual`: none if they are equal.
 ///
 /// What is referred to comes before what refers to it and goes after it: settings, addresses, backends, slot tables,
-/// services, keys; then removals the other way round. A packet meets a whole state at any point in between.
+/// source filters, services, keys; then removals the other way round. A packet meets a whole state at any point in between.
 pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
     let mut operations = Vec::new();
     if actual.settings != desired.settings {
@@ -22,6 +22,10 @@ pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
         .extend(changed(&actual.backends, &desired.backends).map(|(k, v)| Operation::PutBackend(*k, *v)));
     operations
         .extend(changed(&actual.slots, &desired.slots).map(|(k, v)| Operation::PutSlots(*k, v.clone())));
+    operations.extend(
+        changed(&actual.source_filters, &desired.source_filters)
+            .map(|((key, length), v)| Operation::PutFilter(*key, *length, *v)),
+    );
     operations
         .extend(changed(&actual.services, &desired.services).map(|(k, v)| Operation::PutService(*k, *v)));
     operations.extend(
@@ -32,6 +36,10 @@ pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
         gone(&actual.service_keys, &desired.service_keys).map(|key| Operation::RemoveServiceKey(*key)),
     );
     operations.extend(gone(&actual.services, &desired.services).map(|id| Operation::RemoveService(*id)));
+    operations.extend(
+        gone(&actual.source_filters, &desired.source_filters)
+            .map(|(key, length)| Operation::RemoveFilter(*key, *length)),
+    );
     operations.extend(gone(&actual.slots, &desired.slots).map(|id| Operation::RemoveSlots(*id)));
     operations.extend(gone(&actual.backends, &desired.backends).map(|id| Operation::RemoveBackend(*id)));
     operations.extend(changed(&widened, &desired.addresses).map(|(k, v)| Operation::PutAddress(*k, *v)));

@@ -5,7 +5,7 @@ use lb_common::abi::Address;
 use super::*;
 use crate::{
     compile::{Compiled, SlotTables, compile},
-    datapath::{Counters, Operation, memory::MemoryDatapath},
+    datapath::{Counters, Live, Operation, memory::MemoryDatapath},
     model::fixture::{backend, model, service},
 };
 
@@ -185,6 +185,14 @@ impl Datapath for Revived {
 
     fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
         self.0.remove_orphan_replies()
+    }
+
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
+        self.0.live_counts(backends)
+    }
+
+    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
+        self.0.set_live_base(backend, base)
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
