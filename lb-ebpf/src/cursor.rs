@@ -2,53 +2,79 @@
 
 use core::ptr::read_volatile;
 
-use aya_ebpf::programs::XdpContext;
-use lb_common::{
-    abi::Link,
-    logic::headers::{Frame, View},
+use aya_ebpf::{
+    bindings::xdp_md,
+    helpers::generated::{bpf_csum_diff, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
 };
+use lb_common::logic::headers::{Frame, View};
+
+/// Offsets stay below this: 14 bytes of Ethernet, two VLAN tags, IPv6 with six extension headers of at most 2,048
+/// bytes, and what an ICMP error quotes. The verifier is told by a mask.
+const OFFSET_MASK: usize = 0x3fff;
 
 /// A frame between the two pointers that the kernel gave.
 pub struct Cursor {
+    context: *mut xdp_md,
     data: usize,
     data_end: usize,
+    /// Bytes that can be viewed; a frame in several buffers has more.
     length: usize,
-    pub ingress_ifindex: u32,
 }
 
 impl Cursor {
     #[inline(always)]
-    pub fn new(context: &XdpContext) -> Self {
-        let data = context.data();
+    pub fn new(context: *mut xdp_md) -> Self {
         // The end is read twice, so that the compiler does not know that both are the same: it would conclude from
         // a check of the length that a check of the bounds is needless, and the verifier wants to see that one.
         // SAFETY: the context is the one that the kernel called the program with.
-        let (ingress_ifindex, data_end, length) = unsafe {
+        let (data, data_end, length) = unsafe {
+            let data = read_volatile(&raw const (*context).data) as usize;
             (
-                (*context.ctx).ingress_ifindex,
-                read_volatile(&raw const (*context.ctx).data_end) as usize,
-                read_volatile(&raw const (*context.ctx).data_end) as usize - data,
+                data,
+                read_volatile(&raw const (*context).data_end) as usize,
+                read_volatile(&raw const (*context).data_end) as usize - data,
             )
         };
         Self {
+            context,
             data,
             data_end,
             length,
-            ingress_ifindex,
         }
     }
 
-    /// The link on which a reply to this frame goes back: its MAC addresses, swapped.
+    /// Bytes that can be viewed.
     #[inline(always)]
-    pub fn link_back(&self) -> Option<Link> {
-        let view = self.view::<12>(0)?;
-        let (a, b, c) = (view.u32(0), view.u32(4), view.u32(8));
-        // Six bytes are one and a half words, so each word of the result is joined from two halves.
-        Some(Link([
-            (b >> 16) | (c << 16),
-            (c >> 16) | (a << 16),
-            (a >> 16) | (b << 16),
-        ]))
+    pub fn viewable(&self) -> usize {
+        self.length
+    }
+
+    #[inline(always)]
+    pub fn ingress_ifindex(&self) -> u32 {
+        // SAFETY: as in `new`.
+        unsafe { (*self.context).ingress_ifindex }
+    }
+
+    /// The frame with so many bytes more in front of it, or fewer where the number is negative. What was a view of
+    /// the frame is none any more.
+    #[inline(always)]
+    pub fn with_more_in_front(self, bytes: i32) -> Option<Self> {
+        // SAFETY: the helper checks the room itself.
+        if unsafe { bpf_xdp_adjust_head(self.context, -bytes) } != 0 {
+            return None;
+        }
+        Some(Self::new(self.context))
+    }
+
+    /// The frame with fewer bytes at its end.
+    #[inline(always)]
+    pub fn cut_to(self, length: usize) -> Option<Self> {
+        // SAFETY: as in `with_more_in_front`.
+        let whole = unsafe { bpf_xdp_get_buff_len(self.context) } as i64;
+        if unsafe { bpf_xdp_adjust_tail(self.context, (length as i64 - whole) as i32) } != 0 {
+            return None;
+        }
+        Some(Self::new(self.context))
     }
 }
 
@@ -56,13 +82,14 @@ impl Frame for Cursor {
     type View = Checked;
 
     #[inline(always)]
-    fn len(&self) -> usize {
-        self.length
+    fn reaches(&self, end: usize) -> bool {
+        // SAFETY: as in `new`.
+        end <= self.length || end as u64 <= unsafe { bpf_xdp_get_buff_len(self.context) }
     }
 
     #[inline(always)]
     fn view<const N: usize>(&self, offset: usize) -> Option<Checked> {
-        let start = self.data + offset;
+        let start = self.data + (offset & OFFSET_MASK);
         if start + N > self.data_end {
             return None;
         }
@@ -94,6 +121,15 @@ impl Checked {
     pub fn set_u32(&self, at: usize, value: u32) {
         // SAFETY: within the checked bytes, see the type.
         unsafe { *((self.0 + at) as *mut u32) = value }
+    }
+}
+
+impl Checked {
+    /// The ones' complement sum of the first `N` bytes, a multiple of 4.
+    #[inline(always)]
+    pub fn sum<const N: usize>(&self) -> u32 {
+        // SAFETY: within the checked bytes, see the type; the helper reads them alone.
+        unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, self.0 as *mut u32, N as u32, 0) as u32 }
     }
 }
 

@@ -1,25 +1,27 @@
 //! The flow table: what holds a connection on its backend. The kernel maps behind it are seen nowhere else.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
+    bindings::{BPF_ANY, BPF_NOEXIST, xdp_md},
     helpers::generated::bpf_ktime_get_coarse_ns,
 };
 use lb_common::{
     abi::{
-        Address, Backend, BackendFlags, Flow, FlowKey, Forward, Reason, Service, Settings, TCP, Tags,
+        Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason, Service, Settings, TCP, Tags,
         TcpState,
     },
     logic::{
         ageing,
-        headers::Segment,
+        headers::Packet,
         source_port::{TRIES, candidate, first_choice},
-        tcp_state::{Sender, first, flags, next, opens},
+        tcp_state::{Sender, first, flags, is_live, next, next_of_client_alone, opens},
     },
 };
 
 use crate::{
     cursor::Cursor,
     maps::{self, FLOWS, REPLIES},
+    scratch::{Scratch, scratch},
+    select, service, source,
 };
 
 /// Nanoseconds of `CLOCK_MONOTONIC_COARSE`: a tenth of the cost of the precise clock, and good to a tick.
@@ -29,121 +31,238 @@ pub fn now() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// The flow of a client's packet with its backend, brought up to date; nothing where the packet starts a new one.
+/// What a packet of a client's flow needs of it.
+#[derive(Clone, Copy)]
+pub struct Known {
+    pub backend_id: u32,
+    /// The [`Forward`] of the flow as its number.
+    pub forward: u8,
+    /// Source port that the backend sees, network byte order.
+    pub source_port: u16,
+}
+
+/// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
-pub fn known(
-    settings: &Settings,
-    segment: &Segment,
-    now: u64,
-) -> Option<(&'static mut Flow, u32, &'static Backend)> {
-    let flow = get(&segment.key)?;
-    let backend_id = flow.backend;
-    let backend = maps::backend(backend_id)?;
+pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> Option<Known> {
+    let flow = get(&packet.key)?;
+    let backend = maps::backend(flow.backend)?;
     // The key of the old one's replies stays: another flow may have it by now, and while it leads here, a late
     // reply is known as such. The daemon removes it.
-    if is_over(settings, flow, now) || !stays(flow, backend, segment) {
+    if is_over(settings, flow, now) || !stays(flow, backend, packet) {
+        if backend.generation == flow.generation {
+            count_end(flow);
+        }
         return None;
     }
     flow.last_seen = now;
-    if segment.tcp_flags != 0 {
-        advance(flow, Sender::Client, segment.tcp_flags);
+    if packet.tcp_flags != 0 {
+        advance(flow, Sender::Client, packet.tcp_flags);
     }
-    Some((flow, backend_id, backend))
+    remember_client_link(frame, packet, flow);
+    Some(Known {
+        backend_id: flow.backend,
+        forward: flow.forward,
+        source_port: flow.source_port,
+    })
 }
 
-/// What a new flow is recorded from.
-pub struct Record<'a> {
-    pub frame: &'a Cursor,
-    pub settings: &'a Settings,
-    pub service: &'a Service,
-    pub service_id: u32,
-    pub backend_id: u32,
-    pub backend: &'a Backend,
-    pub now: u64,
-}
-
-/// Records a new flow of a client on a backend.
+/// Puts a client's packet that belongs to no flow on a backend and records the flow.
 ///
-/// # Errors
-/// [`Reason::NoFlow`] for a packet that cannot start one, [`Reason::NoSourcePort`], [`Reason::FlowTableFull`].
+/// A function that the verifier checks for itself: it is the longest way, and few packets take it. Gives the flow as a
+/// number, see [`Known::from_bits`].
+#[unsafe(no_mangle)]
+pub extern "C" fn begin(context: *mut xdp_md, service_id: u32) -> u64 {
+    let (Some(scratch), Some(settings), Some(service)) =
+        (scratch(), maps::settings(), maps::service(service_id))
+    else {
+        return FAILED | Reason::Internal.index() as u64;
+    };
+    match try_begin(context, scratch, settings, service, service_id) {
+        Ok(known) => known.into_bits(),
+        Err(reason) => FAILED | reason.index() as u64,
+    }
+}
+
+/// In a number of [`begin`]: not a flow but a reason.
+const FAILED: u64 = 1 << 63;
+
+impl Known {
+    #[inline(always)]
+    fn into_bits(self) -> u64 {
+        (self.forward as u64) << 48 | (self.source_port as u64) << 32 | self.backend_id as u64
+    }
+
+    /// What [`begin`] made a number of.
+    ///
+    /// # Errors
+    /// Why there is no flow.
+    #[inline(always)]
+    pub fn from_bits(bits: u64) -> Result<Self, Reason> {
+        if bits & FAILED != 0 {
+            return Err(Reason::from_index(bits as u32));
+        }
+        Ok(Self {
+            backend_id: bits as u32,
+            forward: (bits >> 48) as u8,
+            source_port: (bits >> 32) as u16,
+        })
+    }
+}
+
 #[inline(always)]
-pub fn record(new: &Record<'_>, segment: &Segment) -> Result<&'static mut Flow, Reason> {
-    let is_tcp = segment.key.protocol == TCP as u32;
-    let answers = segment.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
-    if is_tcp && (segment.tcp_flags & flags::RST != 0 || answers) {
+fn try_begin(
+    context: *mut xdp_md,
+    scratch: &mut Scratch,
+    settings: &Settings,
+    service: &Service,
+    service_id: u32,
+) -> Result<Known, Reason> {
+    let now = now();
+    let packet = &scratch.packet;
+    let is_tcp = packet.key.protocol == TCP as u32;
+    let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
+    if is_tcp && (packet.tcp_flags & flags::RST != 0 || answers || packet.is_later_fragment()) {
         return Err(Reason::NoFlow);
     }
-    let source = source_address(new.service.forward, &segment.key, new.backend);
-    if source.0 == Address::default().0 {
-        return Err(Reason::NoSourceAddress);
-    }
-    let source_port = claim_source_port(new, segment, &source)?;
-    let Some(client_link) = new.frame.link_back() else {
+    source::admit(service, service_id, &packet.key, now)?;
+    let backend_id = select::backend(settings, service, service_id, &packet.key)?;
+    let Some(backend) = maps::backend(backend_id) else {
         return Err(Reason::Internal);
     };
-    let flow = Flow {
-        last_seen: new.now,
-        created: new.now,
-        backend: new.backend_id,
-        generation: new.backend.generation,
-        service: new.service_id,
-        client_ifindex: new.frame.ingress_ifindex,
-        client_link,
-        client_tags: Tags::default(),
+    let forward = forward_of(service, &packet.key);
+    let source_port = if Forward::translates(forward) {
+        claim_source_port(settings, scratch, forward, backend, now)?
+    } else {
+        packet.key.source_port
+    };
+    let packet = &scratch.packet;
+    scratch.flow = Flow {
+        last_seen: now,
+        created: now,
+        backend: backend_id,
+        generation: backend.generation,
+        service: service_id,
+        client_ifindex: Cursor::new(context).ingress_ifindex(),
+        client_link: reversed(&packet.link),
+        client_tags: Tags([packet.tags.0[0], packet.tags.0[1]]),
         source_port,
         tcp_state: if is_tcp {
-            first(segment.tcp_flags) as u8
+            first(packet.tcp_flags) as u8
         } else {
             TcpState::None as u8
         },
-        forward: new.service.forward,
+        forward,
     };
-    if FLOWS.insert(&segment.key, &flow, BPF_ANY as u64).is_err() {
-        let _ = REPLIES.remove(&reply_key(&segment.key, source_port, &source, new.backend));
+    if FLOWS
+        .insert(&scratch.packet.key, &scratch.flow, BPF_ANY as u64)
+        .is_err()
+    {
+        if Forward::translates(forward) {
+            let _ = REPLIES.remove(&scratch.reply);
+        }
         return Err(Reason::FlowTableFull);
     }
-    if let Some(counters) = maps::backend_counters(new.backend_id) {
+    if let Some(counters) = maps::backend_counters(backend_id) {
         counters.flows += 1;
     }
-    get(&segment.key).ok_or(Reason::FlowTableFull)
+    if is_live(TcpState::from_number(scratch.flow.tcp_state), forward) {
+        maps::count_opened(backend_id);
+    }
+    Ok(Known {
+        backend_id,
+        forward,
+        source_port,
+    })
 }
 
-/// A backend's reply and the flow that it belongs to.
-pub struct Reply {
-    /// The client's 5-tuple.
-    pub client: FlowKey,
-    pub flow: &'static mut Flow,
-}
-
-/// The flow of a backend's packet, brought up to date; nothing where the packet answers none.
-///
-/// # Errors
-/// [`Reason::NoFlow`] where the flow has ended or gone to another backend.
+/// The forward of a new flow. A backend that is a client of its own service would be answered past this host, or by
+/// itself: its source becomes this host's, so that the answer comes back here.
 #[inline(always)]
-pub fn of_reply(segment: &Segment) -> Result<Option<Reply>, Reason> {
-    let Some(client) = REPLIES.get_ptr(&segment.key) else {
-        return Ok(None);
-    };
-    // SAFETY: an entry may be recycled under its reader; what was read is checked against the flow below.
-    let client = unsafe { *client };
-    let Some(flow) = get(&client) else {
-        return Err(Reason::NoFlow);
-    };
-    let Some(backend) = maps::backend(flow.backend) else {
-        return Err(Reason::NoFlow);
-    };
-    if backend.generation != flow.generation
-        || backend.address != segment.key.source
-        || backend_port(&client, backend) != segment.key.source_port
-        || flow.source_port != segment.key.destination_port
-    {
-        return Err(Reason::NoFlow);
+fn forward_of(service: &Service, key: &FlowKey) -> u8 {
+    if service.forward == Forward::Nat.number() && service::is_backend(&key.source) {
+        Forward::FullNat.number()
+    } else {
+        service.forward
     }
+}
+
+/// The flow of a backend's packet, brought up to date; the client's 5-tuple of it is put into [`Scratch::client`].
+/// Nothing where the packet answers none.
+#[inline(always)]
+pub fn of_reply(scratch: &mut Scratch) -> Option<&'static mut Flow> {
+    scratch.reply = scratch.packet.key.by_words();
+    let flow = replied(scratch)?;
     flow.last_seen = now();
-    if segment.tcp_flags != 0 {
-        advance(flow, Sender::Backend, segment.tcp_flags);
+    if scratch.packet.tcp_flags != 0 {
+        advance(flow, Sender::Backend, scratch.packet.tcp_flags);
     }
-    Ok(Some(Reply { client, flow }))
+    Some(flow)
+}
+
+/// Tells whether a 5-tuple is, or was lately, that of a flow's replies.
+#[inline(always)]
+pub fn is_reply(key: &FlowKey) -> bool {
+    REPLIES.get_ptr(key).is_some()
+}
+
+/// The flow that [`Scratch::reply`] leads to, unless it has ended or gone to another backend; the client's 5-tuple of
+/// it is put into [`Scratch::client`].
+#[inline(always)]
+pub fn replied(scratch: &mut Scratch) -> Option<&'static mut Flow> {
+    let client = REPLIES.get_ptr(&scratch.reply)?;
+    // SAFETY: an entry may be recycled under its reader; what was read is checked against the flow below.
+    scratch.client = unsafe { &*client }.by_words();
+    let flow = get(&scratch.client)?;
+    let backend = maps::backend(flow.backend)?;
+    if backend.generation != flow.generation
+        || backend.address.0 != scratch.reply.source.0
+        || backend_port(&scratch.client, backend) != scratch.reply.source_port
+        || flow.source_port != scratch.reply.destination_port
+    {
+        return None;
+    }
+    Some(flow)
+}
+
+/// The flow that [`Scratch::client`] is the client's 5-tuple of, unless its backend has gone.
+#[inline(always)]
+pub fn of_client(scratch: &Scratch) -> Option<&'static mut Flow> {
+    let flow = get(&scratch.client)?;
+    let backend = maps::backend(flow.backend)?;
+    if backend.generation != flow.generation {
+        return None;
+    }
+    Some(flow)
+}
+
+/// Replies go back the way that the client's packets come, so that the path needs no lookup; written only when it
+/// has changed, to leave the cache line clean.
+#[inline(always)]
+fn remember_client_link(frame: &Cursor, packet: &Packet, flow: &mut Flow) {
+    let link = reversed(&packet.link);
+    if flow.client_link.0[0] != link.0[0]
+        || flow.client_link.0[1] != link.0[1]
+        || flow.client_link.0[2] != link.0[2]
+        || flow.client_ifindex != frame.ingress_ifindex()
+        || flow.client_tags.0[0] != packet.tags.0[0]
+        || flow.client_tags.0[1] != packet.tags.0[1]
+    {
+        flow.client_link = link;
+        flow.client_ifindex = frame.ingress_ifindex();
+        flow.client_tags = Tags([packet.tags.0[0], packet.tags.0[1]]);
+    }
+}
+
+/// The link on which an answer goes back: the MAC addresses, swapped.
+#[inline(always)]
+pub fn reversed(link: &Link) -> Link {
+    let [a, b, c] = link.0;
+    // Six bytes are one and a half words, so each word of the result is joined from two halves.
+    Link([
+        (b >> 16) | (c << 16),
+        (c >> 16) | (a << 16),
+        (a >> 16) | (b << 16),
+    ])
 }
 
 #[inline(always)]
@@ -153,11 +272,28 @@ fn get(key: &FlowKey) -> Option<&'static mut Flow> {
     FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
 }
 
+/// Moves the state of a flow on.
 #[inline(always)]
 fn advance(flow: &mut Flow, sender: Sender, tcp_flags: u8) {
-    let state = next(TcpState::from_number(flow.tcp_state), sender, tcp_flags) as u8;
-    if state != flow.tcp_state {
-        flow.tcp_state = state;
+    let former = TcpState::from_number(flow.tcp_state);
+    let state = if Forward::translates(flow.forward) {
+        next(former, sender, tcp_flags)
+    } else {
+        next_of_client_alone(former, tcp_flags)
+    };
+    if state as u8 != former as u8 {
+        flow.tcp_state = state as u8;
+        if is_live(former, flow.forward) && !is_live(state, flow.forward) {
+            maps::count_ended(flow.backend);
+        }
+    }
+}
+
+/// Counts the end of a flow that another takes the place of.
+#[inline(always)]
+fn count_end(flow: &Flow) {
+    if is_live(TcpState::from_number(flow.tcp_state), flow.forward) {
+        maps::count_ended(flow.backend);
     }
 }
 
@@ -173,14 +309,14 @@ fn is_over(settings: &Settings, flow: &Flow, now: u64) -> bool {
 
 /// Tells whether a flow goes on with a packet, or the packet starts a new one under the same 5-tuple.
 #[inline(always)]
-fn stays(flow: &Flow, backend: &Backend, segment: &Segment) -> bool {
+fn stays(flow: &Flow, backend: &Backend, packet: &Packet) -> bool {
     if backend.generation != flow.generation {
         return false;
     }
-    if segment.key.protocol != TCP as u32 {
+    if packet.key.protocol != TCP as u32 {
         return backend.flags & BackendFlags::KEEPS_UDP != 0;
     }
-    if !opens(segment.tcp_flags) {
+    if !opens(packet.tcp_flags) {
         return true;
     }
     flow.tcp_state < TcpState::FinClient as u8 && backend.flags & BackendFlags::ACCEPTS_NEW != 0
@@ -206,52 +342,65 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
     }
 }
 
-/// The 5-tuple of a backend's replies.
-#[inline(always)]
-fn reply_key(client: &FlowKey, source_port: u16, source: &Address, backend: &Backend) -> FlowKey {
-    FlowKey {
-        source: backend.address.by_words(),
-        destination: source.by_words(),
-        source_port: backend_port(client, backend),
-        destination_port: source_port,
-        protocol: client.protocol,
-    }
-}
-
 /// Takes a source port that no other flow uses towards the backend, so that its replies are told apart: for
-/// `nat` the client's own if it is free, which another service with the same backend may have taken.
+/// `nat` the client's own if it is free, which another service with the same backend may have taken. The key of the
+/// replies is left in [`Scratch::reply`].
 #[inline(always)]
-fn claim_source_port(new: &Record<'_>, segment: &Segment, source: &Address) -> Result<u16, Reason> {
-    let full_nat = new.service.forward == Forward::FullNat.number();
-    let start = first_choice(new.settings, &segment.key);
-    let mut reply = reply_key(&segment.key, segment.key.source_port, source, new.backend);
+fn claim_source_port(
+    settings: &Settings,
+    scratch: &mut Scratch,
+    forward: u8,
+    backend: &Backend,
+    now: u64,
+) -> Result<u16, Reason> {
+    let full_nat = forward == Forward::FullNat.number();
+    let client = &scratch.packet.key;
+    let source = source_address(forward, client, backend);
+    if source.0 == Address::default().0 {
+        return Err(Reason::NoSourceAddress);
+    }
+    let start = first_choice(settings, client);
+    scratch.reply = FlowKey {
+        source: backend.address.by_words(),
+        destination: source,
+        source_port: backend_port(client, backend),
+        destination_port: client.source_port,
+        protocol: client.protocol,
+    };
     for attempt in 0..TRIES {
         if full_nat || attempt > 0 {
-            reply.destination_port = candidate(new.settings, start, attempt).to_be();
+            scratch.reply.destination_port = candidate(settings, start, attempt).to_be();
         }
-        if REPLIES.insert(&reply, &segment.key, BPF_NOEXIST as u64).is_ok() {
-            return Ok(reply.destination_port);
+        if REPLIES
+            .insert(&scratch.reply, &scratch.packet.key, BPF_NOEXIST as u64)
+            .is_ok()
+        {
+            return Ok(scratch.reply.destination_port);
         }
-        if is_free(new, segment, &reply) && REPLIES.insert(&reply, &segment.key, BPF_ANY as u64).is_ok() {
-            return Ok(reply.destination_port);
+        if is_free(settings, scratch, now)
+            && REPLIES
+                .insert(&scratch.reply, &scratch.packet.key, BPF_ANY as u64)
+                .is_ok()
+        {
+            return Ok(scratch.reply.destination_port);
         }
     }
     Err(Reason::NoSourcePort)
 }
 
-/// Tells whether the flow that an entry of replies leads to has ended, or is the one being recorded.
+/// Tells whether the flow that the key of replies leads to has ended, or is the one being recorded.
 #[inline(always)]
-fn is_free(new: &Record<'_>, segment: &Segment, reply: &FlowKey) -> bool {
-    let Some(client) = REPLIES.get_ptr(reply) else {
+fn is_free(settings: &Settings, scratch: &mut Scratch, now: u64) -> bool {
+    let Some(client) = REPLIES.get_ptr(&scratch.reply) else {
         return true;
     };
-    // SAFETY: as in `of_reply`; a recycled entry at worst leads to another attempt.
-    let client = unsafe { *client };
-    if client == segment.key {
+    // SAFETY: as in `replied`; a recycled entry at worst leads to another attempt.
+    scratch.client = unsafe { &*client }.by_words();
+    if scratch.client == scratch.packet.key {
         return true;
     }
-    match get(&client) {
-        Some(flow) => flow.source_port != reply.destination_port || is_over(new.settings, flow, new.now),
+    match get(&scratch.client) {
+        Some(flow) => flow.source_port != scratch.reply.destination_port || is_over(settings, flow, now),
         None => true,
     }
 }

@@ -1,9 +1,13 @@
 //! The data path of xlb: one XDP program, one module per stage, in the order in which a packet meets them.
 //!
-//! `cursor → (lb_common::logic::headers) → service → flow → select → forward → verdict`; a known flow skips
-//! `select`, a reply goes from `flow` straight to `forward`.
+//! `cursor → (lb_common::logic::headers) → fragment → service → flow → (source → select) → forward → verdict`; a known
+//! flow skips `source` and `select`, a reply goes from `flow` straight to `forward`, an ICMP message to `icmp`.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+// AtomicU64 cannot be added to on this target.
+#![cfg_attr(target_arch = "bpf", feature(core_intrinsics), allow(internal_features))]
 
+#[cfg(target_arch = "bpf")]
+mod answer;
 #[cfg(target_arch = "bpf")]
 mod cursor;
 #[cfg(target_arch = "bpf")]
@@ -11,13 +15,21 @@ mod flow;
 #[cfg(target_arch = "bpf")]
 mod forward;
 #[cfg(target_arch = "bpf")]
+mod fragment;
+#[cfg(target_arch = "bpf")]
+mod icmp;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod program;
 #[cfg(target_arch = "bpf")]
+mod scratch;
+#[cfg(target_arch = "bpf")]
 mod select;
 #[cfg(target_arch = "bpf")]
 mod service;
+#[cfg(target_arch = "bpf")]
+mod source;
 #[cfg(target_arch = "bpf")]
 mod verdict;
 

@@ -2,14 +2,17 @@
 //!
 //! All are BTF maps, so that bpftool and libbpf can load the object too.
 
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
 use aya_ebpf::{
     btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FilterKey, Flow, FlowKey, LiveCount,
-    MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT,
-    SLOT_COUNT, Service, ServiceKey, Settings, Totals,
+    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FilterKey, Flow, FlowKey, FragmentKey,
+    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_FRAGMENTS, MAX_SERVICE_KEYS, MAX_SERVICES,
+    MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SourceKey,
+    SourceRate, Totals,
 };
 
 /// What holds for all services. Written by the daemon.
@@ -61,6 +64,18 @@ pub static FLOWS: LruHashMap<FlowKey, Flow, { DEFAULT_FLOWS as usize }> = LruHas
 #[btf_map]
 pub static REPLIES: LruHashMap<FlowKey, FlowKey, { DEFAULT_FLOWS as usize }> = LruHashMap::new();
 
+/// The ports of packets that come in fragments, from their first. Neither read nor written by the daemon.
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
+
+/// New flows that a source prefix may start at a service. Neither read nor written by the daemon.
+#[btf_map]
+pub static SOURCES: LruHashMap<SourceKey, SourceRate, { MAX_SOURCES as usize }> = LruHashMap::new();
+
+/// By service id: this CPU's position in the sequence of `round-robin`. Neither read nor written by the daemon.
+#[btf_map]
+static ROUND_ROBIN: PerCpuArray<u32, { MAX_SERVICES as usize }> = PerCpuArray::new();
+
 /// Packets by verdict. Written here, read by the daemon, as are the counters below.
 #[btf_map]
 static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
@@ -93,6 +108,14 @@ pub fn backend(id: u32) -> Option<&'static Backend> {
 }
 
 #[inline(always)]
+pub fn round_robin(service_id: u32) -> Option<&'static mut u32> {
+    // SAFETY: as in `totals`.
+    ROUND_ROBIN
+        .get_ptr_mut(service_id)
+        .map(|position| unsafe { &mut *position })
+}
+
+#[inline(always)]
 pub fn totals() -> Option<&'static mut Totals> {
     // SAFETY: the entry is this CPU's own and the program is not interrupted by itself.
     TOTALS.get_ptr_mut(0).map(|totals| unsafe { &mut *totals })
@@ -118,4 +141,22 @@ pub fn backend_counters(backend_id: u32) -> Option<&'static mut BackendCounters>
     BACKEND_COUNTERS
         .get_ptr_mut(backend_id)
         .map(|counters| unsafe { &mut *counters })
+}
+
+/// Counts a flow that began on a backend.
+#[inline(always)]
+pub fn count_opened(backend_id: u32) {
+    if let Some(count) = LIVE.get_ptr_mut(backend_id) {
+        // SAFETY: the pointer is of a map's value and aligned as its type; other CPUs add to it atomically, too.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).opened, 1) };
+    }
+}
+
+/// Counts a flow of a backend that was seen to end.
+#[inline(always)]
+pub fn count_ended(backend_id: u32) {
+    if let Some(count) = LIVE.get_ptr_mut(backend_id) {
+        // SAFETY: as in `count_opened`.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut (*count).ended, 1) };
+    }
 }

@@ -1,86 +1,110 @@
 //! The entry point and the sequence of stages, nothing else.
 
-use aya_ebpf::{macros::xdp, programs::XdpContext};
+use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
 use lb_common::{
-    abi::Reason,
-    logic::headers::{Segment, Undecodable, decode},
+    abi::{BackendFlags, Reason, Settings, TCP},
+    logic::headers::{Fragment, Kind, Undecodable, decode},
 };
 
 use crate::{
+    answer,
     cursor::Cursor,
-    flow::{self, Record},
-    forward, maps, select, service,
+    flow::{self, Known},
+    forward, fragment, icmp, maps,
+    scratch::{Scratch, scratch},
+    service,
     verdict::{Verdict, conclude},
 };
 
-#[xdp]
+#[xdp(frags)]
 pub fn xlb(context: XdpContext) -> u32 {
-    let frame = Cursor::new(&context);
-    let verdict = balance(&frame);
-    conclude(&context, &frame, verdict)
+    let frame = Cursor::new(context.ctx);
+    let Some(scratch) = scratch() else {
+        return conclude(&context, 0, Verdict::drop(Reason::Internal));
+    };
+    let verdict = balance(context.ctx, frame, scratch);
+    conclude(&context, scratch.bytes, verdict)
 }
 
 #[inline(always)]
-fn balance(frame: &Cursor) -> Verdict {
-    match decode(frame) {
-        Ok(segment) => match service::find(&segment.key) {
-            Some(service_id) => from_client(frame, &segment, service_id),
-            None => from_backend(frame, &segment),
-        },
-        Err(Undecodable::NotTransport(reason)) => Verdict::pass(reason),
-        Err(Undecodable::Malformed { destination, reason }) if service::is_vip(&destination) => {
-            Verdict::drop(reason)
+fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
+    let decoded = decode(&frame, &mut scratch.packet);
+    // A frame in several buffers is longer than what can be viewed.
+    let (viewable, end) = (frame.viewable() as u64, scratch.packet.end as u64);
+    scratch.bytes = if end > viewable { end } else { viewable };
+    match decoded {
+        Ok(Kind::Transport) => {}
+        Ok(Kind::LaterFragment) => {
+            if fragment::follow(scratch).is_none() {
+                return not_followed(scratch, Reason::FragmentUnknown);
+            }
         }
-        Err(Undecodable::Malformed { .. }) => Verdict::pass(Reason::NotForService),
+        Ok(Kind::Icmp) => return Verdict::from_bits(icmp::message(context)),
+        Err(Undecodable::NotTransport(reason)) => return Verdict::pass(reason),
+        Err(Undecodable::Malformed(reason)) => return not_followed(scratch, reason),
+    }
+    let Some(settings) = maps::settings() else {
+        return Verdict::drop(Reason::Internal);
+    };
+    match service::find(settings, &scratch.packet.key) {
+        Some(service_id) => from_client(context, frame, scratch, settings, service_id),
+        None => from_backend(frame, scratch),
+    }
+}
+
+/// A packet that cannot be looked up: dropped with the reason if it is for a VIP.
+#[inline(always)]
+fn not_followed(scratch: &Scratch, reason: Reason) -> Verdict {
+    if service::is_vip(&scratch.packet.key.destination) {
+        Verdict::drop(reason)
+    } else {
+        Verdict::pass(Reason::NotForService)
     }
 }
 
 /// A packet from a client: its flow's backend, or a new one.
 #[inline(always)]
-fn from_client(frame: &Cursor, segment: &Segment, service_id: u32) -> Verdict {
+fn from_client(
+    context: *mut xdp_md,
+    frame: Cursor,
+    scratch: &mut Scratch,
+    settings: &Settings,
+    service_id: u32,
+) -> Verdict {
     let verdict = Verdict::of_service(service_id);
-    if segment.ttl <= 1 {
+    if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
-    let (Some(settings), Some(service)) = (maps::settings(), maps::service(service_id)) else {
+    if scratch.packet.fragment == Fragment::First as u8 {
+        fragment::remember(scratch);
+    }
+    let known = match flow::known(settings, &frame, &scratch.packet, flow::now()) {
+        Some(known) => known,
+        None => match Known::from_bits(flow::begin(context, service_id)) {
+            Ok(known) => known,
+            Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),
+            Err(reason) => return verdict.dropped(reason),
+        },
+    };
+    let Some(backend) = maps::backend(known.backend_id) else {
         return verdict.dropped(Reason::Internal);
     };
-    let now = flow::now();
-    let (flow, backend_id, backend) = match flow::known(settings, segment, now) {
-        Some(known) => known,
-        None => {
-            let Some((backend_id, backend)) = select::backend(settings, service, service_id, &segment.key)
-            else {
-                return verdict.dropped(Reason::NoBackend);
-            };
-            let record = Record {
-                frame,
-                settings,
-                service,
-                service_id,
-                backend_id,
-                backend,
-                now,
-            };
-            match flow::record(&record, segment) {
-                Ok(flow) => (flow, backend_id, backend),
-                Err(reason) => return verdict.dropped(reason),
-            }
-        }
-    };
-    forward::to_backend(frame, segment, verdict, flow, backend_id, backend)
+    if backend.flags & BackendFlags::RESETS != 0 && scratch.packet.key.protocol == TCP as u32 {
+        return answer::reset_of_client(context, scratch, verdict);
+    }
+    forward::to_backend(context, scratch, verdict, &known, backend)
 }
 
 /// A packet for no service: a backend's reply to a client, or none of ours.
 #[inline(always)]
-fn from_backend(frame: &Cursor, segment: &Segment) -> Verdict {
-    if !service::is_backend(&segment.key.source) {
+fn from_backend(frame: Cursor, scratch: &mut Scratch) -> Verdict {
+    if !service::is_backend(&scratch.packet.key.source) {
         return Verdict::pass(Reason::NotForService);
     }
-    match flow::of_reply(segment) {
-        Ok(Some(reply)) => forward::to_client(frame, segment, &reply),
-        Ok(None) => Verdict::pass(Reason::NotForService),
-        Err(reason) => Verdict::drop(reason),
+    match flow::of_reply(scratch) {
+        Some(flow) => forward::to_client(frame, scratch, flow),
+        None if flow::is_reply(&scratch.packet.key) => Verdict::drop(Reason::NoFlow),
+        None => Verdict::pass(Reason::NotForService),
     }
 }
 

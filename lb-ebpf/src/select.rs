@@ -1,28 +1,134 @@
 //! Which backend a new flow gets.
 
 use lb_common::{
-    abi::{Backend, FlowKey, Service, Settings, Strategy},
+    abi::{Backend, FlowKey, LENGTH_SLOT, Reason, SLOT_COUNT, Service, Settings, Strategy},
     logic::hash::{client_hash, flow_hash, slot_of},
 };
 
-use crate::maps::{self, SLOT_TABLES};
+use crate::maps::{self, LIVE, LIVE_BASE, SLOT_TABLES};
 
-/// The backend for a flow and its id, or nothing where no backend may get new flows.
+/// Slots that are tried until a backend takes the flow.
+const TRIES: u32 = 16;
+/// Backends that `least-connections` compares: all of a service that has no more, else some that the flow's hash says.
+const COMPARED: u32 = 32;
+
+/// The id of the backend for a new flow.
+///
+/// # Errors
+/// [`Reason::NoBackend`], [`Reason::BackendsFull`].
 #[inline(always)]
 pub fn backend(
     settings: &Settings,
     service: &Service,
     service_id: u32,
     key: &FlowKey,
-) -> Option<(u32, &'static Backend)> {
-    let hash = if service.strategy == Strategy::IpHash.number() {
-        client_hash(settings.seed, key)
-    } else {
-        flow_hash(settings.seed, key)
-    };
-    let id = *SLOT_TABLES.get_value(service_id, &slot_of(hash))?;
-    if id == 0 {
-        return None;
+) -> Result<u32, Reason> {
+    if service.strategy == Strategy::LeastConnections.number() {
+        return least_connections(settings, service_id, key);
     }
-    Some((id, maps::backend(id)?))
+    // Slots `first` to `first + length - 1` in a ring.
+    let (first, length, start, stride) = if service.strategy == Strategy::RoundRobin.number() {
+        let length = slot(service_id, LENGTH_SLOT);
+        (LENGTH_SLOT + 1, length, next_position(service_id, length), 1)
+    } else {
+        let hash = if service.strategy == Strategy::IpHash.number() {
+            client_hash(settings.seed, key)
+        } else {
+            flow_hash(settings.seed, key)
+        };
+        // A full backend's flows spread over the others.
+        (0, SLOT_COUNT, slot_of(hash), 1 + (hash as u32 & 0xfff))
+    };
+    if length == 0 {
+        return Err(Reason::NoBackend);
+    }
+    let mut reason = Reason::NoBackend;
+    for attempt in 0..TRIES {
+        let id = slot(service_id, first + (start + attempt * stride) % length);
+        if id == 0 {
+            continue;
+        }
+        let Some(backend) = maps::backend(id) else {
+            continue;
+        };
+        if takes_more(id, backend) {
+            return Ok(id);
+        }
+        reason = Reason::BackendsFull;
+    }
+    Err(reason)
+}
+
+/// The backend with the fewest live flows for its weight.
+#[inline(always)]
+fn least_connections(settings: &Settings, service_id: u32, key: &FlowKey) -> Result<u32, Reason> {
+    let length = slot(service_id, LENGTH_SLOT);
+    if length == 0 {
+        return Err(Reason::NoBackend);
+    }
+    // Where backends are equal, flows spread by their hash.
+    let start = flow_hash(settings.seed, key) as u32 % length;
+    let (mut best, mut best_live, mut best_weight) = (0, 0, 0);
+    let mut reason = Reason::NoBackend;
+    for position in 0..COMPARED {
+        if position >= length {
+            break;
+        }
+        let id = slot(service_id, LENGTH_SLOT + 1 + (start + position) % length);
+        let Some(backend) = maps::backend(id) else {
+            continue;
+        };
+        if id == 0 || backend.weight == 0 {
+            continue;
+        }
+        let live = live(id);
+        if backend.max_connections != 0 && live >= backend.max_connections as u64 {
+            reason = Reason::BackendsFull;
+            continue;
+        }
+        // (live + 1) / weight of each, without a division.
+        if best == 0 || (live + 1) * best_weight < (best_live + 1) * backend.weight as u64 {
+            (best, best_live, best_weight) = (id, live, backend.weight as u64);
+        }
+    }
+    if best == 0 { Err(reason) } else { Ok(best) }
+}
+
+/// A slot of a service's table; 0 where there is none.
+#[inline(always)]
+fn slot(service_id: u32, index: u32) -> u32 {
+    SLOT_TABLES.get_value(service_id, &index).copied().unwrap_or(0)
+}
+
+/// This CPU's next position in the sequence of a service.
+#[inline(always)]
+fn next_position(service_id: u32, length: u32) -> u32 {
+    let Some(position) = maps::round_robin(service_id) else {
+        return 0;
+    };
+    let current = if *position < length { *position } else { 0 };
+    *position = current + 1;
+    current
+}
+
+#[inline(always)]
+fn takes_more(id: u32, backend: &Backend) -> bool {
+    backend.max_connections == 0 || live(id) < backend.max_connections as u64
+}
+
+/// Live flows of a backend, as far as they are known; at most `u32::MAX`.
+#[inline(always)]
+fn live(id: u32) -> u64 {
+    let (Some(count), Some(base)) = (LIVE.get(id), LIVE_BASE.get(id)) else {
+        return 0;
+    };
+    let live = (count.opened).wrapping_sub(count.ended).wrapping_add(*base);
+    // Below zero for a moment, where an end is seen that the recount has seen, too.
+    if live as i64 <= 0 {
+        0
+    } else if live > u32::MAX as u64 {
+        u32::MAX as u64
+    } else {
+        live
+    }
 }

@@ -1,20 +1,33 @@
 //! Which service a packet is for.
 
-use lb_common::abi::{Address, FlowKey, ROLE_BACKEND, ROLE_VIP, ServiceKey};
+use lb_common::abi::{Address, FlowKey, ROLE_BACKEND, ROLE_VIP, ServiceKey, Settings, SettingsFlags};
 
 use crate::maps::{ADDRESSES, SERVICE_KEYS};
 
 /// The id of the service that a packet's destination belongs to.
 #[inline(always)]
-pub fn find(key: &FlowKey) -> Option<u32> {
-    let service_key = ServiceKey {
+pub fn find(settings: &Settings, key: &FlowKey) -> Option<u32> {
+    let mut service_key = ServiceKey {
         vip: key.destination.by_words(),
         port: key.destination_port,
         protocol: key.protocol as u8,
         _pad: 0,
     };
+    if let Some(id) = id(&service_key) {
+        return Some(id);
+    }
+    // Asked only where there is such a service: the others pay for one lookup.
+    if settings.flags & SettingsFlags::ANY_PORT == 0 {
+        return None;
+    }
+    service_key.port = 0;
+    id(&service_key)
+}
+
+#[inline(always)]
+fn id(service_key: &ServiceKey) -> Option<u32> {
     // SAFETY: the daemon may replace the value while it is read; a u32 is read whole.
-    unsafe { SERVICE_KEYS.get(&service_key) }.copied()
+    unsafe { SERVICE_KEYS.get(service_key) }.copied()
 }
 
 /// Tells whether an address is the VIP of a service.
@@ -31,6 +44,6 @@ pub fn is_backend(address: &Address) -> bool {
 
 #[inline(always)]
 fn roles(address: &Address) -> u32 {
-    // SAFETY: as in `find`.
+    // SAFETY: as in `id`.
     unsafe { ADDRESSES.get(address) }.copied().unwrap_or(0)
 }

@@ -4,12 +4,9 @@ use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
     programs::XdpContext,
 };
-use lb_common::{
-    abi::{Count, Reason},
-    logic::headers::Frame,
-};
+use lb_common::abi::{Count, Reason};
 
-use crate::{cursor::Cursor, maps};
+use crate::maps;
 
 /// "No service" in [`Verdict::service_id`].
 const NO_SERVICE: u32 = u32::MAX;
@@ -71,6 +68,11 @@ impl Verdict {
         }
     }
 
+    #[inline(always)]
+    pub fn reason(&self) -> Reason {
+        self.reason
+    }
+
     /// Sent with an action of `XDP_TX` or `XDP_REDIRECT`.
     #[inline(always)]
     pub fn sent(self, action: u32, reason: Reason) -> Self {
@@ -82,10 +84,27 @@ impl Verdict {
     }
 }
 
-/// Counts a verdict and gives the action for the kernel.
+impl Verdict {
+    /// As one number: a function of the kernel's own returns no more than a register.
+    #[inline(always)]
+    pub fn into_bits(self) -> u64 {
+        (self.action as u64) << 56 | (self.reason.index() as u64) << 32 | self.service_id as u64
+    }
+
+    /// What [`Self::into_bits`] made a number of.
+    #[inline(always)]
+    pub fn from_bits(bits: u64) -> Self {
+        Self {
+            action: (bits >> 56) as u32,
+            reason: Reason::from_index((bits >> 32) as u32 & 0xffff),
+            service_id: bits as u32,
+        }
+    }
+}
+
+/// Counts a verdict on a packet of so many bytes and gives the action for the kernel.
 #[inline(always)]
-pub fn conclude(_context: &XdpContext, frame: &Cursor, verdict: Verdict) -> u32 {
-    let bytes = frame.len() as u64;
+pub fn conclude(_context: &XdpContext, bytes: u64, verdict: Verdict) -> u32 {
     let reason = verdict.reason.index();
     let counter = if verdict.service_id == NO_SERVICE {
         maps::counter(reason)

@@ -4,8 +4,9 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use lb_common::{
     abi::Reason::{
-        self, BadIpHeaderLength, BadIpLength, BadIpVersion, BadSourceAddress, BadTcpFlags, BadTcpOffset,
-        BadUdpLength, Fragment, NotForService, NotIp, TruncatedTransport, TtlExceeded, ZeroPort,
+        self, BadFragment, BadIpHeaderLength, BadIpLength, BadIpVersion, BadSourceAddress, BadTcpFlags,
+        BadTcpOffset, BadUdpLength, FragmentUnknown, NotForService, NotIp, TruncatedTransport, TtlExceeded,
+        ZeroPort,
     },
     logic::tcp_state::flags_are_sane,
 };
@@ -137,18 +138,17 @@ fn the_addresses_next_to_those_that_no_host_may_use_are_served() {
 #[test]
 fn a_fragment_is_dropped_whichever_it_is() {
     let mut fixture = Fixture::new();
-    for (what, field) in [
-        ("first", 0x2000),
-        ("in the middle", 0x2001),
-        ("last", 0x00b9),
-        ("last at the largest offset", 0x1fff),
-        ("first, may not be fragmented", 0x6000),
-        ("offset of one", 0x0001),
-        ("offset of 256", 0x0100),
+    for (what, field, tcp_reason, udp_reason) in [
+        ("in the middle", 0x2003, FragmentUnknown, FragmentUnknown),
+        ("last", 0x00b9, FragmentUnknown, FragmentUnknown),
+        ("last at the largest offset", 0x1fff, BadFragment, BadFragment),
+        ("over the TCP header", 0x2001, BadFragment, FragmentUnknown),
+        ("over the TCP flags", 0x0002, BadFragment, FragmentUnknown),
+        ("offset of 256", 0x0100, FragmentUnknown, FragmentUnknown),
     ] {
-        for frame in [web(), dns()] {
+        for (frame, reason) in [(web(), tcp_reason), (dns(), udp_reason)] {
             let bytes = changed(&frame, |bytes| set(bytes, IP + 6, field));
-            expect(&mut fixture, what, &bytes, Fragment);
+            expect(&mut fixture, what, &bytes, reason);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddrV4;
 
 use lb_common::{
     abi::Reason::{NotForService, NotIp},
-    logic::headers::{Undecodable, decode},
+    logic::headers::{Packet, Undecodable, decode},
 };
 
 use crate::{
@@ -124,7 +124,7 @@ fn a_packet_for_another_destination_passes_whichever_bit_of_its_headers_is_flipp
         for bit in 0..(TRANSPORT + 20) * 8 {
             let mut bytes = whole.clone();
             bytes[bit / 8] ^= 0x80 >> (bit % 8);
-            let reason = match decode(&&bytes[..]) {
+            let reason = match decode(&&bytes[..], &mut Packet::default()) {
                 Err(Undecodable::NotTransport(reason)) => reason,
                 _ => NotForService,
             };

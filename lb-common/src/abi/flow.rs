@@ -31,6 +31,20 @@ pub struct FlowKey {
 
 const _: () = assert!(size_of::<FlowKey>() == 40);
 
+impl FlowKey {
+    /// A copy by words, see [`Address::by_words`].
+    #[inline(always)]
+    pub const fn by_words(&self) -> Self {
+        Self {
+            source: self.source.by_words(),
+            destination: self.destination.by_words(),
+            source_port: self.source_port,
+            destination_port: self.destination_port,
+            protocol: self.protocol,
+        }
+    }
+}
+
 /// What is known of a flow, found by the client's 5-tuple.
 ///
 /// For `nat` and `full-nat` a second map leads from the 5-tuple of the backend's replies to the client's, so that

@@ -3,6 +3,8 @@
 //! Words are taken as they lie in memory: ones' complement addition commutes with a swap of bytes (RFC 1071
 //! section 2 B), so neither side converts.
 
+use crate::abi::Address;
+
 /// Folds a sum of 16-bit words into 16 bits.
 #[inline(always)]
 pub const fn fold(sum: u32) -> u16 {
@@ -15,6 +17,20 @@ pub const fn fold(sum: u32) -> u16 {
 #[inline(always)]
 pub const fn difference32(old: u32, new: u32) -> u32 {
     difference16(old as u16, new as u16) + difference16((old >> 16) as u16, (new >> 16) as u16)
+}
+
+/// The difference that the change of an address makes. Of a mapped IPv4 address only the last word counts, as only that
+/// is in a packet.
+#[inline(always)]
+pub const fn difference_of_addresses(old: &Address, new: &Address) -> u32 {
+    let last = difference32(old.0[3], new.0[3]);
+    if old.is_v4() {
+        return last;
+    }
+    difference32(old.0[0], new.0[0])
+        + difference32(old.0[1], new.0[1])
+        + difference32(old.0[2], new.0[2])
+        + last
 }
 
 /// The difference that the change of one 16-bit word makes: `~old + new` (RFC 1624 equation 3).

@@ -4,5 +4,8 @@ pub mod ageing;
 pub mod checksum;
 pub mod hash;
 pub mod headers;
+pub mod icmp;
+pub mod outer;
 pub mod source_port;
+pub mod source_rate;
 pub mod tcp_state;

@@ -1,121 +1,206 @@
 //! How a packet gets to its backend and a reply to its client.
 
-mod nat;
+pub mod encapsulation;
+pub mod nat;
 
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_REDIRECT, XDP_TX},
+    bindings::{
+        xdp_action::{XDP_REDIRECT, XDP_TX},
+        xdp_md,
+    },
     helpers::bpf_redirect,
 };
 use lb_common::{
-    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason},
-    logic::headers::{Frame, Segment},
+    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason, Tags},
+    logic::headers::{Fragment, Frame, Packet, TAG_LEN, ethertype},
 };
 
 use crate::{
+    answer,
     cursor::Cursor,
-    flow::{Reply, backend_port, source_address},
-    maps,
+    flow::{Known, backend_port, source_address},
+    fragment, maps,
+    scratch::Scratch,
     verdict::{Verdict, add},
 };
 
 /// Sends a client's packet to the backend of its flow.
 #[inline(always)]
 pub fn to_backend(
-    frame: &Cursor,
-    segment: &Segment,
+    context: *mut xdp_md,
+    scratch: &mut Scratch,
     verdict: Verdict,
-    flow: &mut Flow,
-    backend_id: u32,
+    known: &Known,
     backend: &Backend,
 ) -> Verdict {
-    remember_client_link(frame, flow);
-    let source = source_address(flow.forward, &segment.key, backend);
-    // The route may have gone since the flow was recorded.
-    if source.0 == Address::default().0 {
-        return verdict.dropped(Reason::NoSourceAddress);
+    if known.forward == Forward::Local.number() {
+        count_forwarded(scratch, known);
+        return verdict.passed(Reason::Local);
     }
     let next_hop_known = backend.flags & BackendFlags::NEXT_HOP_KNOWN != 0;
-    // From an address of its own, which full-nat writes, the host's stack takes no packet in (fib_validate_source).
-    if !next_hop_known && flow.forward == Forward::FullNat.number() {
+    if !next_hop_known && known.forward != Forward::Nat.number() {
+        // The host's stack takes no packet in from an address of its own, which full-nat and gue write
+        // (fib_validate_source), and would deliver or drop one that is still addressed to the VIP.
         return verdict.dropped(Reason::NextHopMissing);
     }
-    let tuple = FlowKey {
-        source,
-        destination: backend.address.by_words(),
-        source_port: flow.source_port,
-        destination_port: backend_port(&segment.key, backend),
-        protocol: segment.key.protocol,
-    };
-    if nat::rewrite(frame, segment, &tuple).is_none() {
-        return verdict.dropped(Reason::Internal);
+    let frame = Cursor::new(context);
+    if Forward::translates(known.forward) {
+        let client = &scratch.packet.key;
+        let source = source_address(known.forward, client, backend);
+        // The route may have gone since the flow was recorded.
+        if source.0 == Address::default().0 {
+            return verdict.dropped(Reason::NoSourceAddress);
+        }
+        scratch.tuple = FlowKey {
+            source,
+            destination: backend.address.by_words(),
+            source_port: known.source_port,
+            destination_port: backend_port(client, backend),
+            protocol: client.protocol,
+        };
+        if nat::rewrite(&frame, &scratch.packet, &scratch.tuple).is_none() {
+            return verdict.dropped(Reason::Internal);
+        }
+        count_forwarded(scratch, known);
+        if !next_hop_known {
+            return verdict.passed(Reason::NextHopUnknown);
+        }
+    } else if Forward::encapsulates(known.forward) {
+        if !encapsulation::fits(&scratch.packet, known.forward, backend) {
+            return answer::too_big(context, scratch, verdict, known.forward, backend);
+        }
+        return match encapsulation::wrap(context, known.forward as u32, known.backend_id) {
+            0 => {
+                count_forwarded(scratch, known);
+                redirect(&Cursor::new(context), verdict, backend.ifindex, Reason::Forwarded)
+            }
+            reason => verdict.dropped(Reason::from_index(reason)),
+        };
+    } else {
+        if nat::hop(&frame, &scratch.packet).is_none() {
+            return verdict.dropped(Reason::Internal);
+        }
+        count_forwarded(scratch, known);
     }
-    if let Some(counters) = maps::backend_counters(backend_id) {
-        add(&mut counters.forwarded, frame.len() as u64);
+    send(
+        frame,
+        &scratch.packet,
+        verdict.sent(XDP_TX, Reason::Forwarded),
+        backend.ifindex,
+        &backend.link,
+        &backend.tags,
+    )
+}
+
+#[inline(always)]
+fn count_forwarded(scratch: &Scratch, known: &Known) {
+    if let Some(counters) = maps::backend_counters(known.backend_id) {
+        add(&mut counters.forwarded, scratch.bytes);
     }
-    if !next_hop_known {
-        return verdict.passed(Reason::NextHopUnknown);
-    }
-    send(frame, verdict, backend.ifindex, backend.link, Reason::Forwarded)
 }
 
 /// Sends a backend's reply to the client of its flow.
 #[inline(always)]
-pub fn to_client(frame: &Cursor, segment: &Segment, reply: &Reply) -> Verdict {
-    let verdict = Verdict::of_service(reply.flow.service);
-    if segment.ttl <= 1 {
+pub fn to_client(frame: Cursor, scratch: &mut Scratch, flow: &Flow) -> Verdict {
+    let verdict = Verdict::of_service(flow.service);
+    if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
-    let client = &reply.client;
-    let tuple = FlowKey {
+    if scratch.packet.fragment == Fragment::First as u8 {
+        fragment::remember(scratch);
+    }
+    let client = &scratch.client;
+    scratch.tuple = FlowKey {
         source: client.destination.by_words(),
         destination: client.source.by_words(),
         source_port: client.destination_port,
         destination_port: client.source_port,
         protocol: client.protocol,
     };
-    if nat::rewrite(frame, segment, &tuple).is_none() {
+    if nat::rewrite(&frame, &scratch.packet, &scratch.tuple).is_none() {
         return verdict.dropped(Reason::Internal);
     }
-    if let Some(counters) = maps::backend_counters(reply.flow.backend) {
-        add(&mut counters.returned, frame.len() as u64);
+    if let Some(counters) = maps::backend_counters(flow.backend) {
+        add(&mut counters.returned, scratch.bytes);
     }
     send(
         frame,
-        verdict,
-        reply.flow.client_ifindex,
-        reply.flow.client_link,
-        Reason::Returned,
+        &scratch.packet,
+        verdict.sent(XDP_TX, Reason::Returned),
+        flow.client_ifindex,
+        &flow.client_link,
+        &flow.client_tags,
     )
 }
 
-/// Replies go back the way that the client's packets come, so that the path needs no lookup; written only when it
-/// has changed, to leave the cache line clean.
+/// Addresses the frame to the next hop and sends it out of an interface. The verdict is that of a packet which leaves
+/// by the interface it came in by.
 #[inline(always)]
-fn remember_client_link(frame: &Cursor, flow: &mut Flow) {
-    let Some(link) = frame.link_back() else { return };
-    if flow.client_link.0[0] != link.0[0]
-        || flow.client_link.0[1] != link.0[1]
-        || flow.client_link.0[2] != link.0[2]
-        || flow.client_ifindex != frame.ingress_ifindex
-    {
-        flow.client_link = link;
-        flow.client_ifindex = frame.ingress_ifindex;
-    }
+pub fn send(
+    frame: Cursor,
+    packet: &Packet,
+    verdict: Verdict,
+    ifindex: u32,
+    link: &Link,
+    tags: &Tags,
+) -> Verdict {
+    let same_tags = tags.0[0] == packet.tags.0[0] && tags.0[1] == packet.tags.0[1];
+    let frame = if same_tags {
+        let Some(ethernet) = frame.view::<12>(0) else {
+            return verdict.dropped(Reason::Internal);
+        };
+        ethernet.set_u32(0, link.0[0]);
+        ethernet.set_u32(4, link.0[1]);
+        ethernet.set_u32(8, link.0[2]);
+        frame
+    } else {
+        let more = (tags.count() as i32 - packet.tags.count() as i32) * TAG_LEN as i32;
+        let Some(frame) = frame.with_more_in_front(more) else {
+            return verdict.dropped(Reason::NoHeadroom);
+        };
+        let ether_type = if packet.is_v6 != 0 {
+            ethertype::IPV6
+        } else {
+            ethertype::IPV4
+        };
+        if write_ethernet(&frame, link, tags, ether_type).is_none() {
+            return verdict.dropped(Reason::Internal);
+        }
+        frame
+    };
+    redirect(&frame, verdict, ifindex, verdict.reason())
 }
 
-/// Addresses the frame to the next hop and sends it out of an interface.
+/// Sends a frame that is addressed already out of an interface.
 #[inline(always)]
-fn send(frame: &Cursor, verdict: Verdict, ifindex: u32, link: Link, reason: Reason) -> Verdict {
-    let Some(ethernet) = frame.view::<12>(0) else {
-        return verdict.dropped(Reason::Internal);
-    };
-    ethernet.set_u32(0, link.0[0]);
-    ethernet.set_u32(4, link.0[1]);
-    ethernet.set_u32(8, link.0[2]);
-    if ifindex == frame.ingress_ifindex {
+pub fn redirect(frame: &Cursor, verdict: Verdict, ifindex: u32, reason: Reason) -> Verdict {
+    if ifindex == frame.ingress_ifindex() {
         return verdict.sent(XDP_TX, reason);
     }
     // SAFETY: the helper takes numbers alone; an interface that is gone makes the kernel drop the packet.
     unsafe { bpf_redirect(ifindex, 0) };
     verdict.sent(XDP_REDIRECT, reason)
+}
+
+/// Writes an Ethernet header with its VLAN tags; gives the offset of what follows it.
+#[inline(always)]
+pub fn write_ethernet(frame: &Cursor, link: &Link, tags: &Tags, ether_type: u16) -> Option<usize> {
+    let ethernet = frame.view::<14>(0)?;
+    ethernet.set_u32(0, link.0[0]);
+    ethernet.set_u32(4, link.0[1]);
+    ethernet.set_u32(8, link.0[2]);
+    if tags.0[0] == 0 {
+        ethernet.set_u16(12, ether_type);
+        return Some(14);
+    }
+    let tagged = frame.view::<18>(0)?;
+    tagged.set_u32(12, tags.0[0]);
+    if tags.0[1] == 0 {
+        tagged.set_u16(16, ether_type);
+        return Some(18);
+    }
+    let tagged = frame.view::<22>(0)?;
+    tagged.set_u32(16, tags.0[1]);
+    tagged.set_u16(20, ether_type);
+    Some(22)
 }
