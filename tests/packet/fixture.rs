@@ -413,6 +413,15 @@ impl Expected {
         }
     }
 
+    /// A SYN is answered with a reset.
+    pub(crate) fn rejected(frame: &Frame) -> Self {
+        Self {
+            verdict: TX,
+            output: Some(frame.reset_of_syn()),
+            ..Self::passed(Reason::Rejected)
+        }
+    }
+
     /// Counted for a service.
     pub(crate) fn of(self, service: &TestService) -> Self {
         Self {

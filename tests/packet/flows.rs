@@ -4,7 +4,7 @@ use std::{thread::sleep, time::Duration};
 
 use lb_common::abi::{
     Flow, Forward, Link,
-    Reason::{NoBackend, NoFlow, NotForService},
+    Reason::{NoFlow, NotForService},
 };
 use xlb::datapath::Datapath;
 
@@ -335,10 +335,10 @@ fn flows_that_only_differ_in_one_field_are_different_flows() {
     }
     assert_eq!(fixture.flows().len(), flows.len());
     fixture.all_slots(&WEB, 0);
-    let expected = Expected::dropped(NoBackend).of(&WEB);
+    let other = tcp("198.51.100.9:5000", WEB.vip, SYN);
     fixture.expect(
         "another address",
-        &tcp("198.51.100.9:5000", WEB.vip, SYN).bytes(),
-        expected,
+        &other.bytes(),
+        Expected::rejected(&other).of(&WEB),
     );
 }

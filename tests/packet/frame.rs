@@ -99,6 +99,26 @@ impl Frame {
         frame
     }
 
+    /// The TCP reset that answers a SYN (RFC 9293 section 3.10.7.1), on its way back.
+    pub(crate) fn reset_of_syn(&self) -> Vec<u8> {
+        let mut tcp = TcpHeader::new(self.destination.port(), self.source.port(), 0, 0);
+        tcp.acknowledgment_number = 0x0102_0304 + self.payload.len() as u32 + 1;
+        tcp.rst = true;
+        tcp.ack = true;
+        let (source, destination) = (self.destination.ip().octets(), self.source.ip().octets());
+        tcp.checksum = tcp.calc_checksum_ipv4_raw(source, destination, &[]).unwrap();
+        let mut ip =
+            Ipv4Header::new(tcp.header_len() as u16, 64, IpNumber::TCP, source, destination).unwrap();
+        ip.identification = 0x1234;
+        ip.header_checksum = ip.calc_header_checksum();
+        let ethernet = Ethernet2Header {
+            destination: self.link.source(),
+            source: self.link.destination(),
+            ether_type: etherparse::EtherType::IPV4,
+        };
+        [&ethernet.to_bytes()[..], &ip.to_bytes(), &tcp.to_bytes()].concat()
+    }
+
     pub(crate) fn key(&self) -> FlowKey {
         let protocol = match self.transport {
             Transport::Tcp { .. } => TCP,

@@ -231,7 +231,6 @@ fn any_frame_is_treated_as_its_headers_say() {
         Reason::BadIpLength,
         Reason::BadSourceAddress,
         Reason::FragmentUnknown,
-        Reason::BadFragment,
         Reason::BadTcpOffset,
         Reason::BadTcpFlags,
         Reason::BadUdpLength,

@@ -1,11 +1,7 @@
 //! What a TCP segment does to its flow.
 
 use lb_common::{
-    abi::{
-        BackendFlags,
-        Reason::{NoBackend, NoFlow},
-        TcpState,
-    },
+    abi::{BackendFlags, Reason::NoFlow, TcpState},
     logic::tcp_state::{Sender, first, next},
 };
 
@@ -230,21 +226,20 @@ fn a_segment_that_ends_or_answers_an_unknown_connection_is_dropped() {
 }
 
 #[test]
-fn a_new_connection_to_a_service_without_backends_is_dropped() {
+fn a_new_connection_to_a_service_without_backends_is_reset() {
     let mut fixture = Fixture::new();
     exchange(&mut fixture, &HANDSHAKE);
     fixture.all_slots(&WEB, 0);
     let mut other = client(SYN);
     other.source.set_port(5001);
-    let expected = Expected::dropped(NoBackend).of(&WEB);
-    fixture.expect("SYN", &other.bytes(), expected);
+    fixture.expect("SYN", &other.bytes(), Expected::rejected(&other).of(&WEB));
     expect_stays(&mut fixture, "data of a known connection", &client(ACK));
 }
 
 #[test]
-fn a_service_without_a_slot_table_drops_new_connections() {
+fn a_service_without_a_slot_table_resets_new_connections() {
     let mut fixture = Fixture::new();
     fixture.apply(xlb::datapath::Operation::RemoveSlots(WEB.id));
-    let expected = Expected::dropped(NoBackend).of(&WEB);
-    fixture.expect("SYN", &client(SYN).bytes(), expected);
+    let syn = client(SYN);
+    fixture.expect("SYN", &syn.bytes(), Expected::rejected(&syn).of(&WEB));
 }

@@ -9,11 +9,20 @@ pub struct Link(pub [u32; 3]);
 
 const _: () = assert!(size_of::<Link>() == 12);
 
+/// In the first byte of a MAC address, which is the first of the word.
+const GROUP_BIT: u32 = 0x0100_0000_u32.to_be();
+
 impl Link {
     /// The link from one interface to another.
     pub fn new(destination: [u8; 6], source: [u8; 6]) -> Self {
         let macs: [[u8; 6]; 2] = [destination, source];
         zerocopy::transmute!(macs)
+    }
+
+    /// Tells whether frames go to a multicast or broadcast address (IEEE 802, section 8.2.2).
+    #[inline(always)]
+    pub const fn is_for_group(&self) -> bool {
+        self.0[0] & GROUP_BIT != 0
     }
 
     /// MAC address that frames are sent to.

@@ -43,8 +43,6 @@ pub mod ethertype {
 
 /// Length of a VLAN tag in bytes.
 pub const TAG_LEN: usize = 4;
-/// In the first byte of a MAC address: multicast or broadcast (IEEE 802, section 8.2.2).
-const GROUP_BIT: u8 = 0x01;
 /// "More fragments" (RFC 791 section 3.1), in network byte order.
 const MORE_FRAGMENTS: u16 = 0x2000_u16.to_be();
 /// The offset of a fragment, in network byte order.
@@ -144,6 +142,12 @@ pub enum Undecodable {
 #[inline(always)]
 pub fn decode<F: Frame>(frame: &F, packet: &mut Packet) -> Result<Kind, Undecodable> {
     let (ether_type, ip_offset) = decode_ethernet(frame, packet)?;
+    // A frame for a group reaches every host of the network: were each to balance it, backends would get it several
+    // times, and its destination is no address to answer from (RFC 1122 section 3.3.6 has hosts ignore it, too).
+    let is_ip = ether_type == ethertype::IPV4 || ether_type == ethertype::IPV6;
+    if is_ip && packet.link.is_for_group() {
+        return Err(Undecodable::NotTransport(Reason::NotForService));
+    }
     match ether_type {
         ethertype::IPV4 => decode_ipv4(frame, packet, ip_offset),
         ethertype::IPV6 => uncode(decode_ipv6(frame, packet, ip_offset)),
@@ -159,11 +163,6 @@ fn decode_ethernet<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(u16, usi
     packet.tags = Tags([0, 0]);
     let ethernet = frame.view::<{ EthHdr::LEN }>(0).ok_or(not_ip)?;
     packet.link = Link([ethernet.u32(0), ethernet.u32(4), ethernet.u32(8)]);
-    // A frame for a group reaches every host of the network: were each to balance it, backends would get it several
-    // times, and its destination is no address to answer from (RFC 1122 section 3.3.6 has hosts ignore it, too).
-    if ethernet.u8(offset_of!(EthHdr, dst_addr)) & GROUP_BIT != 0 {
-        return Err(Undecodable::NotTransport(Reason::NotForService));
-    }
     let mut ether_type = ethernet.u16(offset_of!(EthHdr, ether_type));
     let mut ip_offset = EthHdr::LEN;
     if ether_type == ethertype::VLAN || ether_type == ethertype::SERVICE_VLAN {

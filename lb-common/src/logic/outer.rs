@@ -20,15 +20,16 @@ pub const fn overhead(forward: u8, outer_is_v4: bool) -> u32 {
 }
 
 /// Bits that differ from flow to flow and stay for one, for the outer source port or address, so that the queues of
-/// the receiving host share the load. It is no secret, and mixes well enough for that (multiplication by the golden
-/// ratio, Knuth 6.4) at a tenth of the cost of a keyed hash.
+/// the receiving host share the load. It is no secret: the finalizer of MurmurHash3
+/// at a tenth of the cost of a keyed hash.
 #[inline(always)]
 pub const fn entropy(key: &FlowKey) -> u32 {
     let [a, b, c, d] = &key.source.0;
     let ports = (key.source_port as u32) << 16 | key.destination_port as u32;
     let mixed = (*a ^ *b).rotate_left(7) ^ *c ^ (*d).rotate_left(13) ^ ports ^ key.protocol;
-    let product = mixed as u64 * 0x9e37_79b9_7f4a_7c15;
-    (product >> 32) as u32
+    let mixed = (mixed ^ mixed >> 16).wrapping_mul(0x85eb_ca6b);
+    let mixed = (mixed ^ mixed >> 13).wrapping_mul(0xc2b2_ae35);
+    mixed ^ mixed >> 16
 }
 
 #[cfg(test)]

@@ -38,11 +38,9 @@ pub fn to_backend(
         return verdict.passed(Reason::Local);
     }
     let next_hop_known = backend.flags & BackendFlags::NEXT_HOP_KNOWN != 0;
-    if !next_hop_known && known.forward != Forward::Nat.number() {
-        // The host's stack takes no packet in from an address of its own, which full-nat and gue write
-        // (fib_validate_source), and would deliver or drop one that is still addressed to the VIP.
-        return verdict.dropped(Reason::NextHopMissing);
-    }
+    // The host's stack takes no packet in from an address of its own, which full-nat and gue write
+    // (fib_validate_source), and would deliver or drop one that is still addressed to the VIP.
+    let can_be_sent = next_hop_known || known.forward == Forward::Nat.number();
     let frame = Cursor::new(context);
     if Forward::translates(known.forward) {
         let client = &scratch.packet.key;
@@ -50,6 +48,9 @@ pub fn to_backend(
         // The route may have gone since the flow was recorded.
         if source.0 == Address::default().0 {
             return verdict.dropped(Reason::NoSourceAddress);
+        }
+        if !can_be_sent {
+            return verdict.dropped(Reason::NextHopMissing);
         }
         scratch.tuple = FlowKey {
             source,
@@ -65,6 +66,8 @@ pub fn to_backend(
         if !next_hop_known {
             return verdict.passed(Reason::NextHopUnknown);
         }
+    } else if !can_be_sent {
+        return verdict.dropped(Reason::NextHopMissing);
     } else if Forward::encapsulates(known.forward) {
         if !encapsulation::fits(&scratch.packet, known.forward, backend) {
             return answer::too_big(context, scratch, verdict, known.forward, backend);
