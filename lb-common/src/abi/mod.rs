@@ -7,6 +7,7 @@
 mod address;
 mod backend;
 mod counters;
+mod decap_reason;
 mod flow;
 mod link;
 mod reason;
@@ -16,6 +17,7 @@ mod settings;
 pub use address::Address;
 pub use backend::{Backend, BackendFlags};
 pub use counters::{BackendCounters, Count, Totals};
+pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
 pub use flow::{Flow, FlowKey, TcpState};
 pub use link::Link;
 pub use reason::{REASON_COUNT, Reason, VerdictClass};
@@ -39,6 +41,19 @@ pub const SLOT_COUNT: u32 = 65_537;
 /// Flows in the table until the daemon sets another size at load time.
 pub const DEFAULT_FLOWS: u32 = 65_536;
 
+/// VIPs that fit in the map of `xlb decap`.
+pub const MAX_DECAP_VIPS: u32 = 4096;
+/// Addresses of the host that fit in the map of `xlb decap`.
+pub const MAX_DECAP_OWN_ADDRESSES: u32 = 16_384;
+/// Prefixes of outer sources that fit in the map of `xlb decap`.
+pub const MAX_DECAP_SOURCES: u32 = 4096;
+
+/// IP protocol number of IPv4 in IP (RFC 2003).
+pub const IPIP: u8 = 4;
+/// IP protocol number of IPv6 in IP (RFC 2473, RFC 4213).
+pub const IPV6_IN_IP: u8 = 41;
+/// UDP port of GUE (IANA).
+pub const GUE_PORT: u16 = 6080;
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
