@@ -2,7 +2,7 @@
 
 use core::ptr::read_volatile;
 
-use aya_ebpf::programs::XdpContext;
+use aya_ebpf::{helpers::bpf_xdp_get_buff_len, programs::XdpContext};
 use lb_common::{
     abi::Link,
     logic::headers::{Frame, View},
@@ -35,6 +35,18 @@ impl Cursor {
             data_end,
             length,
             ingress_ifindex,
+        }
+    }
+
+    /// A frame that may go on in further buffers: its length is that of all, while what can be viewed ends with the
+    /// first (Linux 5.18).
+    #[inline(always)]
+    pub fn over_buffers(context: &XdpContext) -> Self {
+        // SAFETY: the context is the one that the kernel called the program with.
+        let length = unsafe { bpf_xdp_get_buff_len(context.ctx) } as usize;
+        Self {
+            length,
+            ..Self::new(context)
         }
     }
 

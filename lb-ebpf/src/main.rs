@@ -5,8 +5,6 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
-mod cursor;
-#[cfg(target_arch = "bpf")]
 mod flow;
 #[cfg(target_arch = "bpf")]
 mod forward;
@@ -20,6 +18,9 @@ mod select;
 mod service;
 #[cfg(target_arch = "bpf")]
 mod verdict;
+
+#[cfg(target_arch = "bpf")]
+use lb_ebpf::cursor;
 
 /// The program is for the kernel alone; on other targets the crate only takes part in `--workspace`.
 #[cfg(not(target_arch = "bpf"))]
