@@ -80,7 +80,7 @@ fn every_encapsulation_is_unwrapped_in_every_frame() {
         ("plain", |_| {}),
         ("one tag", |packet| packet.tags = TAGS[1..].to_vec()),
         ("a service provider's tag", |packet| {
-            packet.tags = TAGS[..1].to_vec()
+            packet.tags = TAGS[..1].to_vec();
         }),
         ("two tags", |packet| packet.tags = TAGS.to_vec()),
         ("two tags of customers", |packet| packet.tags = vec![TAGS[1]; 2]),
