@@ -491,6 +491,13 @@ fn only_packets_from_the_prefixes_that_were_given_are_unwrapped() {
         })
     };
     assert_eq!(allowed(&[]), [true; 6]);
+    // An IPv4 address written as IPv6 is on no wire, and in no prefix.
+    let mut packet = encapsulated(1, 0, Wrapping::Ipip);
+    packet.source = ip("::ffff:172.16.3.4");
+    for sources in [&[][..], &["172.16.0.0/16"], &["::/0"]] {
+        let mut fixture = Fixture::with_sources(sources);
+        fixture.expect_passed("a mapped source", &packet.frame(), DecapReason::SourceNotAllowed);
+    }
     let balancer = ["172.16.0.0/16", "100::/64"];
     assert_eq!(allowed(&balancer), [true, false, false, true, false, false]);
     assert_eq!(

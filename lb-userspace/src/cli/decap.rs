@@ -224,6 +224,20 @@ mod tests {
     }
 
     #[test]
+    fn every_reason_is_documented_as_it_is() {
+        let page = include_str!("../../../docs/backends.md");
+        for reason in DecapReason::ALL {
+            let word = match reason.class() {
+                VerdictClass::Forwarded => "unwrapped",
+                VerdictClass::Passed => "passed",
+                VerdictClass::Dropped => "dropped",
+            };
+            let line = format!("| `{}` | {word} | {} |\n", reason.name(), reason.help());
+            assert!(page.contains(&line), "docs/backends.md lacks {line}");
+        }
+    }
+
+    #[test]
     fn a_vip_is_an_address_that_a_host_can_have() {
         assert_eq!(vip("203.0.113.10"), Ok("203.0.113.10".parse().unwrap()));
         assert_eq!(vip("2001:db8::10"), Ok("2001:db8::10".parse().unwrap()));
