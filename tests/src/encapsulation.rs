@@ -32,8 +32,8 @@ pub struct Encapsulated {
     pub destination: IpAddr,
     pub wrapping: Wrapping,
     pub ecn: u8,
-    /// What is between the outer IP header and the rest: options of IPv4, a whole extension header of IPv6 with 0 as its
-    /// next header.
+    /// What is between the outer IP header and the rest: options of IPv4, or a whole extension header of IPv6, whose
+    /// first byte is replaced.
     pub options: Vec<u8>,
     /// Whether UDP has a checksum.
     pub checksum: bool,

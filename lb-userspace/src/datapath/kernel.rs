@@ -709,7 +709,7 @@ pub(super) fn attach_link(
                     io::ErrorKind::ResourceBusy,
                     format!(
                         "it has another XDP program: `ip link set dev {interface} xdp off` removes it, \
-                         or `xlb detach` if it is that of another instance"
+                         or `xlb detach` if it is that of another instance; that of `xlb decap` goes with its process"
                     ),
                 ),
             ),
