@@ -5,7 +5,10 @@ use aya_ebpf::{
     helpers::generated::bpf_ktime_get_coarse_ns,
 };
 use lb_common::{
-    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Forward, Reason, Service, Settings, TCP, TcpState},
+    abi::{
+        Address, Backend, BackendFlags, Flow, FlowKey, Forward, Reason, Service, Settings, TCP, Tags,
+        TcpState,
+    },
     logic::{
         ageing,
         headers::Segment,
@@ -86,6 +89,7 @@ pub fn record(new: &Record<'_>, segment: &Segment) -> Result<&'static mut Flow, 
         service: new.service_id,
         client_ifindex: new.frame.ingress_ifindex,
         client_link,
+        client_tags: Tags::default(),
         source_port,
         tcp_state: if is_tcp {
             first(segment.tcp_flags) as u8

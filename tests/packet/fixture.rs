@@ -94,7 +94,11 @@ pub(crate) const SETTINGS: Settings = Settings {
     udp_idle: LONG,
     source_port_first: 1024,
     source_port_count: 31744,
-    _pad: 0,
+    flags: 0,
+    ipip_source_v4: Address::from_v4_word(u32::from_ne_bytes([172, 16, 0, 0])),
+    ipip_source_v6: Address([0x100_0000_u32.to_be(), 0, 0, 0]),
+    ipip_varying_v4: 0xffff_u32.to_be(),
+    ipip_varying_v6: u32::MAX,
 };
 
 impl TestBackend {
@@ -117,7 +121,9 @@ impl TestBackend {
                 | BackendFlags::UP,
             service_plus_one: service + 1,
             generation: 1,
-            _pad: 0,
+            mtu: 1500,
+            weight: 1,
+            ..Backend::default()
         }
     }
 }
@@ -164,8 +170,8 @@ impl Fixture {
             let entry = Service {
                 strategy: Strategy::ConsistentHash.number(),
                 forward: service.forward.number(),
-                _pad: 0,
                 in_use: 1,
+                ..Service::default()
             };
             fixture.apply(Operation::PutService(service.id, entry));
             fixture.apply(Operation::PutServiceKey(

@@ -58,6 +58,7 @@ fn a_flow_is_recorded_whole() {
         service: WEB.id,
         client_ifindex: INGRESS,
         client_link: Link::new(ROUTER_MAC, BALANCER_MAC),
+        client_tags: lb_common::abi::Tags::default(),
         source_port: 5000u16.to_be(),
         tcp_state: 1,
         forward: Forward::Nat.number(),

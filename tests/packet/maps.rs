@@ -6,7 +6,7 @@ use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use lb_common::abi::{
     Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS,
     MAX_SERVICE_KEYS, MAX_SERVICES, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceKey,
-    Settings, TCP, Totals, UDP,
+    Settings, TCP, Tags, Totals, UDP,
 };
 use xlb::datapath::{Contents, Datapath, Operation, Pins, contents_dump, kernel::KernelDatapath};
 
@@ -39,13 +39,22 @@ fn contents() -> Contents {
         flags: 5,
         service_plus_one: 1,
         generation: id + 20,
-        _pad: 0,
+        tags: Tags([id + 30, id + 40]),
+        mtu: id + 50,
+        weight: id + 60,
+        max_connections: id + 70,
+        _pad: [0; 12],
     };
     let service = |strategy| Service {
         strategy,
         forward: 1,
-        _pad: 0,
+        flags: 3,
         in_use: 1,
+        new_flow_rate: 4,
+        new_flow_burst: 5,
+        rate_prefix_v4: 6,
+        rate_prefix_v6: 7,
+        _pad: 0,
     };
     let slots = |offset: u32| {
         (0..SLOT_COUNT)

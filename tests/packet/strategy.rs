@@ -36,8 +36,8 @@ fn put_strategy(fixture: &mut Fixture, strategy: Strategy) {
         Service {
             strategy: strategy.number(),
             forward: Forward::Nat.number(),
-            _pad: 0,
             in_use: 1,
+            ..Service::default()
         },
     ));
 }

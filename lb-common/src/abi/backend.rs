@@ -1,13 +1,15 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{Address, Link};
+use super::{Address, Link, Tags};
 
-/// One server of one service and the way to it, one cache line; indexed by backend id.
+/// One server of one service and the way to it; indexed by backend id.
+///
+/// What a packet of a known flow needs is in the first of its two cache lines.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Backend {
     pub address: Address,
-    /// This host's address on the route to the backend: the source that `full-nat` writes.
+    /// This host's address on the route to the backend: the source that `full-nat` and `gue` write.
     pub source: Address,
     /// Interface that the route to the backend leaves by; 0 while it is not known.
     pub ifindex: u32,
@@ -17,19 +19,28 @@ pub struct Backend {
     pub port: u16,
     /// Bits of [`BackendFlags`].
     pub flags: u16,
-    /// Service id plus one; 0 marks an unused entry.
-    pub service_plus_one: u32,
     /// Changes whenever the id is given to another server, so that a flow never follows a recycled id.
     pub generation: u32,
-    pub _pad: u32,
+    /// VLAN tags that frames to the next hop carry.
+    pub tags: Tags,
+    /// Service id plus one; 0 marks an unused entry.
+    pub service_plus_one: u32,
+    /// Largest IP packet, outer headers included, that the route to the backend takes; 0 while it is not known.
+    pub mtu: u32,
+    /// Share of new flows in proportion to the other backends'; read by `least-connections`.
+    pub weight: u32,
+    /// Live flows that it takes; 0 for no limit.
+    pub max_connections: u32,
+    pub _pad: [u32; 12],
 }
 
-const _: () = assert!(size_of::<Backend>() == 64);
+const _: () = assert!(size_of::<Backend>() == 128);
 
 /// Bits of [`Backend::flags`].
 ///
-/// The data path reads only [`NEXT_HOP_KNOWN`](Self::NEXT_HOP_KNOWN), [`ACCEPTS_NEW`](Self::ACCEPTS_NEW) and
-/// [`KEEPS_UDP`](Self::KEEPS_UDP). The others let a restarted daemon go on where the last one stopped.
+/// The data path reads only [`NEXT_HOP_KNOWN`](Self::NEXT_HOP_KNOWN), [`ACCEPTS_NEW`](Self::ACCEPTS_NEW),
+/// [`KEEPS_UDP`](Self::KEEPS_UDP) and [`RESETS`](Self::RESETS). The others let a restarted daemon go on where the last
+/// one stopped.
 #[derive(Clone, Copy, Debug)]
 pub struct BackendFlags;
 
@@ -50,4 +61,6 @@ impl BackendFlags {
     pub const DISABLED: u16 = 1 << 6;
     /// Gone from the configuration; the entry stays until its last flow has ended.
     pub const REMOVED: u16 = 1 << 7;
+    /// TCP flows of this backend are answered with RST at their next packet.
+    pub const RESETS: u16 = 1 << 8;
 }

@@ -36,3 +36,16 @@ pub struct BackendCounters {
 }
 
 const _: () = assert!(size_of::<BackendCounters>() == 40);
+
+/// Flows of a backend that began and that the data path saw end, on all CPUs; indexed by backend id.
+///
+/// Live flows are `opened - ended` plus a number that the daemon sets after each recount of the flow table, so that
+/// what the data path does not see (a flow that idles out, or is evicted) does not add up.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct LiveCount {
+    pub opened: u64,
+    pub ended: u64,
+}
+
+const _: () = assert!(size_of::<LiveCount>() == 16);

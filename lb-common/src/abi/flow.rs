@@ -1,6 +1,6 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{Address, Link};
+use super::{Address, Link, Tags};
 
 /// The 5-tuple of a packet: its own for packets from a client, and as seen on the wire for replies.
 #[repr(C)]
@@ -50,6 +50,8 @@ pub struct Flow {
     pub client_ifindex: u32,
     /// From that interface to where the client's packets came from.
     pub client_link: Link,
+    /// VLAN tags that the client's packets carry; replies carry the same.
+    pub client_tags: Tags,
     /// Source port that the backend sees, network byte order.
     pub source_port: u16,
     /// A [`TcpState`] as its number; 0 for UDP.
@@ -58,7 +60,7 @@ pub struct Flow {
     pub forward: u8,
 }
 
-const _: () = assert!(size_of::<Flow>() == 48);
+const _: () = assert!(size_of::<Flow>() == 56);
 
 /// State of a TCP flow as seen from between the two ends.
 #[repr(u8)]

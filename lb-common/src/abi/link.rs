@@ -31,6 +31,28 @@ impl Link {
     }
 }
 
+/// Up to two VLAN tags (IEEE 802.1Q, 802.1ad), the outer one first; a word of 0 is no tag.
+///
+/// A tag is its EtherType and its control information as they lie in a frame, so that tags are copied as words.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Tags(pub [u32; 2]);
+
+const _: () = assert!(size_of::<Tags>() == 8);
+
+impl Tags {
+    /// How many tags there are.
+    #[inline(always)]
+    pub const fn count(&self) -> u32 {
+        (self.0[0] != 0) as u32 + (self.0[1] != 0) as u32
+    }
+
+    /// A tag from its EtherType and control information, both in host byte order.
+    pub const fn tag(ethertype: u16, control: u16) -> u32 {
+        ((ethertype as u32) << 16 | control as u32).to_be()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -41,5 +63,14 @@ mod tests {
         assert_eq!(link.as_bytes(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
         assert_eq!(link.destination(), [1, 2, 3, 4, 5, 6]);
         assert_eq!(link.source(), [7, 8, 9, 10, 11, 12]);
+    }
+
+    #[test]
+    fn a_tag_lies_as_in_a_frame() {
+        let tags = Tags([Tags::tag(0x88a8, 0x2064), Tags::tag(0x8100, 7)]);
+        assert_eq!(tags.as_bytes(), [0x88, 0xa8, 0x20, 0x64, 0x81, 0x00, 0x00, 0x07]);
+        assert_eq!(tags.count(), 2);
+        assert_eq!(Tags([Tags::tag(0x8100, 0), 0]).count(), 1);
+        assert_eq!(Tags::default().count(), 0);
     }
 }

@@ -9,23 +9,27 @@ mod backend;
 mod counters;
 mod decap_reason;
 mod flow;
+mod fragment;
 mod link;
 mod reason;
 mod service;
 mod settings;
+mod source_filter;
 
 pub use address::Address;
 pub use backend::{Backend, BackendFlags};
-pub use counters::{BackendCounters, Count, Totals};
+pub use counters::{BackendCounters, Count, LiveCount, Totals};
 pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
 pub use flow::{Flow, FlowKey, TcpState};
-pub use link::Link;
+pub use fragment::{FragmentKey, FragmentPorts};
+pub use link::{Link, Tags};
 pub use reason::{REASON_COUNT, Reason, VerdictClass};
-pub use service::{Forward, Service, ServiceKey, Strategy};
-pub use settings::Settings;
+pub use service::{Forward, LENGTH_SLOT, Service, ServiceFlags, ServiceKey, Strategy};
+pub use settings::{Settings, SettingsFlags};
+pub use source_filter::{FILTER_ALLOW, FILTER_DENY, FilterKey, SourceKey, SourceRate};
 
 /// Version of the map layouts, part of the pin path: a daemon never reads maps of another layout.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Services that fit in the maps.
 pub const MAX_SERVICES: u32 = 1024;
@@ -40,7 +44,12 @@ pub const MAX_ADDRESSES: u32 = 32_768;
 pub const SLOT_COUNT: u32 = 65_537;
 /// Flows in the table until the daemon sets another size at load time.
 pub const DEFAULT_FLOWS: u32 = 65_536;
-
+/// Prefixes of all services together that fit in the map of source filters.
+pub const MAX_SOURCE_FILTERS: u32 = 65_536;
+/// Sources whose new flows are counted at a time.
+pub const MAX_SOURCES: u32 = 65_536;
+/// Fragmented packets that are followed at a time.
+pub const MAX_FRAGMENTS: u32 = 16_384;
 /// VIPs that fit in the map of `xlb decap`.
 pub const MAX_DECAP_VIPS: u32 = 4096;
 /// Addresses of the host that fit in the map of `xlb decap`.
@@ -48,18 +57,20 @@ pub const MAX_DECAP_OWN_ADDRESSES: u32 = 16_384;
 /// Prefixes of outer sources that fit in the map of `xlb decap`.
 pub const MAX_DECAP_SOURCES: u32 = 4096;
 
-/// IP protocol number of IPv4 in IP (RFC 2003).
-pub const IPIP: u8 = 4;
-/// IP protocol number of IPv6 in IP (RFC 2473, RFC 4213).
-pub const IPV6_IN_IP: u8 = 41;
-/// UDP port of GUE (IANA).
-pub const GUE_PORT: u16 = 6080;
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
 /// IP protocol number of ICMP.
 pub const ICMP: u8 = 1;
+/// IP protocol number of ICMPv6.
+pub const ICMPV6: u8 = 58;
+/// IP protocol number of IPv4 in an IP packet (RFC 2003).
+pub const IPV4_IN_IP: u8 = 4;
+/// IP protocol number of IPv6 in an IP packet (RFC 2473).
+pub const IPV6_IN_IP: u8 = 41;
+/// UDP port of Generic UDP Encapsulation, host byte order.
+pub const GUE_PORT: u16 = 6080;
 
 /// Role bit in the map of addresses: the address is a VIP.
 pub const ROLE_VIP: u32 = 1;

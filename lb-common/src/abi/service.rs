@@ -37,12 +37,37 @@ pub struct Service {
     pub strategy: u8,
     /// A [`Forward`] as its number.
     pub forward: u8,
-    pub _pad: u16,
+    /// Bits of [`ServiceFlags`].
+    pub flags: u16,
     /// Non-zero while the entry is in use, so that ids survive a restart of the daemon.
     pub in_use: u32,
+    /// New flows a second that one source prefix may start; 0 for no cap.
+    pub new_flow_rate: u32,
+    /// New flows that one source prefix may start at once after a rest.
+    pub new_flow_burst: u32,
+    /// Bits of an IPv4 source address that the cap looks at.
+    pub rate_prefix_v4: u8,
+    /// Bits of an IPv6 source address that the cap looks at.
+    pub rate_prefix_v6: u8,
+    pub _pad: u16,
 }
 
-const _: () = assert!(size_of::<Service>() == 8);
+const _: () = assert!(size_of::<Service>() == 20);
+
+/// Bits of [`Service::flags`].
+#[derive(Clone, Copy, Debug)]
+pub struct ServiceFlags;
+
+impl ServiceFlags {
+    /// There are source prefixes to look up for new flows.
+    pub const HAS_FILTERS: u16 = 1 << 0;
+    /// A source that no prefix holds is denied: there are prefixes that allow.
+    pub const DENIES_OTHERS: u16 = 1 << 1;
+}
+
+/// In the slot table of `round-robin` and `least-connections`: the slot that holds the number of slots in use, which
+/// follow it. A hash-based strategy uses all slots.
+pub const LENGTH_SLOT: u32 = 0;
 
 /// How a new flow gets a backend.
 #[repr(u8)]
@@ -52,6 +77,10 @@ pub enum Strategy {
     ConsistentHash = 1,
     /// Keyed hash of the client's address alone over a Maglev table.
     IpHash = 2,
+    /// The next of a smooth weighted sequence, on each CPU.
+    RoundRobin = 3,
+    /// The one with the fewest live flows for its weight.
+    LeastConnections = 4,
 }
 
 impl Strategy {
@@ -69,11 +98,31 @@ pub enum Forward {
     Nat = 1,
     /// Rewrites the destination and, to an address of this host, the source.
     FullNat = 2,
+    /// Rewrites the MAC addresses only.
+    Dsr = 3,
+    /// Puts the packet into another IP packet.
+    IpIp = 4,
+    /// Puts the packet into a UDP packet: Generic UDP Encapsulation, variant 1.
+    Gue = 5,
+    /// Delivers to a process on this host.
+    Local = 6,
 }
 
 impl Forward {
     /// The number that stands for this forward in [`Service::forward`].
     pub const fn number(self) -> u8 {
         self as u8
+    }
+
+    /// Tells whether the backend's replies come back through this host and are translated.
+    #[inline(always)]
+    pub const fn translates(number: u8) -> bool {
+        number == Self::Nat as u8 || number == Self::FullNat as u8
+    }
+
+    /// Tells whether packets travel inside another IP packet.
+    #[inline(always)]
+    pub const fn encapsulates(number: u8) -> bool {
+        number == Self::IpIp as u8 || number == Self::Gue as u8
     }
 }

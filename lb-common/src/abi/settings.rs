@@ -1,5 +1,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::Address;
+
 /// What holds for all services; the single entry of its map. Times are in nanoseconds.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -18,7 +20,23 @@ pub struct Settings {
     pub source_port_first: u16,
     /// How many source ports there are, from the first on.
     pub source_port_count: u16,
-    pub _pad: u32,
+    /// Bits of [`SettingsFlags`].
+    pub flags: u32,
+    /// Outer source addresses of `ipip`, one for each family: the bits that do not vary from flow to flow.
+    pub ipip_source_v4: Address,
+    pub ipip_source_v6: Address,
+    /// The bits that vary, of the last word of each; network byte order.
+    pub ipip_varying_v4: u32,
+    pub ipip_varying_v6: u32,
 }
 
-const _: () = assert!(size_of::<Settings>() == 56);
+const _: () = assert!(size_of::<Settings>() == 96);
+
+/// Bits of [`Settings::flags`].
+#[derive(Clone, Copy, Debug)]
+pub struct SettingsFlags;
+
+impl SettingsFlags {
+    /// There is a service of all ports of a VIP: its key has port 0.
+    pub const ANY_PORT: u32 = 1 << 0;
+}

@@ -23,6 +23,7 @@ pub const fn is_over(settings: &Settings, state: TcpState, last_seen: u64, now: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi::Address;
 
     const SETTINGS: Settings = Settings {
         seed: [0; 2],
@@ -32,7 +33,11 @@ mod tests {
         udp_idle: 1,
         source_port_first: 0,
         source_port_count: 0,
-        _pad: 0,
+        flags: 0,
+        ipip_source_v4: Address([0; 4]),
+        ipip_source_v6: Address([0; 4]),
+        ipip_varying_v4: 0,
+        ipip_varying_v6: 0,
     };
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
     checksum,
     headers::{Frame, View},
 };
-use crate::abi::{Address, DecapReason, GUE_PORT, IPIP, IPV6_IN_IP, UDP};
+use crate::abi::{Address, DecapReason, GUE_PORT, IPV4_IN_IP, IPV6_IN_IP, UDP};
 
 /// What is known of addresses, in maps or in a test.
 pub trait Known {
@@ -72,7 +72,7 @@ impl Family {
     #[inline(always)]
     fn of_protocol(protocol: u8) -> Option<Self> {
         match protocol {
-            IPIP => Some(Self::V4),
+            IPV4_IN_IP => Some(Self::V4),
             IPV6_IN_IP => Some(Self::V6),
             _ => None,
         }
@@ -250,7 +250,7 @@ fn outer_ipv6<F: Frame>(frame: &F, link_length: usize) -> Result<Outer, DecapRea
 
 #[inline(always)]
 fn may_encapsulate(protocol: u8) -> bool {
-    protocol == IPIP || protocol == IPV6_IN_IP || protocol == UDP
+    protocol == IPV4_IN_IP || protocol == IPV6_IN_IP || protocol == UDP
 }
 
 /// What the outer IP header says.

@@ -169,7 +169,11 @@ fn settings(model: &Model) -> abi::Settings {
         udp_idle: nanoseconds(flow_table.udp_idle_timeout),
         source_port_first,
         source_port_count,
-        _pad: 0,
+        flags: 0,
+        ipip_source_v4: IpAddr::V4(model.config.ipip_source.v4.network()).into(),
+        ipip_source_v6: IpAddr::V6(model.config.ipip_source.v6.network()).into(),
+        ipip_varying_v4: u32::from(model.config.ipip_source.v4.hostmask()).to_be(),
+        ipip_varying_v6: (u128::from(model.config.ipip_source.v6.hostmask()) as u32).to_be(),
     }
 }
 
@@ -198,6 +202,8 @@ fn add_service(
             port: backend.port.unwrap_or(0).to_be(),
             flags: flags(model, service, backend),
             service_plus_one: id + 1,
+            weight: backend.weight,
+            max_connections: backend.max_connections.unwrap_or(0),
             // From the server's identity rather than a counter: nothing has to remember which were given before,
             // and a server that returns to its id also returns to what is left of its flows.
             generation: (actual.backends.get(&backend_id)).map_or(identity as u32, |entry| entry.generation),
@@ -228,16 +234,22 @@ fn service_entry(service: &Service) -> abi::Service {
     let strategy = match service.strategy {
         Strategy::ConsistentHash => abi::Strategy::ConsistentHash,
         Strategy::IpHash => abi::Strategy::IpHash,
+        Strategy::RoundRobin => abi::Strategy::RoundRobin,
+        Strategy::LeastConnections => abi::Strategy::LeastConnections,
     };
     let forward = match service.forward {
         Forward::Nat => abi::Forward::Nat,
         Forward::FullNat => abi::Forward::FullNat,
+        Forward::Dsr => abi::Forward::Dsr,
+        Forward::IpIp => abi::Forward::IpIp,
+        Forward::Gue => abi::Forward::Gue,
+        Forward::Local => abi::Forward::Local,
     };
     abi::Service {
         strategy: strategy.number(),
         forward: forward.number(),
-        _pad: 0,
         in_use: 1,
+        ..abi::Service::default()
     }
 }
 
@@ -271,6 +283,8 @@ fn set_next_hop(entry: &mut abi::Backend, model: &Model) {
     entry.ifindex = next_hop.map_or(0, |hop| hop.ifindex);
     entry.source = next_hop.map(|hop| hop.source.into()).unwrap_or_default();
     entry.link = Link::default();
+    entry.tags = next_hop.map(|hop| hop.tags).unwrap_or_default();
+    entry.mtu = next_hop.map_or(0, |hop| hop.mtu);
     if let Some((hop, mac)) = next_hop.and_then(|hop| Some((hop, hop.next_hop_mac?))) {
         entry.flags |= BackendFlags::NEXT_HOP_KNOWN;
         entry.link = Link::new(mac, hop.source_mac);

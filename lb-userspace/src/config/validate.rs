@@ -14,7 +14,8 @@ use super::{
     diagnostic::{Diagnostic, Span},
     raw::{Field, RawBackend, RawConfig, RawHealth, RawService},
     validated::{
-        Backend, Config, FlowTable, Forward, HealthCheck, PortRange, Probe, Protocol, Service, Strategy,
+        Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, PortRange, Probe, Protocol, Service,
+        Strategy, WhenAllDown,
     },
     values::{self, BackendPorts, FlowTableSize, ProbeType},
 };
@@ -54,6 +55,7 @@ pub(super) fn validate(raw: &RawConfig, found: &mut Vec<Diagnostic>) -> Option<C
         },
         seed_file: raw.seed_file.or(PathBuf::from(SEED_FILE))?,
         socket: raw.socket.optional()?,
+        ipip_source: IPIP_SOURCE,
         services: services.into_iter().collect::<Option<_>>()?,
     })
 }
@@ -78,6 +80,13 @@ fn service(raw: &RawService, found: &mut Vec<Diagnostic>) -> Option<Service> {
         forward: raw.forward.or(Forward::Nat)?,
         drain_timeout: raw.drain_timeout.or(DRAIN_TIMEOUT)?,
         assign_vip: raw.assign_vip.or(false)?,
+        allow: Vec::new(),
+        deny: Vec::new(),
+        new_flow_cap: None,
+        when_all_down: WhenAllDown::Reject,
+        slow_start: Duration::ZERO,
+        min_healthy: 1,
+        reset_on_removal: false,
         health: health?,
         backends: backends?,
     })
@@ -111,6 +120,8 @@ fn servers(entry: &RawBackend, found: &mut Vec<Diagnostic>) -> Option<Vec<Backen
         address: address.address,
         port,
         weight,
+        max_connections: None,
+        backup: false,
     };
     let derived = |port: Option<u16>| match port {
         None => address.address.to_string(),

@@ -1,6 +1,13 @@
 //! A configuration that holds no mistake: what the rest of the daemon works with.
 
-use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// A whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,9 +20,26 @@ pub struct Config {
     pub seed_file: PathBuf,
     /// Path of the control socket; `None` stands for the instance's own under `/run/xlb`.
     pub socket: Option<PathBuf>,
+    /// Where the outer source addresses of `ipip` come from.
+    pub ipip_source: IpipSource,
     /// In the order of the file; names are unique and no two overlap.
     pub services: Vec<Service>,
 }
+
+/// Prefixes of the outer source addresses of `ipip`: each flow has one of its own, so that the receive queues of a
+/// backend share the load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IpipSource {
+    pub v4: Ipv4Net,
+    /// At least 96 bits long, so that only the last word varies.
+    pub v6: Ipv6Net,
+}
+
+/// Those that Katran uses: private addresses, and the discard prefix of RFC 6666.
+pub const IPIP_SOURCE: IpipSource = IpipSource {
+    v4: Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 16),
+    v6: Ipv6Net::new_assert(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0), 96),
+};
 
 /// How the program is attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,9 +71,44 @@ pub struct Service {
     pub forward: Forward,
     pub drain_timeout: Duration,
     pub assign_vip: bool,
+    /// Prefixes whose new flows are allowed, all others denied; empty allows all but those in `deny`. The longest
+    /// prefix that holds a source decides.
+    pub allow: Vec<IpNet>,
+    pub deny: Vec<IpNet>,
+    pub new_flow_cap: Option<NewFlowCap>,
+    pub when_all_down: WhenAllDown,
+    /// For how long after it came up a backend's share grows; zero gives it the whole at once.
+    pub slow_start: Duration,
+    /// Backends that have to be up for the service to count as healthy.
+    pub min_healthy: u32,
+    /// Resets the TCP flows of a backend that leaves the configuration, instead of letting them end by themselves.
+    pub reset_on_removal: bool,
     pub health: HealthCheck,
     /// Names and addresses are unique within the service.
     pub backends: Vec<Backend>,
+}
+
+/// How many new flows a source prefix may start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewFlowCap {
+    /// A second; at least 1.
+    pub rate: u32,
+    /// At once after a rest; at least 1.
+    pub burst: u32,
+    /// Bits of an IPv4 address that make a source, 1 to 32.
+    pub prefix_v4: u8,
+    /// Bits of an IPv6 address that make a source, 1 to 128.
+    pub prefix_v6: u8,
+}
+
+/// What new flows get when no backend of a service is up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenAllDown {
+    /// TCP a reset, UDP an ICMP error.
+    #[default]
+    Reject,
+    /// A backend all the same, as if all that are enabled were up.
+    TryAll,
 }
 
 /// Ports from the first to the last, both included; neither is 0.
@@ -57,6 +116,14 @@ pub struct Service {
 pub struct PortRange {
     pub first: u16,
     pub last: u16,
+}
+
+impl PortRange {
+    /// Every port: `any`.
+    pub const ANY: Self = Self {
+        first: 1,
+        last: u16::MAX,
+    };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,12 +136,18 @@ pub enum Protocol {
 pub enum Strategy {
     ConsistentHash,
     IpHash,
+    RoundRobin,
+    LeastConnections,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forward {
     Nat,
     FullNat,
+    Dsr,
+    IpIp,
+    Gue,
+    Local,
 }
 
 /// One server of a service.
@@ -86,6 +159,10 @@ pub struct Backend {
     pub port: Option<u16>,
     /// Share of new flows in proportion to the other backends'; 0 gets none.
     pub weight: u32,
+    /// Live flows that it takes; `None` for no limit.
+    pub max_connections: Option<u32>,
+    /// Gets new flows only while no other backend is up.
+    pub backup: bool,
 }
 
 /// How the health of a service's backends is found out.
@@ -121,7 +198,9 @@ pub enum Probe {
 
 impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.first == self.last {
+        if *self == Self::ANY {
+            f.write_str("any")
+        } else if self.first == self.last {
             write!(f, "{}", self.first)
         } else {
             write!(f, "{}-{}", self.first, self.last)
@@ -143,6 +222,8 @@ impl fmt::Display for Strategy {
         f.write_str(match self {
             Self::ConsistentHash => "consistent-hash",
             Self::IpHash => "ip-hash",
+            Self::RoundRobin => "round-robin",
+            Self::LeastConnections => "least-connections",
         })
     }
 }
@@ -152,6 +233,10 @@ impl fmt::Display for Forward {
         f.write_str(match self {
             Self::Nat => "nat",
             Self::FullNat => "full-nat",
+            Self::Dsr => "dsr",
+            Self::IpIp => "ipip",
+            Self::Gue => "gue",
+            Self::Local => "local",
         })
     }
 }

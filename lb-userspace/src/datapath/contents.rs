@@ -117,6 +117,7 @@ const FLAGS: &[(u32, &str)] = &[
     (BackendFlags::DRAINING as u32, "draining"),
     (BackendFlags::DISABLED as u32, "disabled"),
     (BackendFlags::REMOVED as u32, "removed"),
+    (BackendFlags::RESETS as u32, "resets"),
 ];
 
 struct DisplayService<'a>(&'a Service);
@@ -126,11 +127,17 @@ impl Display for DisplayService<'_> {
         let strategy = match self.0.strategy {
             1 => "consistent-hash",
             2 => "ip-hash",
+            3 => "round-robin",
+            4 => "least-connections",
             _ => "unknown-strategy",
         };
         let forward = match self.0.forward {
             1 => "nat",
             2 => "full-nat",
+            3 => "dsr",
+            4 => "ipip",
+            5 => "gue",
+            6 => "local",
             _ => "unknown-forward",
         };
         let unused = if self.0.in_use == 0 { " unused" } else { "" };

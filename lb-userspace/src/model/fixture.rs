@@ -7,12 +7,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use lb_common::abi::Tags;
 use proptest::prelude::*;
 
 use super::{Administrative, Health, Model, NextHop};
 use crate::config::{
-    Backend, Config, FlowTable, Forward, HealthCheck, PortRange, Probe, Protocol, Service,
-    Strategy as ByStrategy, XdpMode,
+    Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, PortRange, Probe, Protocol, Service,
+    Strategy as ByStrategy, WhenAllDown, XdpMode,
 };
 
 /// A model of these services in which nothing is known of any backend.
@@ -28,6 +29,7 @@ pub(crate) fn model(services: Vec<Service>) -> Model {
             },
             seed_file: PathBuf::from("/etc/xlb/seed"),
             socket: None,
+            ipip_source: IPIP_SOURCE,
             services,
         },
         seed: [1, 2],
@@ -56,6 +58,13 @@ pub(crate) fn service(name: &str, vip: u8, ports: &[u16], backends: Vec<Backend>
         forward: Forward::Nat,
         drain_timeout: Duration::from_secs(60),
         assign_vip: false,
+        allow: Vec::new(),
+        deny: Vec::new(),
+        new_flow_cap: None,
+        when_all_down: WhenAllDown::Reject,
+        slow_start: Duration::ZERO,
+        min_healthy: 1,
+        reset_on_removal: false,
         health: HealthCheck {
             probe: Probe::Tcp { port: None },
             interval: Duration::from_secs(2),
@@ -74,6 +83,8 @@ pub(crate) fn backend(name: &str, host: u8, port: u16) -> Backend {
         address: IpAddr::V4(Ipv4Addr::new(10, 0, 0, host)),
         port: (port != 0).then_some(port),
         weight: 100,
+        max_connections: None,
+        backup: false,
     }
 }
 
@@ -84,6 +95,8 @@ pub(crate) fn next_hop(host: u8) -> NextHop {
         source: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)),
         source_mac: [2, 0, 0, 0, 0, 1],
         next_hop_mac: Some([2, 0, 0, 0, 0, host]),
+        tags: Tags::default(),
+        mtu: 1500,
     }
 }
 

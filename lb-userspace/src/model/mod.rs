@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use lb_common::abi::Tags;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Probe, Service};
@@ -74,7 +75,7 @@ pub enum Administrative {
 /// The way to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NextHop {
-    /// Interface that the route leaves by.
+    /// Interface that the route leaves by; of a VLAN device the one below it.
     pub ifindex: u32,
     /// This host's address on that route.
     pub source: IpAddr,
@@ -82,6 +83,10 @@ pub struct NextHop {
     pub source_mac: [u8; 6],
     /// MAC address of the neighbour; `None` while it is not resolved.
     pub next_hop_mac: Option<[u8; 6]>,
+    /// VLAN tags that frames to it carry.
+    pub tags: Tags,
+    /// Largest IP packet that the route takes; 0 while it is not known.
+    pub mtu: u32,
 }
 
 /// Idle time after which a TCP flow that is opening ends: the client has given up its SYN or its answer by then.

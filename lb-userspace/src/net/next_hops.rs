@@ -12,6 +12,7 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
+use lb_common::abi::Tags;
 use rtnetlink::{
     MulticastGroup, RouteMessageBuilder,
     packet_core::{NetlinkMessage, NetlinkPayload},
@@ -296,6 +297,8 @@ impl Netlink {
                 source: route.source,
                 source_mac,
                 next_hop_mac: None,
+                tags: Tags::default(),
+                mtu: 0,
             },
             neighbour: (route.ifindex, route.gateway.unwrap_or(address)),
             interface: link.name.clone(),
@@ -615,6 +618,8 @@ mod tests {
                 source: ip(source),
                 source_mac: link.mac.unwrap(),
                 next_hop_mac,
+                tags: Tags::default(),
+                mtu: 0,
             }
         }
     }
