@@ -1,6 +1,6 @@
-//! Builds the object for the kernel and hands it to the crate as `lb-ebpf.o` in `OUT_DIR`.
+//! Builds the objects for the kernel and hands them to the crate as `lb-ebpf.o` and `lb-ebpf-decap.o` in `OUT_DIR`.
 //!
-//! The object needs a toolchain of its own: `-Zbuild-std` with rust-src, and a CPU that the flags name. Which one
+//! They need a toolchain of their own: `-Zbuild-std` with rust-src, and a CPU that the flags name. Which one
 //! is found as `cargo xtask setup` leaves it; `XLB_EBPF_TOOLCHAIN_CARGO`, `XLB_EBPF_TOOLCHAIN_RUSTC` and
 //! `XLB_BPF_LINKER` override that.
 
@@ -16,10 +16,12 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 /// Debian's toolchain for its browsers, used where rustup has no such nightly.
 const DEBIAN: (&str, &str) = ("/usr/bin/cargo", "/usr/bin/rustc");
 const TARGET: &str = "bpfel-unknown-none";
+/// The binaries of lb-ebpf: the data path, and the program of `xlb decap`.
+const OBJECTS: [&str; 2] = ["lb-ebpf", "lb-ebpf-decap"];
 
 fn main() {
     if let Err(error) = build() {
-        eprintln!("the eBPF object was not built: {error}");
+        eprintln!("the eBPF objects were not built: {error}");
         eprintln!("`cargo xtask setup` installs what it needs");
         std::process::exit(1);
     }
@@ -56,15 +58,7 @@ fn build() -> Result<(), String> {
     let mut command = Command::new(&cargo);
     command
         .current_dir(&workspace)
-        .args([
-            "build",
-            "--release",
-            "--locked",
-            "--package",
-            "lb-ebpf",
-            "--bin",
-            "lb-ebpf",
-        ])
+        .args(["build", "--release", "--locked", "--package", "lb-ebpf", "--bins"])
         .args(["--target", TARGET, "-Zbuild-std=core"])
         .args(if debug { &["--features", "log"][..] } else { &[] })
         .arg("--target-dir")
@@ -91,9 +85,11 @@ fn build() -> Result<(), String> {
             String::from_utf8_lossy(&output.stderr)
         ));
     }
-    let object = target_dir.join(TARGET).join("release/lb-ebpf");
-    std::fs::copy(&object, out_dir.join("lb-ebpf.o"))
-        .map_err(|error| format!("{} was not copied: {error}", object.display()))?;
+    for name in OBJECTS {
+        let object = target_dir.join(TARGET).join("release").join(name);
+        std::fs::copy(&object, out_dir.join(format!("{name}.o")))
+            .map_err(|error| format!("{} was not copied: {error}", object.display()))?;
+    }
     Ok(())
 }
 

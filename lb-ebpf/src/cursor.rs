@@ -17,8 +17,8 @@ pub struct Cursor {
     context: *mut xdp_md,
     data: usize,
     data_end: usize,
-    /// Bytes that can be viewed; a frame in several buffers has more.
-    length: usize,
+    /// A frame in several buffers has more.
+    viewable: usize,
 }
 
 impl Cursor {
@@ -27,7 +27,7 @@ impl Cursor {
         // The end is read twice, so that the compiler does not know that both are the same: it would conclude from
         // a check of the length that a check of the bounds is needless, and the verifier wants to see that one.
         // SAFETY: the context is the one that the kernel called the program with.
-        let (data, data_end, length) = unsafe {
+        let (data, data_end, viewable) = unsafe {
             let data = read_volatile(&raw const (*context).data) as usize;
             (
                 data,
@@ -39,14 +39,21 @@ impl Cursor {
             context,
             data,
             data_end,
-            length,
+            viewable,
         }
     }
 
     /// Bytes that can be viewed.
     #[inline(always)]
     pub fn viewable(&self) -> usize {
-        self.length
+        self.viewable
+    }
+
+    /// Length of the frame in bytes, further buffers included (Linux 5.18).
+    #[inline(always)]
+    pub fn length(&self) -> u64 {
+        // SAFETY: as in `new`.
+        unsafe { bpf_xdp_get_buff_len(self.context) }
     }
 
     #[inline(always)]
@@ -69,9 +76,9 @@ impl Cursor {
     /// The frame with fewer bytes at its end.
     #[inline(always)]
     pub fn cut_to(self, length: usize) -> Option<Self> {
+        let fewer = self.length() as i64 - length as i64;
         // SAFETY: as in `with_more_in_front`.
-        let whole = unsafe { bpf_xdp_get_buff_len(self.context) } as i64;
-        if unsafe { bpf_xdp_adjust_tail(self.context, (length as i64 - whole) as i32) } != 0 {
+        if unsafe { bpf_xdp_adjust_tail(self.context, -fewer as i32) } != 0 {
             return None;
         }
         Some(Self::new(self.context))
@@ -83,8 +90,7 @@ impl Frame for Cursor {
 
     #[inline(always)]
     fn reaches(&self, end: usize) -> bool {
-        // SAFETY: as in `new`.
-        end <= self.length || end as u64 <= unsafe { bpf_xdp_get_buff_len(self.context) }
+        end <= self.viewable || end as u64 <= self.length()
     }
 
     #[inline(always)]

@@ -9,8 +9,6 @@
 #[cfg(target_arch = "bpf")]
 mod answer;
 #[cfg(target_arch = "bpf")]
-mod cursor;
-#[cfg(target_arch = "bpf")]
 mod flow;
 #[cfg(target_arch = "bpf")]
 mod forward;
@@ -32,6 +30,9 @@ mod service;
 mod source;
 #[cfg(target_arch = "bpf")]
 mod verdict;
+
+#[cfg(target_arch = "bpf")]
+use lb_ebpf::cursor;
 
 /// The program is for the kernel alone; on other targets the crate only takes part in `--workspace`.
 #[cfg(not(target_arch = "bpf"))]

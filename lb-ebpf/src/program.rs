@@ -108,12 +108,6 @@ fn from_backend(frame: Cursor, scratch: &mut Scratch) -> Verdict {
     }
 }
 
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // `unreachable_unchecked` here would let the compiler delete bounds checks; a loop that survives fails to load.
-    loop {}
-}
-
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

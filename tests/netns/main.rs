@@ -8,6 +8,7 @@ mod administration;
 mod ageing;
 mod attachment;
 mod command_line;
+mod decap;
 mod failure;
 mod forwarding;
 mod next_hops;

@@ -9,6 +9,7 @@
     reason = "what is expected is built where it is handed over"
 )]
 
+mod decap;
 mod fixture;
 mod flows;
 mod frame;

@@ -7,6 +7,7 @@
 mod address;
 mod backend;
 mod counters;
+mod decap_reason;
 mod flow;
 mod fragment;
 mod link;
@@ -18,6 +19,7 @@ mod source_filter;
 pub use address::Address;
 pub use backend::{Backend, BackendFlags};
 pub use counters::{BackendCounters, Count, LiveCount, Totals};
+pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
 pub use flow::{Flow, FlowKey, TcpState};
 pub use fragment::{FragmentKey, FragmentPorts};
 pub use link::{Link, Tags};
@@ -48,6 +50,12 @@ pub const MAX_SOURCE_FILTERS: u32 = 65_536;
 pub const MAX_SOURCES: u32 = 65_536;
 /// Fragmented packets that are followed at a time.
 pub const MAX_FRAGMENTS: u32 = 16_384;
+/// VIPs that fit in the map of `xlb decap`.
+pub const MAX_DECAP_VIPS: u32 = 4096;
+/// Addresses of the host that fit in the map of `xlb decap`.
+pub const MAX_DECAP_OWN_ADDRESSES: u32 = 16_384;
+/// Prefixes of outer sources that fit in the map of `xlb decap`.
+pub const MAX_DECAP_SOURCES: u32 = 4096;
 
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;

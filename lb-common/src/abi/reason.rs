@@ -13,15 +13,15 @@ pub enum VerdictClass {
 
 /// Generates the enum, its count, names, classes and help texts from one list, so that they cannot disagree.
 macro_rules! reasons {
-    ($($variant:ident, $name:literal, $class:ident, $help:literal;)*) => {
-        /// Why a packet got its verdict: the index of its counter and the value of the label `reason`.
+    ($(#[$doc:meta])* $enum:ident: $($variant:ident, $name:literal, $class:ident, $help:literal;)*) => {
+        $(#[$doc])*
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum Reason {
+        pub enum $enum {
             $(#[doc = $help] $variant,)*
         }
 
-        impl Reason {
+        impl $enum {
             /// All reasons in the order of their numbers.
             pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
 
@@ -39,11 +39,21 @@ macro_rules! reasons {
             pub const fn help(self) -> &'static str {
                 match self { $(Self::$variant => $help,)* }
             }
+
+            /// The index of this reason's counter.
+            #[inline(always)]
+            pub const fn index(self) -> u32 {
+                self as u32
+            }
         }
     };
 }
 
+pub(super) use reasons;
+
 reasons! {
+    /// Why a packet got its verdict: the index of its counter and the value of the label `reason`.
+    Reason:
     NotIp, "not-ip", Passed, "Neither IPv4 nor IPv6, or a header that is not whole enough to tell the destination.";
     NotForService, "not-for-service", Passed, "The destination is no service and the packet no reply of one.";
     NextHopUnknown, "next-hop-unknown", Passed, "Rewritten, then left to the host's stack because the next hop of the backend is not resolved.";
@@ -95,12 +105,6 @@ impl Reason {
         }
         // SAFETY: the reasons are numbered from 0 without a gap, in a u32, and the index is one of them.
         unsafe { core::mem::transmute::<u32, Self>(index) }
-    }
-
-    /// The index of this reason's counter.
-    #[inline(always)]
-    pub const fn index(self) -> u32 {
-        self as u32
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod ageing;
 pub mod checksum;
+pub mod encapsulation;
 pub mod hash;
 pub mod headers;
 pub mod icmp;

@@ -15,8 +15,8 @@ pub const fn full(service: &Service) -> u64 {
 #[inline(always)]
 pub const fn take(rate: &mut SourceRate, service: &Service, now: u64) -> bool {
     let passed = now.saturating_sub(rate.filled);
-    // Whole microseconds, so that the product fits for any rate and a day's rest.
-    let passed = if passed > DAY { DAY } else { passed } / 1000;
+    // Whole microseconds, so that the product fits for any rate; a rest counts for an hour at most.
+    let passed = if passed > HOUR { HOUR } else { passed } / 1000;
     let earned = passed * service.new_flow_rate as u64 / 1000;
     // A source that asks so often that nothing was earned since keeps the time that it has waited.
     if earned > 0 {
@@ -35,7 +35,7 @@ pub const fn take(rate: &mut SourceRate, service: &Service, now: u64) -> bool {
     true
 }
 
-const DAY: u64 = 86_400_000_000_000;
+const HOUR: u64 = 3_600_000_000_000;
 
 /// The bits of a source address that the service's cap looks at; the others are 0.
 #[inline(always)]

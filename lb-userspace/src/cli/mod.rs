@@ -2,6 +2,7 @@
 
 mod administer;
 pub mod check;
+mod decap;
 mod demo;
 mod demo_backend;
 mod detach;
@@ -63,6 +64,7 @@ enum Command {
     Enable(administer::Args),
     Demo(demo::Args),
     Detach(detach::Args),
+    Decap(decap::Args),
     #[command(hide = true)]
     DemoBackend(demo_backend::Args),
 }
@@ -81,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Disable(args) => administer::run(&socket, &args, Change::Disable),
         Command::Enable(args) => administer::run(&socket, &args, Change::Enable),
         Command::Demo(args) => demo::run(&args),
+        Command::Decap(args) => decap::run(&args),
         Command::Detach(args) => detach::run(&cli.instance, &args),
         Command::DemoBackend(args) => demo_backend::run(&args),
     };

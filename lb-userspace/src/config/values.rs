@@ -557,21 +557,28 @@ fn address_and_ports(text: &str) -> Option<(IpAddr, &str)> {
 
 /// An address that a server, or its clients, can have.
 fn usable(address: IpAddr) -> Parsed<IpAddr> {
-    let unusable = if address.is_loopback() {
-        "a loopback address"
-    } else if address.is_multicast() {
-        "a multicast address"
-    } else if address.is_unspecified() {
-        "the unspecified address"
-    } else if address == IpAddr::V4(Ipv4Addr::BROADCAST) {
-        "the broadcast address"
-    } else {
+    let Some(unusable) = unusable(address) else {
         return Ok(address);
     };
     Err(Problem::new(
         format!("{address} is {unusable}"),
         "write an address that belongs to one host on the network, such as \"10.0.0.11\"",
     ))
+}
+
+/// What an address is that no server can have.
+pub fn unusable(address: IpAddr) -> Option<&'static str> {
+    if address.is_loopback() {
+        Some("a loopback address")
+    } else if address.is_multicast() {
+        Some("a multicast address")
+    } else if address.is_unspecified() {
+        Some("the unspecified address")
+    } else if address == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        Some("the broadcast address")
+    } else {
+        None
+    }
 }
 
 fn port_range_in(text: &str, of_service: bool) -> Parsed<PortRange> {

@@ -320,31 +320,8 @@ impl KernelDatapath {
 
     /// Attaches where nothing of ours is.
     fn attach_in(&mut self, interface: &str, index: u32, mode: Mode) -> Result<Attachment, DatapathError> {
-        let (obtained, fallback) = match mode {
-            Mode::Native => (
-                self.attach_new(interface, index, AttachMode::Native)
-                    .map(|()| AttachMode::Native)?,
-                None,
-            ),
-            Mode::Generic => (
-                self.attach_new(interface, index, AttachMode::Generic)
-                    .map(|()| AttachMode::Generic)?,
-                None,
-            ),
-            Mode::Auto => match self.attach_new(interface, index, AttachMode::Native) {
-                Ok(()) => (AttachMode::Native, None),
-                Err(error) if error.source.kind() == io::ErrorKind::ResourceBusy => return Err(error),
-                Err(error) => {
-                    self.attach_new(interface, index, AttachMode::Generic)?;
-                    (AttachMode::Generic, Some(error.source.to_string()))
-                }
-            },
-        };
-        Ok(Attachment {
-            interface: interface.to_owned(),
-            mode: obtained,
-            fallback,
-        })
+        let (attachment, ()) = obtain(interface, mode, |mode| self.attach_new(interface, index, mode))?;
+        Ok(attachment)
     }
 
     /// Puts this program on a pinned link.
@@ -375,37 +352,7 @@ impl KernelDatapath {
 
     fn attach_new(&mut self, interface: &str, index: u32, mode: AttachMode) -> Result<(), DatapathError> {
         let path = self.pins.link(interface, mode);
-        let program = xdp_program(&mut self.ebpf)?;
-        let flags = match mode {
-            AttachMode::Native => XdpMode::Driver,
-            AttachMode::Generic => XdpMode::Skb,
-        };
-        let operation = match mode {
-            AttachMode::Native => "attach in native mode",
-            AttachMode::Generic => "attach in generic mode",
-        };
-        let id = program.attach_to_if_index(index, flags).map_err(|error| {
-            let error = failed(operation, interface, error);
-            match error.source.raw_os_error() {
-                // The second where the other program is attached in the other mode.
-                Some(libc::EBUSY | libc::EEXIST) => DatapathError::new(
-                    operation,
-                    interface,
-                    io::Error::new(
-                        io::ErrorKind::ResourceBusy,
-                        format!(
-                            "it has another XDP program: `ip link set dev {interface} xdp off` removes it, \
-                             or `xlb detach` if it is that of another instance"
-                        ),
-                    ),
-                ),
-                _ => error,
-            }
-        })?;
-        let link = program
-            .take_link(id)
-            .map_err(|error| failed(operation, interface, error))?;
-        let link = FdLink::try_from(link).map_err(|error: LinkError| failed(operation, interface, error))?;
+        let link = attach_link(xdp_program(&mut self.ebpf)?, interface, index, mode)?;
         link.pin(&path)
             .map_err(|error| failed("pin", path.display().to_string(), error))?;
         Ok(())
@@ -755,7 +702,8 @@ fn remove_present<V: Pod>(
     }
 }
 
-fn sum(map: &PerCpuArray<MapData, Raw<Count>>, index: u32) -> Result<Count, MapError> {
+/// A counter of all CPUs together.
+pub(super) fn sum(map: &PerCpuArray<MapData, Raw<Count>>, index: u32) -> Result<Count, MapError> {
     let mut total = Count::default();
     for Raw(count) in map.get(&index, 0)?.iter() {
         counters::add(&mut total, count);
@@ -772,7 +720,74 @@ where
     map.set(index, PerCpuValues::try_from(vec![Raw(value); cpus])?, 0)
 }
 
+/// Attaches in the mode that is asked for: for `auto` in native mode, and in generic mode where that is refused.
+pub(super) fn obtain<T>(
+    interface: &str,
+    mode: Mode,
+    mut attach: impl FnMut(AttachMode) -> Result<T, DatapathError>,
+) -> Result<(Attachment, T), DatapathError> {
+    let (mode, fallback, attached) = match mode {
+        Mode::Native => (AttachMode::Native, None, attach(AttachMode::Native)?),
+        Mode::Generic => (AttachMode::Generic, None, attach(AttachMode::Generic)?),
+        Mode::Auto => match attach(AttachMode::Native) {
+            Ok(attached) => (AttachMode::Native, None, attached),
+            Err(error) if error.source.kind() == io::ErrorKind::ResourceBusy => return Err(error),
+            Err(error) => {
+                let attached = attach(AttachMode::Generic)?;
+                (AttachMode::Generic, Some(error.source.to_string()), attached)
+            }
+        },
+    };
+    let attachment = Attachment {
+        interface: interface.to_owned(),
+        mode,
+        fallback,
+    };
+    Ok((attachment, attached))
+}
+
+/// Attaches a program to an interface that has none; the program is off it again when the link is dropped, unless
+/// it is pinned.
+pub(super) fn attach_link(
+    program: &mut Xdp,
+    interface: &str,
+    index: u32,
+    mode: AttachMode,
+) -> Result<FdLink, DatapathError> {
+    let (flags, operation) = match mode {
+        AttachMode::Native => (XdpMode::Driver, "attach in native mode"),
+        AttachMode::Generic => (XdpMode::Skb, "attach in generic mode"),
+    };
+    let id = program.attach_to_if_index(index, flags).map_err(|error| {
+        let error = failed(operation, interface, error);
+        match error.source.raw_os_error() {
+            // The second where the other program is attached in the other mode.
+            Some(libc::EBUSY | libc::EEXIST) => DatapathError::new(
+                operation,
+                interface,
+                io::Error::new(
+                    io::ErrorKind::ResourceBusy,
+                    format!(
+                        "it has another XDP program: `ip link set dev {interface} xdp off` removes it, \
+                         or `xlb detach` if it is that of another instance; that of `xlb decap` goes with its process"
+                    ),
+                ),
+            ),
+            _ => error,
+        }
+    })?;
+    let link = program
+        .take_link(id)
+        .map_err(|error| failed(operation, interface, error))?;
+    FdLink::try_from(link).map_err(|error: LinkError| failed(operation, interface, error))
+}
+
 fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
+    named_program(ebpf, PROGRAM)
+}
+
+/// The XDP program of that name in an object.
+pub(super) fn named_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, DatapathError> {
     let missing = || {
         DatapathError::new(
             "load",
@@ -780,7 +795,7 @@ fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
             io::Error::other("the object does not hold it"),
         )
     };
-    ebpf.program_mut(PROGRAM)
+    ebpf.program_mut(name)
         .ok_or_else(missing)?
         .try_into()
         .map_err(|_: ProgramError| missing())
@@ -850,7 +865,7 @@ fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
 
 /// Turns an error of aya into ours; the number of the system error is kept where there is one, for callers that
 /// act on it.
-fn failed(
+pub(super) fn failed(
     operation: &'static str,
     object: impl Into<String>,
     error: impl std::error::Error + Send + Sync + 'static,

@@ -4,6 +4,7 @@
 
 mod contents;
 mod counters;
+pub mod decap;
 pub mod faulty;
 pub mod kernel;
 pub mod memory;

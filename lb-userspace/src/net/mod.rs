@@ -3,6 +3,7 @@
 //! A netlink socket belongs to the network namespace of the thread that opened it: whoever is to look into another
 //! namespace calls from a thread inside it.
 
+pub mod backend_host;
 pub mod construct;
 pub mod links;
 pub mod next_hops;
