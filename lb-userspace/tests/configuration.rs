@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -26,6 +26,63 @@ protocol = "tcp"
 address = "10.0.0.11:8080"
 [[service.backend]]
 address = "10.0.0.12:8080"
+"#;
+
+/// Every key but those of the API, each with another value than its default.
+const EVERY_KEY: &str = r#"
+interfaces = ["eth0", "bond0.100"]
+xdp-mode = "native"
+[flow-table]
+size = 1_048_576
+tcp-idle-timeout = "2h 30m"
+udp-idle-timeout = "500ms"
+[hash]
+seed-file = "/var/lib/xlb/seed"
+[ipip]
+source-v4 = "100.64.0.0/10"
+source-v6 = "2001:db8:f::/112"
+[api]
+socket = "/run/other.sock"
+[[service]]
+name = "web"
+vip = "203.0.113.10"
+port = ["8000-8099", 443, 80]
+protocol = "tcp"
+strategy = "ip-hash"
+forward = "full-nat"
+drain-timeout = "0s"
+assign-vip = true
+allow = ["192.0.2.0/24", "198.51.100.7/32"]
+deny = ["192.0.2.128/25", "0.0.0.0/0"]
+new-flow-rate = 100
+new-flow-burst = 250
+new-flow-prefix-v4 = 24
+new-flow-prefix-v6 = 56
+when-all-down = "try-all"
+slow-start = "30s"
+min-healthy = 2
+reset-on-removal = true
+[service.health]
+type = "http"
+path = "/healthz?deep=1"
+host = "www.example.com"
+port = 9000
+interval = "500ms"
+rise = 1
+fall = 5
+[[service.backend]]
+name = "a"
+address = "10.0.0.11"
+weight = 0
+[[service.backend]]
+name = "b"
+address = "10.0.0.12:8080"
+weight = 65535
+max-connections = 4294967295
+[[service.backend]]
+name = "c"
+address = "10.0.0.13"
+backup = true
 "#;
 
 #[test]
@@ -109,63 +166,7 @@ fn defaults_that_are_written_out_change_nothing() {
 
 #[test]
 fn every_key_can_say_something_else() {
-    let config = parsed(
-        r#"
-        interfaces = ["eth0", "bond0.100"]
-        xdp-mode = "native"
-        [flow-table]
-        size = 1_048_576
-        tcp-idle-timeout = "2h 30m"
-        udp-idle-timeout = "500ms"
-        [hash]
-        seed-file = "/var/lib/xlb/seed"
-        [ipip]
-        source-v4 = "100.64.0.0/10"
-        source-v6 = "2001:db8:f::/112"
-        [api]
-        socket = "/run/other.sock"
-        [[service]]
-        name = "web"
-        vip = "203.0.113.10"
-        port = ["8000-8099", 443, 80]
-        protocol = "tcp"
-        strategy = "ip-hash"
-        forward = "full-nat"
-        drain-timeout = "0s"
-        assign-vip = true
-        allow = ["192.0.2.0/24", "198.51.100.7/32"]
-        deny = ["192.0.2.128/25", "0.0.0.0/0"]
-        new-flow-rate = 100
-        new-flow-burst = 250
-        new-flow-prefix-v4 = 24
-        new-flow-prefix-v6 = 56
-        when-all-down = "try-all"
-        slow-start = "30s"
-        min-healthy = 2
-        reset-on-removal = true
-        [service.health]
-        type = "http"
-        path = "/healthz?deep=1"
-        host = "www.example.com"
-        port = 9000
-        interval = "500ms"
-        rise = 1
-        fall = 5
-        [[service.backend]]
-        name = "a"
-        address = "10.0.0.11"
-        weight = 0
-        [[service.backend]]
-        name = "b"
-        address = "10.0.0.12:8080"
-        weight = 65535
-        max-connections = 4294967295
-        [[service.backend]]
-        name = "c"
-        address = "10.0.0.13"
-        backup = true
-        "#,
-    );
+    let config = parsed(EVERY_KEY);
     assert_eq!(config.interfaces, ["eth0", "bond0.100"]);
     assert_eq!(config.xdp_mode, XdpMode::Native);
     assert_eq!(config.flow_table.size, Some(1 << 20));
@@ -719,14 +720,29 @@ fn files_that_cannot_be_read_are_told_apart() {
 }
 
 #[test]
-fn every_example_parses() {
-    let files = files(&here("../examples"), "toml");
-    assert!(!files.is_empty());
-    for file in files {
-        if let Err(error) = config::load(&file) {
-            panic!("{}", error.render(false));
+fn every_example_parses_and_together_they_show_every_strategy_and_forward() {
+    let mut shown = BTreeSet::new();
+    for file in files(&here("../examples"), "toml") {
+        let config = config::load(&file).unwrap_or_else(|error| panic!("{}", error.render(false)));
+        for service in config.services {
+            shown.insert(service.strategy.to_string());
+            shown.insert(service.forward.to_string());
         }
     }
+    let mut all = [
+        "consistent-hash",
+        "ip-hash",
+        "round-robin",
+        "least-connections",
+        "nat",
+        "full-nat",
+        "dsr",
+        "ipip",
+        "gue",
+        "local",
+    ];
+    all.sort_unstable();
+    assert!(shown.iter().eq(all.iter()), "the examples show {shown:?}");
 }
 
 #[test]
@@ -792,9 +808,10 @@ proptest! {
 
     #[test]
     fn no_mutation_of_a_valid_configuration_makes_it_panic(
+        text in prop::sample::select(vec![SMALLEST, EVERY_KEY]),
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3), 1..8),
     ) {
-        let mut bytes = SMALLEST.as_bytes().to_vec();
+        let mut bytes = text.as_bytes().to_vec();
         for (place, byte, change) in changes {
             if bytes.is_empty() {
                 break;
@@ -821,6 +838,69 @@ proptest! {
             _ => "",
         };
         never_panics(format!("{prefix}{}\n{key} = {value}\n", table.header).as_bytes());
+    }
+
+    #[test]
+    fn a_backend_is_accepted_exactly_where_its_family_and_port_can_be_reached(
+        forward in prop::sample::select(vec!["nat", "full-nat", "dsr", "ipip", "gue", "local"]),
+        (vip_is_v4, backend_is_v4) in any::<(bool, bool)>(),
+        ports in prop::sample::select(vec![("80", vec![80]), ("[80, 443]", vec![80, 443]), ("\"any\"", vec![80, 443, 8000])]),
+        port in prop::sample::select(vec![None, Some(80), Some(443), Some(8000)]),
+    ) {
+        let (written, ports) = ports;
+        let vip = if vip_is_v4 { "203.0.113.10" } else { "2001:db8::10" };
+        let address: IpAddr = if backend_is_v4 { "10.0.0.11" } else { "2001:db8:1::11" }.parse().unwrap();
+        let address = port.map_or_else(|| address.to_string(), |port| SocketAddr::new(address, port).to_string());
+        let text = format!(
+            "interfaces = [\"eth0\"]\n[[service]]\nname = \"s\"\nvip = \"{vip}\"\nport = {written}\nprotocol = \"udp\"\n\
+             forward = \"{forward}\"\n[[service.backend]]\naddress = \"{address}\"\n"
+        );
+        let family = vip_is_v4 == backend_is_v4 || ["ipip", "gue"].contains(&forward);
+        let unreached = match (forward, port) {
+            ("nat" | "full-nat", _) => 0,
+            // Two mistakes: no port for the process, and none left for it.
+            ("local", port) if written.contains("any") => 1 + usize::from(port.is_none()),
+            ("local", port) => usize::from(port.is_none_or(|port| ports.contains(&port))),
+            (_, port) => usize::from(port.is_some_and(|port| ports != [port])),
+        };
+        let told = config::parse(&text, "xlb.toml").map_or_else(|told| told.found().len(), |_| 0);
+        prop_assert_eq!(told, usize::from(!family) + unreached, "{}", text);
+    }
+
+    #[test]
+    fn a_prefix_has_nothing_beyond_its_length_or_the_help_names_one_that_has_not(
+        words: (u32, u128),
+        is_v4: bool,
+        length in any::<prop::sample::Index>(),
+        list in prop::sample::select(vec!["allow", "deny"]),
+    ) {
+        let (vip, prefix, network) = if is_v4 {
+            let length = length.index(33);
+            let network = words.0 & u32::MAX.checked_shl(32 - length as u32).unwrap_or(0);
+            let text = |word: u32| format!("{}/{length}", Ipv4Addr::from(word));
+            ("203.0.113.10", text(words.0), text(network))
+        } else {
+            let length = length.index(129);
+            let network = words.1 & u128::MAX.checked_shl(128 - length as u32).unwrap_or(0);
+            let text = |word: u128| format!("{}/{length}", Ipv6Addr::from(word));
+            ("2001:db8::10", text(words.1), text(network))
+        };
+        let text = |prefix: &str| {
+            SMALLEST
+                .replace("203.0.113.10", vip)
+                .replace("10.0.0.11:8080", if is_v4 { "10.0.0.11" } else { "2001:db8::11" })
+                .replace("10.0.0.12:8080", if is_v4 { "10.0.0.12" } else { "2001:db8::12" })
+                .replace("port = 80\n", &format!("port = 80\n{list} = [\"{prefix}\"]\n"))
+        };
+        prop_assert!(config::parse(&text(&network), "xlb.toml").is_ok());
+        match config::parse(&text(&prefix), "xlb.toml") {
+            Ok(_) => prop_assert_eq!(prefix, network),
+            Err(told) => {
+                prop_assert_ne!(&prefix, &network);
+                prop_assert_eq!(told.found().len(), 1);
+                prop_assert!(told.found()[0].help.contains(&format!("\"{network}\"")), "{}", told);
+            }
+        }
     }
 
     #[test]

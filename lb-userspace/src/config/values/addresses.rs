@@ -46,7 +46,7 @@ pub(in crate::config) fn vip(value: &DeValue<'_>) -> Parsed<IpAddr> {
     let text = text(value, "an address", "203.0.113.10")?;
     if let Ok(address) = text.parse() {
         return match of_one_host(address)? {
-            address if address.is_loopback() => Err(unusable(address, "a loopback address")),
+            address if address.is_loopback() => Err(unusable_address(address, "a loopback address")),
             address => Ok(address),
         };
     }
@@ -154,12 +154,12 @@ fn outer_sources(value: &DeValue<'_>, example: &str, lengths: RangeInclusive<u8>
     }
     // "This network" (RFC 791) is more than its first address.
     let this_network = matches!(prefix, IpNet::V4(v4) if v4.network().octets()[0] == 0);
-    let no_source = if this_network {
+    let what = if this_network {
         Some("the unspecified address")
     } else {
-        no_source(prefix.network())
+        unusable(prefix.network())
     };
-    match no_source {
+    match what {
         None => Ok(prefix),
         Some(what) => Err(Problem::new(
             format!("{prefix} begins with {what}, which no packet may come from"),
@@ -241,13 +241,13 @@ fn of_one_host(address: IpAddr) -> Parsed<IpAddr> {
             format!("write \"{v4}\": no packet has the mapped form"),
         ));
     }
-    match no_source(address) {
-        Some(what) if !address.is_loopback() => Err(unusable(address, what)),
+    match unusable(address) {
+        Some(what) if !address.is_loopback() => Err(unusable_address(address, what)),
         _ => Ok(address),
     }
 }
 
-fn unusable(address: IpAddr, what: &str) -> Problem {
+fn unusable_address(address: IpAddr, what: &str) -> Problem {
     let example = if address.is_ipv4() {
         "10.0.0.11"
     } else {
@@ -260,7 +260,7 @@ fn unusable(address: IpAddr, what: &str) -> Problem {
 }
 
 /// Why no packet on the network comes from an address, or goes to it alone.
-fn no_source(address: IpAddr) -> Option<&'static str> {
+fn unusable(address: IpAddr) -> Option<&'static str> {
     if address.is_loopback() {
         Some("a loopback address")
     } else if address.is_multicast() {
