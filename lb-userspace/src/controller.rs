@@ -299,6 +299,8 @@ impl Controller {
                         None => backend.address.to_string(),
                     },
                     weight: backend.weight,
+                    max_connections: backend.max_connections,
+                    backup: backend.backup,
                     administrative: match self.model.administrative_of(service, &backend.name) {
                         Administrative::Enabled => "enabled",
                         Administrative::Draining { .. } => "draining",
@@ -317,6 +319,7 @@ impl Controller {
                     bytes_per_second: rate.bytes_per_second,
                 }
             };
+            let healthy_backends = self.model.healthy_backends(service);
             ServiceStatus {
                 name: service.name.clone(),
                 vip: service.vip.to_string(),
@@ -329,6 +332,9 @@ impl Controller {
                 protocol: service.protocol.to_string(),
                 strategy: service.strategy.to_string(),
                 forward: service.forward.to_string(),
+                healthy: healthy_backends >= service.min_healthy,
+                healthy_backends,
+                min_healthy: service.min_healthy,
                 reasons: counters
                     .services
                     .get(&id)

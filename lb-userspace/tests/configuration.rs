@@ -3,15 +3,15 @@
 use std::{
     collections::BTreeSet,
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use proptest::prelude::*;
 use xlb::config::{
-    self, Config, ConfigError, Diagnostics, Forward, HealthCheck, PortRange, Probe, Protocol,
-    Strategy as Spread, XdpMode, raw::KEYS,
+    self, Config, ConfigError, Diagnostics, Forward, HealthCheck, IPIP_SOURCE, NewFlowCap, PortRange, Probe,
+    Protocol, Service, Strategy as Spread, WhenAllDown, XdpMode, raw::KEYS,
 };
 
 /// The smallest that balances something.
@@ -28,6 +28,63 @@ address = "10.0.0.11:8080"
 address = "10.0.0.12:8080"
 "#;
 
+/// Every key but those of the API, each with another value than its default.
+const EVERY_KEY: &str = r#"
+interfaces = ["eth0", "bond0.100"]
+xdp-mode = "native"
+[flow-table]
+size = 1_048_576
+tcp-idle-timeout = "2h 30m"
+udp-idle-timeout = "500ms"
+[hash]
+seed-file = "/var/lib/xlb/seed"
+[ipip]
+source-v4 = "100.64.0.0/10"
+source-v6 = "2001:db8:f::/112"
+[api]
+socket = "/run/other.sock"
+[[service]]
+name = "web"
+vip = "203.0.113.10"
+port = ["8000-8099", 443, 80]
+protocol = "tcp"
+strategy = "ip-hash"
+forward = "full-nat"
+drain-timeout = "0s"
+assign-vip = true
+allow = ["192.0.2.0/24", "198.51.100.7/32"]
+deny = ["192.0.2.128/25", "0.0.0.0/0"]
+new-flow-rate = 100
+new-flow-burst = 250
+new-flow-prefix-v4 = 24
+new-flow-prefix-v6 = 56
+when-all-down = "try-all"
+slow-start = "30s"
+min-healthy = 2
+reset-on-removal = true
+[service.health]
+type = "http"
+path = "/healthz?deep=1"
+host = "www.example.com"
+port = 9000
+interval = "500ms"
+rise = 1
+fall = 5
+[[service.backend]]
+name = "a"
+address = "10.0.0.11"
+weight = 0
+[[service.backend]]
+name = "b"
+address = "10.0.0.12:8080"
+weight = 65535
+max-connections = 4294967295
+[[service.backend]]
+name = "c"
+address = "10.0.0.13"
+backup = true
+"#;
+
 #[test]
 fn ten_lines_are_a_configuration_and_the_rest_is_defaults() {
     let config = parsed(SMALLEST);
@@ -38,6 +95,7 @@ fn ten_lines_are_a_configuration_and_the_rest_is_defaults() {
     assert_eq!(config.flow_table.udp_idle_timeout, Duration::from_secs(60));
     assert_eq!(config.seed_file, Path::new("/etc/xlb/seed"));
     assert_eq!(config.socket, None);
+    assert_eq!(config.ipip_source, IPIP_SOURCE);
     let service = &config.services[0];
     assert_eq!(service.name, "web");
     assert_eq!(service.vip, "203.0.113.10".parse::<IpAddr>().unwrap());
@@ -47,6 +105,20 @@ fn ten_lines_are_a_configuration_and_the_rest_is_defaults() {
     assert_eq!(service.forward, Forward::Nat);
     assert_eq!(service.drain_timeout, Duration::from_secs(60));
     assert!(!service.assign_vip);
+    assert_eq!(
+        (service.allow.as_slice(), service.deny.as_slice()),
+        (&[][..], &[][..])
+    );
+    assert_eq!(service.new_flow_cap, None);
+    assert_eq!(service.when_all_down, WhenAllDown::Reject);
+    assert_eq!((service.slow_start, service.min_healthy), (Duration::ZERO, 1));
+    assert!(!service.reset_on_removal);
+    assert!(
+        service
+            .backends
+            .iter()
+            .all(|backend| backend.max_connections.is_none() && !backend.backup)
+    );
     assert_eq!(
         service.health,
         HealthCheck {
@@ -81,11 +153,11 @@ fn ten_lines_are_a_configuration_and_the_rest_is_defaults() {
 #[test]
 fn defaults_that_are_written_out_change_nothing() {
     let written_out = SMALLEST
-        .replace("interfaces = [\"eth0\"]", "interfaces = [\"eth0\"]\nxdp-mode = \"auto\"\nflow-table = { size = \"auto\", tcp-idle-timeout = \"1h\", udp-idle-timeout = \"60s\" }\nhash.seed-file = \"/etc/xlb/seed\"\napi = {}")
+        .replace("interfaces = [\"eth0\"]", "interfaces = [\"eth0\"]\nxdp-mode = \"auto\"\nflow-table = { size = \"auto\", tcp-idle-timeout = \"1h\", udp-idle-timeout = \"60s\" }\nhash.seed-file = \"/etc/xlb/seed\"\nipip = { source-v4 = \"172.16.0.0/16\", source-v6 = \"100::/96\" }\napi = {}")
         .replace(
             "protocol = \"tcp\"",
             "protocol = \"tcp\"\nstrategy = \"consistent-hash\"\nforward = \"nat\"\ndrain-timeout = \"1m\"\nassign-vip = false\n\
-             allow = [\"0.0.0.0/0\", \"::/0\"]\ndeny = []\nwhen-all-down = \"reject\"\nslow-start = \"0s\"\nmin-healthy = 1\n\
+             allow = [\"0.0.0.0/0\"]\ndeny = []\nwhen-all-down = \"reject\"\nslow-start = \"0s\"\nmin-healthy = 1\nreset-on-removal = false\n\
              health = { type = \"tcp\", interval = \"2s\", timeout = \"1s\", rise = 2, fall = 3 }",
         )
         .replace("address = \"10.0.0.11:8080\"", "address = \"10.0.0.11:8080\"\nweight = 100\nbackup = false");
@@ -94,45 +166,7 @@ fn defaults_that_are_written_out_change_nothing() {
 
 #[test]
 fn every_key_can_say_something_else() {
-    let config = parsed(
-        r#"
-        interfaces = ["eth0", "bond0.100"]
-        xdp-mode = "native"
-        [flow-table]
-        size = 1_048_576
-        tcp-idle-timeout = "2h 30m"
-        udp-idle-timeout = "500ms"
-        [hash]
-        seed-file = "/var/lib/xlb/seed"
-        [api]
-        socket = "/run/other.sock"
-        [[service]]
-        name = "web"
-        vip = "203.0.113.10"
-        port = ["8000-8099", 443, 80]
-        protocol = "tcp"
-        strategy = "ip-hash"
-        forward = "full-nat"
-        drain-timeout = "0s"
-        assign-vip = true
-        [service.health]
-        type = "http"
-        path = "/healthz?deep=1"
-        host = "www.example.com"
-        port = 9000
-        interval = "500ms"
-        rise = 1
-        fall = 5
-        [[service.backend]]
-        name = "a"
-        address = "10.0.0.11"
-        weight = 0
-        [[service.backend]]
-        name = "b"
-        address = "10.0.0.12:8080"
-        weight = 65535
-        "#,
-    );
+    let config = parsed(EVERY_KEY);
     assert_eq!(config.interfaces, ["eth0", "bond0.100"]);
     assert_eq!(config.xdp_mode, XdpMode::Native);
     assert_eq!(config.flow_table.size, Some(1 << 20));
@@ -140,7 +174,39 @@ fn every_key_can_say_something_else() {
     assert_eq!(config.flow_table.udp_idle_timeout, Duration::from_millis(500));
     assert_eq!(config.seed_file, Path::new("/var/lib/xlb/seed"));
     assert_eq!(config.socket.as_deref(), Some(Path::new("/run/other.sock")));
+    let ipip_source = (
+        config.ipip_source.v4.to_string(),
+        config.ipip_source.v6.to_string(),
+    );
+    assert_eq!(
+        ipip_source,
+        ("100.64.0.0/10".to_owned(), "2001:db8:f::/112".to_owned())
+    );
     let service = &config.services[0];
+    let prefixes = |prefixes: &[_]| -> Vec<String> { prefixes.iter().map(ToString::to_string).collect() };
+    assert_eq!(prefixes(&service.allow), ["192.0.2.0/24", "198.51.100.7/32"]);
+    assert_eq!(prefixes(&service.deny), ["192.0.2.128/25", "0.0.0.0/0"]);
+    assert_eq!(
+        service.new_flow_cap,
+        Some(NewFlowCap {
+            rate: 100,
+            burst: 250,
+            prefix_v4: 24,
+            prefix_v6: 56,
+        })
+    );
+    assert_eq!(service.when_all_down, WhenAllDown::TryAll);
+    assert_eq!(
+        (service.slow_start, service.min_healthy),
+        (Duration::from_secs(30), 2)
+    );
+    assert!(service.reset_on_removal);
+    let limits: Vec<_> = service
+        .backends
+        .iter()
+        .map(|backend| (backend.max_connections, backend.backup))
+        .collect();
+    assert_eq!(limits, [(None, false), (Some(u32::MAX), false), (None, true)]);
     let ports: Vec<_> = service
         .ports
         .iter()
@@ -175,6 +241,191 @@ fn every_key_can_say_something_else() {
         (service.backends[1].port, service.backends[1].weight),
         (Some(8080), 65535)
     );
+}
+
+#[test]
+fn every_family_protocol_forward_and_strategy_goes_together() {
+    for (vip, backend) in [("203.0.113.10", "10.0.0.11"), ("2001:db8::10", "2001:db8:1::11")] {
+        for protocol in ["tcp", "udp"] {
+            for forward in ["nat", "full-nat", "dsr", "ipip", "gue", "local"] {
+                for strategy in ["consistent-hash", "ip-hash", "round-robin", "least-connections"] {
+                    let port = if forward == "local" { 8000 } else { 80 };
+                    let address: IpAddr = backend.parse().unwrap();
+                    let address = SocketAddr::new(address, port);
+                    let service = &parsed(&format!(
+                        "interfaces = [\"eth0\"]\n[[service]]\nname = \"s\"\nvip = \"{vip}\"\nport = 80\nassign-vip = true\n\
+                         protocol = \"{protocol}\"\nforward = \"{forward}\"\nstrategy = \"{strategy}\"\n\
+                         [[service.backend]]\naddress = \"{address}\"\n"
+                    ))
+                    .services[0];
+                    assert_eq!(service.protocol.to_string(), protocol);
+                    assert_eq!(service.forward.to_string(), forward);
+                    assert_eq!(service.strategy.to_string(), strategy);
+                    let server = &service.backends[0];
+                    assert_eq!((server.address, server.port), (address.ip(), Some(port)));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ipip_and_gue_reach_backends_of_either_family() {
+    for forward in ["ipip", "gue"] {
+        for vip in ["203.0.113.10", "2001:db8::10"] {
+            let config = parsed(
+                &SMALLEST
+                    .replace("203.0.113.10", vip)
+                    .replace("protocol", &format!("forward = \"{forward}\"\nprotocol"))
+                    .replace("10.0.0.11:8080", "10.0.0.11")
+                    .replace("10.0.0.12:8080", "2001:db8:1::12"),
+            );
+            let families: Vec<bool> = (config.services[0].backends.iter())
+                .map(|backend| backend.address.is_ipv4())
+                .collect();
+            assert_eq!(families, [true, false]);
+        }
+    }
+}
+
+#[test]
+fn ipv6_addresses_have_ports_and_ranges_in_brackets() {
+    let config = parsed(
+        &SMALLEST
+            .replace("203.0.113.10", "2001:db8::10")
+            .replace("10.0.0.11:8080", "[2001:db8::11]:8000-8001")
+            .replace("10.0.0.12:8080", "2001:db8:0::12"),
+    );
+    let service = &config.services[0];
+    assert_eq!(service.vip.to_string(), "2001:db8::10");
+    let backends: Vec<_> = (service.backends.iter())
+        .map(|backend| (backend.name.as_str(), backend.address.to_string(), backend.port))
+        .collect();
+    assert_eq!(
+        backends,
+        [
+            ("[2001:db8::11]:8000", "2001:db8::11".to_owned(), Some(8000)),
+            ("[2001:db8::11]:8001", "2001:db8::11".to_owned(), Some(8001)),
+            ("2001:db8::12", "2001:db8::12".to_owned(), None),
+        ]
+    );
+    let unique_local = SMALLEST
+        .replace("203.0.113.10", "fd00::10")
+        .replace("10.0.0.11:8080", "fd00::11")
+        .replace("10.0.0.12:8080", "[fd00::12]:80");
+    assert_eq!(parsed(&unique_local).services[0].backends[1].port, Some(80));
+}
+
+#[test]
+fn any_is_every_port_however_it_is_written() {
+    for port in ["\"any\"", "[\"any\"]", "\"1-65535\""] {
+        let config = parsed(&SMALLEST.replace("port = 80", &format!("port = {port}")));
+        assert_eq!(config.services[0].ports, [PortRange::ANY], "{port}");
+        assert_eq!(config.services[0].ports[0].to_string(), "any");
+    }
+    let other_protocol = SMALLEST.replace("port = 80", "port = \"any\"")
+        + &SMALLEST
+            .replace("interfaces = [\"eth0\"]", "")
+            .replace("web", "dns")
+            .replace("tcp", "udp");
+    assert_eq!(parsed(&other_protocol).services.len(), 2);
+}
+
+#[test]
+fn all_ports_keep_theirs_where_a_backend_has_none_and_the_probe_says_which_to_ask() {
+    let without_ports = SMALLEST
+        .replace(
+            "port = 80\n",
+            "port = \"any\"\nhealth = { type = \"tcp\", port = 22 }\n",
+        )
+        .replace(":8080", "");
+    let service = &parsed(&without_ports).services[0];
+    assert_eq!(service.backends[0].port, None);
+    assert_eq!(service.health.probe, Probe::Tcp { port: Some(22) });
+    let unprobed = without_ports.replace("{ type = \"tcp\", port = 22 }", "{ type = \"none\" }");
+    assert_eq!(parsed(&unprobed).services[0].health.probe, Probe::None);
+    parsed(&unprobed.replace(
+        "health = { type = \"none\" }\nprotocol = \"tcp\"",
+        "protocol = \"udp\"",
+    ));
+}
+
+#[test]
+fn a_port_that_is_the_services_is_no_change_of_it() {
+    for forward in ["dsr", "ipip", "gue"] {
+        let text = SMALLEST
+            .replace("protocol", &format!("forward = \"{forward}\"\nprotocol"))
+            .replace("10.0.0.11:8080", "10.0.0.11:80")
+            .replace("10.0.0.12:8080", "10.0.0.12:80-80");
+        let ports: Vec<_> = (parsed(&text).services[0].backends.iter())
+            .map(|backend| backend.port)
+            .collect();
+        assert_eq!(ports, [Some(80), Some(80)]);
+    }
+}
+
+#[test]
+fn local_reaches_processes_on_the_vip_on_loopback_and_on_other_addresses() {
+    let local = SMALLEST.replace("protocol", "forward = \"local\"\nprotocol");
+    for (vip, own, loopback) in [
+        ("203.0.113.10", "203.0.113.10", "127.0.0.1"),
+        ("2001:db8::10", "[2001:db8::10]", "[::1]"),
+    ] {
+        let text = local
+            .replace("203.0.113.10", vip)
+            .replace("10.0.0.11:8080", &format!("{own}:8000-8003"))
+            .replace("10.0.0.12", loopback);
+        let backends = &parsed(&text).services[0].backends;
+        assert_eq!(backends.len(), 5);
+        assert_eq!(backends[0].address, parsed(&text).services[0].vip);
+        assert!(backends[4].address.is_loopback());
+    }
+    // Two clusters of processes behind one VIP.
+    let other = local
+        .replace("interfaces = [\"eth0\"]", "")
+        .replace("web", "api")
+        .replace("port = 80\n", "port = 81\n");
+    parsed(&(local + &other).replace("10.0.0.1", "203.0.113.1"));
+}
+
+#[test]
+fn the_whole_family_in_allow_is_no_filter_unless_a_longer_prefix_depends_on_it() {
+    let with = |lists: &str| {
+        let text = SMALLEST.replace("port = 80\n", &format!("port = 80\n{lists}\n"));
+        parsed(&text).services.remove(0)
+    };
+    assert_eq!(with("allow = [\"0.0.0.0/0\"]"), parsed(SMALLEST).services[0]);
+    let Service { allow, deny, .. } = with("allow = [\"0.0.0.0/0\"]\ndeny = [\"10.0.0.0/8\"]");
+    assert_eq!((allow.len(), deny.len()), (0, 1));
+    let Service { allow, deny, .. } =
+        with("allow = [\"0.0.0.0/0\", \"10.1.0.0/16\"]\ndeny = [\"10.0.0.0/8\"]");
+    assert_eq!((allow.len(), deny.len()), (2, 1));
+}
+
+#[test]
+fn the_burst_of_new_flows_is_the_rate_unless_it_is_given() {
+    let capped = SMALLEST.replace("port = 80\n", "port = 80\nnew-flow-rate = 50\n");
+    assert_eq!(
+        parsed(&capped).services[0].new_flow_cap,
+        Some(NewFlowCap {
+            rate: 50,
+            burst: 50,
+            prefix_v4: 32,
+            prefix_v6: 64,
+        })
+    );
+}
+
+#[test]
+fn each_server_of_a_range_has_the_limit_and_the_role_of_its_entry() {
+    let text = SMALLEST.replace(
+        "address = \"10.0.0.12:8080\"",
+        "address = \"10.0.0.12:8000-8001\"\nmax-connections = 15\nbackup = true",
+    );
+    let limits: Vec<_> = (parsed(&text).services[0].backends.iter())
+        .map(|backend| (backend.max_connections, backend.backup))
+        .collect();
+    assert_eq!(limits, [(None, false), (Some(15), true), (Some(15), true)]);
 }
 
 #[test]
@@ -372,11 +623,35 @@ fn more_than_the_maps_hold_is_told_where_it_begins() {
         (2 + 1024 * 7, "more than 1024 services")
     );
 
-    parsed(&many(1, "\"1-65535\"", ""));
-    let told = rejected(&many(2, "\"1-65535\"", "")).located();
+    // "any" is one key, whatever it stands for.
+    parsed(&many(1024, "\"any\"", ":80"));
+    parsed(&many(1, "[\"1-40000\", \"40001-65535\"]", ""));
+    let told = rejected(&many(2, "\"1-65534\"", "")).located();
     assert_eq!(
         (told[0].line, told[0].message.as_str()),
         (2 + 7 + 3, "more than 65536 ports of all services together")
+    );
+
+    let prefixes = |count: u32| -> String {
+        (0..count)
+            .map(|index| format!("\"10.{}.{}.{}/32\",", index >> 16, index >> 8 & 255, index & 255))
+            .collect()
+    };
+    let filtered = |count: u32| {
+        let lists = format!(
+            "port = 80\nallow = [\"0.0.0.0/0\"]\ndeny = [{}]\n",
+            prefixes(count)
+        );
+        SMALLEST.replace("port = 80\n", &lists)
+    };
+    assert_eq!(parsed(&filtered(65_535)).services[0].deny.len(), 65_535);
+    let told = rejected(&filtered(65_536)).located();
+    assert_eq!(
+        (told[0].line, told[0].message.as_str()),
+        (
+            8,
+            "more than 65536 prefixes in `allow` and `deny` of all services together"
+        )
     );
 
     parsed(&many(1, "80", ":1-16383"));
@@ -445,14 +720,29 @@ fn files_that_cannot_be_read_are_told_apart() {
 }
 
 #[test]
-fn every_example_parses() {
-    let files = files(&here("../examples"), "toml");
-    assert!(!files.is_empty());
-    for file in files {
-        if let Err(error) = config::load(&file) {
-            panic!("{}", error.render(false));
+fn every_example_parses_and_together_they_show_every_strategy_and_forward() {
+    let mut shown = BTreeSet::new();
+    for file in files(&here("../examples"), "toml") {
+        let config = config::load(&file).unwrap_or_else(|error| panic!("{}", error.render(false)));
+        for service in config.services {
+            shown.insert(service.strategy.to_string());
+            shown.insert(service.forward.to_string());
         }
     }
+    let mut all = [
+        "consistent-hash",
+        "ip-hash",
+        "round-robin",
+        "least-connections",
+        "nat",
+        "full-nat",
+        "dsr",
+        "ipip",
+        "gue",
+        "local",
+    ];
+    all.sort_unstable();
+    assert!(shown.iter().eq(all.iter()), "the examples show {shown:?}");
 }
 
 #[test]
@@ -490,7 +780,16 @@ fn the_documentation_has_exactly_the_keys_that_there_are() {
         })
         // The keys that hold other tables are headers.
         .filter(|(_, key)| {
-            !["flow-table", "hash", "api", "service", "health", "backend"].contains(&key.as_str())
+            ![
+                "flow-table",
+                "hash",
+                "ipip",
+                "api",
+                "service",
+                "health",
+                "backend",
+            ]
+            .contains(&key.as_str())
         })
         .collect();
     assert_eq!(documented, known);
@@ -509,9 +808,10 @@ proptest! {
 
     #[test]
     fn no_mutation_of_a_valid_configuration_makes_it_panic(
+        text in prop::sample::select(vec![SMALLEST, EVERY_KEY]),
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3), 1..8),
     ) {
-        let mut bytes = SMALLEST.as_bytes().to_vec();
+        let mut bytes = text.as_bytes().to_vec();
         for (place, byte, change) in changes {
             if bytes.is_empty() {
                 break;
@@ -538,6 +838,69 @@ proptest! {
             _ => "",
         };
         never_panics(format!("{prefix}{}\n{key} = {value}\n", table.header).as_bytes());
+    }
+
+    #[test]
+    fn a_backend_is_accepted_exactly_where_its_family_and_port_can_be_reached(
+        forward in prop::sample::select(vec!["nat", "full-nat", "dsr", "ipip", "gue", "local"]),
+        (vip_is_v4, backend_is_v4) in any::<(bool, bool)>(),
+        ports in prop::sample::select(vec![("80", vec![80]), ("[80, 443]", vec![80, 443]), ("\"any\"", vec![80, 443, 8000])]),
+        port in prop::sample::select(vec![None, Some(80), Some(443), Some(8000)]),
+    ) {
+        let (written, ports) = ports;
+        let vip = if vip_is_v4 { "203.0.113.10" } else { "2001:db8::10" };
+        let address: IpAddr = if backend_is_v4 { "10.0.0.11" } else { "2001:db8:1::11" }.parse().unwrap();
+        let address = port.map_or_else(|| address.to_string(), |port| SocketAddr::new(address, port).to_string());
+        let text = format!(
+            "interfaces = [\"eth0\"]\n[[service]]\nname = \"s\"\nvip = \"{vip}\"\nport = {written}\nprotocol = \"udp\"\n\
+             forward = \"{forward}\"\n[[service.backend]]\naddress = \"{address}\"\n"
+        );
+        let family = vip_is_v4 == backend_is_v4 || ["ipip", "gue"].contains(&forward);
+        let unreached = match (forward, port) {
+            ("nat" | "full-nat", _) => 0,
+            // Two mistakes: no port for the process, and none left for it.
+            ("local", port) if written.contains("any") => 1 + usize::from(port.is_none()),
+            ("local", port) => usize::from(port.is_none_or(|port| ports.contains(&port))),
+            (_, port) => usize::from(port.is_some_and(|port| ports != [port])),
+        };
+        let told = config::parse(&text, "xlb.toml").map_or_else(|told| told.found().len(), |_| 0);
+        prop_assert_eq!(told, usize::from(!family) + unreached, "{}", text);
+    }
+
+    #[test]
+    fn a_prefix_has_nothing_beyond_its_length_or_the_help_names_one_that_has_not(
+        words: (u32, u128),
+        is_v4: bool,
+        length in any::<prop::sample::Index>(),
+        list in prop::sample::select(vec!["allow", "deny"]),
+    ) {
+        let (vip, prefix, network) = if is_v4 {
+            let length = length.index(33);
+            let network = words.0 & u32::MAX.checked_shl(32 - length as u32).unwrap_or(0);
+            let text = |word: u32| format!("{}/{length}", Ipv4Addr::from(word));
+            ("203.0.113.10", text(words.0), text(network))
+        } else {
+            let length = length.index(129);
+            let network = words.1 & u128::MAX.checked_shl(128 - length as u32).unwrap_or(0);
+            let text = |word: u128| format!("{}/{length}", Ipv6Addr::from(word));
+            ("2001:db8::10", text(words.1), text(network))
+        };
+        let text = |prefix: &str| {
+            SMALLEST
+                .replace("203.0.113.10", vip)
+                .replace("10.0.0.11:8080", if is_v4 { "10.0.0.11" } else { "2001:db8::11" })
+                .replace("10.0.0.12:8080", if is_v4 { "10.0.0.12" } else { "2001:db8::12" })
+                .replace("port = 80\n", &format!("port = 80\n{list} = [\"{prefix}\"]\n"))
+        };
+        prop_assert!(config::parse(&text(&network), "xlb.toml").is_ok());
+        match config::parse(&text(&prefix), "xlb.toml") {
+            Ok(_) => prop_assert_eq!(prefix, network),
+            Err(told) => {
+                prop_assert_ne!(&prefix, &network);
+                prop_assert_eq!(told.found().len(), 1);
+                prop_assert!(told.found()[0].help.contains(&format!("\"{network}\"")), "{}", told);
+            }
+        }
     }
 
     #[test]

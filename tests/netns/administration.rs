@@ -184,3 +184,28 @@ fn without_a_daemon_its_commands_exit_with_69() {
     daemon.kill();
     unreachable(&daemon);
 }
+
+#[test]
+fn a_service_is_healthy_while_it_has_its_min_healthy_backends() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure(&INTERFACES, &[web().with("min-healthy", 2)]);
+    daemon.start_up();
+    let health = || {
+        let service = &daemon.status().services[0];
+        (service.healthy, service.healthy_backends, service.min_healthy)
+    };
+    assert_eq!(health(), (true, 3, 2));
+    daemon.done(&["drain", "web", "a"]);
+    assert_eq!(health(), (true, 2, 2));
+    daemon.done(&["disable", "web", "b"]);
+    assert_eq!(health(), (false, 1, 2));
+    let table = daemon.done(&["status"]);
+    assert!(
+        table.contains("web tcp 203.0.113.10:80 consistent-hash nat not healthy (1 of at least 2 backends)"),
+        "{table}"
+    );
+    daemon.done(&["enable", "web", "b"]);
+    assert_eq!(health(), (true, 2, 2));
+}

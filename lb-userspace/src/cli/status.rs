@@ -97,10 +97,17 @@ fn service_table(service: &ServiceStatus) -> String {
             backend.name.clone(),
             backend.address.clone(),
             health.to_owned(),
-            backend.administrative.clone(),
+            if backend.backup {
+                format!("{}, backup", backend.administrative)
+            } else {
+                backend.administrative.clone()
+            },
             backend.weight.to_string(),
             format!("{:.1} %", backend.share * 100.0),
-            backend.flows.to_string(),
+            match backend.max_connections {
+                Some(most) => format!("{} of {most}", backend.flows),
+                None => backend.flows.to_string(),
+            },
             format!("{:.0}", backend.packets_per_second),
             format!("{:.0}", backend.bytes_per_second),
         ]);
@@ -123,8 +130,140 @@ fn service_table(service: &ServiceStatus) -> String {
     } else {
         format!("\n  packets: {}", reasons.join(", "))
     };
+    let vip = if service.vip.contains(':') {
+        format!("[{}]", service.vip)
+    } else {
+        service.vip.clone()
+    };
+    let healthy = if service.healthy {
+        "healthy".to_owned()
+    } else {
+        format!(
+            "not healthy ({} of at least {} backends)",
+            service.healthy_backends, service.min_healthy
+        )
+    };
     format!(
-        "{} {} {}:{} {} {}\n{table}{notes}{counted}",
-        service.name, service.protocol, service.vip, service.port, service.strategy, service.forward
+        "{} {} {vip}:{} {} {} {healthy}\n{table}{notes}{counted}",
+        service.name, service.protocol, service.port, service.strategy, service.forward
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::observe::status::BackendStatus;
+
+    fn backend(name: &str, health: Health) -> BackendStatus {
+        BackendStatus {
+            name: name.to_owned(),
+            address: "[2001:db8::11]:8080".to_owned(),
+            weight: 100,
+            max_connections: None,
+            backup: false,
+            administrative: "enabled".to_owned(),
+            health,
+            probe: Some("connection refused".to_owned()),
+            next_hop_problem: None,
+            share: 0.5,
+            flows: 7,
+            flows_total: 9,
+            forwarded: Traffic::default(),
+            returned: Traffic::default(),
+            packets_per_second: 0.0,
+            bytes_per_second: 0.0,
+        }
+    }
+
+    fn service() -> ServiceStatus {
+        ServiceStatus {
+            name: "web".to_owned(),
+            vip: "203.0.113.10".to_owned(),
+            port: "80,443".to_owned(),
+            protocol: "tcp".to_owned(),
+            strategy: "round-robin".to_owned(),
+            forward: "gue".to_owned(),
+            healthy: true,
+            healthy_backends: 2,
+            min_healthy: 2,
+            reasons: BTreeMap::new(),
+            backends: vec![
+                backend("a", Health::Up),
+                BackendStatus {
+                    backup: true,
+                    max_connections: Some(15),
+                    ..backend("b", Health::Down)
+                },
+            ],
+        }
+    }
+
+    #[test]
+    fn a_service_is_told_with_its_health_and_the_limits_and_roles_of_its_backends() {
+        let text = service_table(&service());
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        assert_eq!(lines[0], "web tcp 203.0.113.10:80,443 round-robin gue healthy");
+        let cells = |line: &str| -> Vec<String> {
+            line.split("  ")
+                .filter(|cell| !cell.is_empty())
+                .map(|cell| cell.trim().to_owned())
+                .collect()
+        };
+        assert_eq!(
+            cells(lines[2]),
+            [
+                "a",
+                "[2001:db8::11]:8080",
+                "up",
+                "enabled",
+                "100",
+                "50.0 %",
+                "7",
+                "0",
+                "0"
+            ]
+        );
+        assert_eq!(
+            cells(lines[3]),
+            [
+                "b",
+                "[2001:db8::11]:8080",
+                "down",
+                "enabled, backup",
+                "100",
+                "50.0 %",
+                "7 of 15",
+                "0",
+                "0"
+            ]
+        );
+        assert_eq!(lines[4], "b: connection refused");
+    }
+
+    #[test]
+    fn a_service_with_too_few_backends_says_how_many_it_has_and_needs() {
+        let service = ServiceStatus {
+            vip: "2001:db8::10".to_owned(),
+            port: "any".to_owned(),
+            healthy: false,
+            healthy_backends: 1,
+            ..service()
+        };
+        assert!(service_table(&service).starts_with(
+            "web tcp [2001:db8::10]:any round-robin gue not healthy (1 of at least 2 backends)\n"
+        ));
+    }
+
+    #[test]
+    fn programs_see_the_limits_the_roles_and_the_health_of_the_service() {
+        let json = serde_json::to_value(service()).unwrap();
+        assert_eq!(json["healthy"], true);
+        assert_eq!(json["healthy_backends"], 2);
+        assert_eq!(json["min_healthy"], 2);
+        assert_eq!(json["backends"][0]["max_connections"], serde_json::Value::Null);
+        assert_eq!(json["backends"][1]["max_connections"], 15);
+        assert_eq!(json["backends"][1]["backup"], true);
+    }
 }

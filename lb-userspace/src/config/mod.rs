@@ -16,7 +16,7 @@ use std::{
 
 pub use diagnostic::{Diagnostic, Diagnostics};
 pub use validated::*;
-pub use values::unusable;
+pub use values::addresses::unusable;
 
 /// Where the configuration is unless `-c` names another file.
 pub const DEFAULT_PATH: &str = "/etc/xlb/xlb.toml";

@@ -4,6 +4,7 @@
 
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -11,7 +12,7 @@ use toml::{
 
 use super::{
     diagnostic::{Diagnostic, Span},
-    validated::{Forward, PortRange, Protocol, Strategy, XdpMode},
+    validated::{Forward, PortRange, Protocol, Strategy, WhenAllDown, XdpMode},
     values::{self, BackendAddress, FlowTableSize, Parsed, ProbeType, kind, nearest, quoted},
 };
 
@@ -24,11 +25,19 @@ pub struct TableKeys {
 }
 
 /// Every table and key that there is, also those that are not built yet.
-pub const KEYS: &[&TableKeys] = &[&TOP, &FLOW_TABLE, &HASH, &API, &SERVICE, &HEALTH, &BACKEND];
+pub const KEYS: &[&TableKeys] = &[&TOP, &FLOW_TABLE, &HASH, &IPIP, &API, &SERVICE, &HEALTH, &BACKEND];
 
 const TOP: TableKeys = TableKeys {
     header: "",
-    keys: &["interfaces", "xdp-mode", "flow-table", "hash", "api", "service"],
+    keys: &[
+        "interfaces",
+        "xdp-mode",
+        "flow-table",
+        "hash",
+        "ipip",
+        "api",
+        "service",
+    ],
 };
 const FLOW_TABLE: TableKeys = TableKeys {
     header: "[flow-table]",
@@ -37,6 +46,10 @@ const FLOW_TABLE: TableKeys = TableKeys {
 const HASH: TableKeys = TableKeys {
     header: "[hash]",
     keys: &["seed-file"],
+};
+const IPIP: TableKeys = TableKeys {
+    header: "[ipip]",
+    keys: &["source-v4", "source-v6"],
 };
 const API: TableKeys = TableKeys {
     header: "[api]",
@@ -55,9 +68,14 @@ const SERVICE: TableKeys = TableKeys {
         "assign-vip",
         "allow",
         "deny",
+        "new-flow-rate",
+        "new-flow-burst",
+        "new-flow-prefix-v4",
+        "new-flow-prefix-v6",
         "when-all-down",
         "slow-start",
         "min-healthy",
+        "reset-on-removal",
         "health",
         "backend",
     ],
@@ -89,6 +107,10 @@ pub(super) enum Field<T> {
 }
 
 impl<T: Clone> Field<T> {
+    pub(super) fn span(&self) -> Option<Span> {
+        self.given().map(Spanned::span)
+    }
+
     pub(super) fn given(&self) -> Option<&Spanned<T>> {
         match self {
             Self::Given(value) => Some(value),
@@ -128,6 +150,8 @@ pub(super) struct RawConfig {
     pub(super) tcp_idle_timeout: Field<Duration>,
     pub(super) udp_idle_timeout: Field<Duration>,
     pub(super) seed_file: Field<PathBuf>,
+    pub(super) ipip_source_v4: Field<Ipv4Net>,
+    pub(super) ipip_source_v6: Field<Ipv6Net>,
     pub(super) socket: Field<PathBuf>,
     pub(super) services: Vec<RawService>,
 }
@@ -144,6 +168,16 @@ pub(super) struct RawService {
     pub(super) forward: Field<Forward>,
     pub(super) drain_timeout: Field<Duration>,
     pub(super) assign_vip: Field<bool>,
+    pub(super) allow: Field<Vec<Spanned<IpNet>>>,
+    pub(super) deny: Field<Vec<Spanned<IpNet>>>,
+    pub(super) new_flow_rate: Field<u32>,
+    pub(super) new_flow_burst: Field<u32>,
+    pub(super) new_flow_prefix_v4: Field<u8>,
+    pub(super) new_flow_prefix_v6: Field<u8>,
+    pub(super) when_all_down: Field<WhenAllDown>,
+    pub(super) slow_start: Field<Duration>,
+    pub(super) min_healthy: Field<u32>,
+    pub(super) reset_on_removal: Field<bool>,
     pub(super) health: Option<RawHealth>,
     pub(super) backends: Vec<RawBackend>,
 }
@@ -165,6 +199,8 @@ pub(super) struct RawBackend {
     pub(super) name: Field<String>,
     pub(super) address: Field<BackendAddress>,
     pub(super) weight: Field<u32>,
+    pub(super) max_connections: Field<u32>,
+    pub(super) backup: Field<bool>,
 }
 
 /// Reads the whole document; what is wrong with single values is added to `found`.
@@ -188,6 +224,11 @@ pub(super) fn read(document: &Spanned<DeTable<'_>>, found: &mut Vec<Diagnostic>)
     if let Some(mut table) = top.table("hash", &HASH) {
         seed_file = table.field("seed-file", |value| values::file(value, "/etc/xlb/seed"));
     }
+    let (mut ipip_source_v4, mut ipip_source_v6) = (Field::Absent, Field::Absent);
+    if let Some(mut table) = top.table("ipip", &IPIP) {
+        ipip_source_v4 = table.field("source-v4", values::ipip_source_v4);
+        ipip_source_v6 = table.field("source-v6", values::ipip_source_v6);
+    }
     let mut socket = Field::Absent;
     if let Some(mut table) = top.table("api", &API) {
         socket = table.field("socket", values::socket);
@@ -201,6 +242,8 @@ pub(super) fn read(document: &Spanned<DeTable<'_>>, found: &mut Vec<Diagnostic>)
         tcp_idle_timeout,
         udp_idle_timeout,
         seed_file,
+        ipip_source_v4,
+        ipip_source_v6,
         socket,
         services: top.tables("service", &SERVICE, service),
     }
@@ -226,14 +269,10 @@ fn service(mut table: Table<'_, '_>) -> RawService {
     if table.has("allow") {
         table.require(
             "allow",
-            "the prefix of all addresses, allow = [\"0.0.0.0/0\"], or leave the key out",
+            "the prefixes that may use the service, such as allow = [\"192.0.2.0/24\"], or leave the key out, which \
+             allows all",
         );
-        table.list("allow", values::allow);
     }
-    table.list("deny", values::deny);
-    table.field("when-all-down", values::when_all_down);
-    table.field("slow-start", values::slow_start);
-    table.field("min-healthy", values::min_healthy);
     RawService {
         span: table.span.clone(),
         name,
@@ -244,6 +283,16 @@ fn service(mut table: Table<'_, '_>) -> RawService {
         forward: table.field("forward", values::forward),
         drain_timeout: table.field("drain-timeout", values::duration(Duration::ZERO)),
         assign_vip: table.field("assign-vip", values::boolean),
+        allow: table.list("allow", values::source_prefix),
+        deny: table.list("deny", values::source_prefix),
+        new_flow_rate: table.field("new-flow-rate", values::new_flows),
+        new_flow_burst: table.field("new-flow-burst", values::new_flows),
+        new_flow_prefix_v4: table.field("new-flow-prefix-v4", values::source_length(32)),
+        new_flow_prefix_v6: table.field("new-flow-prefix-v6", values::source_length(128)),
+        when_all_down: table.field("when-all-down", values::when_all_down),
+        slow_start: table.field("slow-start", values::duration(Duration::ZERO)),
+        min_healthy: table.field("min-healthy", values::min_healthy),
+        reset_on_removal: table.field("reset-on-removal", values::boolean),
         health: table.table("health", &HEALTH).map(health),
         backends: {
             table.require(
@@ -279,12 +328,12 @@ fn backend(mut table: Table<'_, '_>) -> RawBackend {
         "the server's address, such as address = \"10.0.0.11:8080\"",
         |table| table.field("address", values::backend_address),
     );
-    table.field("max-connections", values::max_connections);
-    table.field("backup", values::backup);
     RawBackend {
         name: table.field("name", values::name),
         address,
         weight: table.field("weight", values::weight),
+        max_connections: table.field("max-connections", values::max_connections),
+        backup: table.field("backup", values::boolean),
     }
 }
 

@@ -1,23 +1,23 @@
 //! From what is written to a [`Config`]: what single values cannot show, and the defaults.
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    net::IpAddr,
-    path::PathBuf,
-    time::Duration,
-};
+mod backends;
+mod capacity;
+mod filters;
+mod forwards;
+mod ports;
 
-use lb_common::abi::{MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES};
+use std::{collections::HashMap, path::PathBuf, time::Duration};
+
 use toml::Spanned;
 
 use super::{
     diagnostic::{Diagnostic, Span},
-    raw::{Field, RawBackend, RawConfig, RawHealth, RawService},
+    raw::{RawConfig, RawHealth, RawService},
     validated::{
-        Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, PortRange, Probe, Protocol, Service,
-        Strategy, WhenAllDown,
+        Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, IpipSource, PortRange, Probe,
+        Protocol, Service, Strategy, WhenAllDown,
     },
-    values::{self, BackendPorts, FlowTableSize, ProbeType},
+    values::{FlowTableSize, ProbeType},
 };
 
 const TCP_IDLE_TIMEOUT: Duration = Duration::from_secs(60 * 60);
@@ -29,16 +29,16 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 const RISE: u32 = 2;
 const FALL: u32 = 3;
 const REQUEST_PATH: &str = "/";
-const WEIGHT: u32 = 100;
+const MIN_HEALTHY: u32 = 1;
 
 /// The configuration, unless something in it is wrong; everything that is wrong is added to `found`.
 pub(super) fn validate(raw: &RawConfig, found: &mut Vec<Diagnostic>) -> Option<Config> {
     unique_interfaces(raw, found);
     unique_service_names(&raw.services, found);
-    ports_within_service(&raw.services, found);
-    services_apart(&raw.services, found);
-    vips_are_no_backends(&raw.services, found);
-    if !within_capacity(&raw.services, found) {
+    ports::each_given_once(&raw.services, found);
+    ports::services_apart(&raw.services, found);
+    forwards::vips_are_no_backends(&raw.services, found);
+    if !capacity::suffices(&raw.services, found) {
         return None;
     }
     let services: Vec<Option<Service>> = raw.services.iter().map(|raw| service(raw, found)).collect();
@@ -55,15 +55,19 @@ pub(super) fn validate(raw: &RawConfig, found: &mut Vec<Diagnostic>) -> Option<C
         },
         seed_file: raw.seed_file.or(PathBuf::from(SEED_FILE))?,
         socket: raw.socket.optional()?,
-        ipip_source: IPIP_SOURCE,
+        ipip_source: IpipSource {
+            v4: raw.ipip_source_v4.or(IPIP_SOURCE.v4)?,
+            v6: raw.ipip_source_v6.or(IPIP_SOURCE.v6)?,
+        },
         services: services.into_iter().collect::<Option<_>>()?,
     })
 }
 
 fn service(raw: &RawService, found: &mut Vec<Diagnostic>) -> Option<Service> {
-    address_families(raw, found);
-    weights_not_all_zero(raw, found);
-    let backends = backends(raw, found);
+    forwards::reach_every_backend(raw, found);
+    reset_on_removal_is_for_tcp(raw, found);
+    let (filters, new_flow_cap) = (filters::sources(raw, found), filters::new_flow_cap(raw, found));
+    let backends = backends::all(raw, found);
     let health = match (&raw.health, raw.protocol.value()) {
         (Some(health), _) => health_check(health, found),
         (None, Some(protocol)) => Some(default_health_check(protocol)),
@@ -71,6 +75,10 @@ fn service(raw: &RawService, found: &mut Vec<Diagnostic>) -> Option<Service> {
     };
     let mut ports = unspanned(raw.ports.value()?);
     ports.sort_unstable();
+    if let (Some(health), Some(backends)) = (&health, &backends) {
+        probes_have_a_port(raw, &ports, &health.probe, backends, found);
+    }
+    let (allow, deny) = filters?;
     Some(Service {
         name: raw.name.value()?,
         vip: raw.vip.value()?,
@@ -80,159 +88,55 @@ fn service(raw: &RawService, found: &mut Vec<Diagnostic>) -> Option<Service> {
         forward: raw.forward.or(Forward::Nat)?,
         drain_timeout: raw.drain_timeout.or(DRAIN_TIMEOUT)?,
         assign_vip: raw.assign_vip.or(false)?,
-        allow: Vec::new(),
-        deny: Vec::new(),
-        new_flow_cap: None,
-        when_all_down: WhenAllDown::Reject,
-        slow_start: Duration::ZERO,
-        min_healthy: 1,
-        reset_on_removal: false,
+        allow,
+        deny,
+        new_flow_cap: new_flow_cap?,
+        when_all_down: raw.when_all_down.or(WhenAllDown::Reject)?,
+        slow_start: raw.slow_start.or(Duration::ZERO)?,
+        min_healthy: raw.min_healthy.or(MIN_HEALTHY)?,
+        reset_on_removal: raw.reset_on_removal.or(false)?,
         health: health?,
         backends: backends?,
     })
 }
 
-/// All servers of a service: an entry with a range of ports is one for each.
-fn backends(raw: &RawService, found: &mut Vec<Diagnostic>) -> Option<Vec<Backend>> {
-    let mut backends = Some(Vec::new());
-    let mut places = BackendPlaces::default();
-    for entry in &raw.backends {
-        let servers = servers(entry, found);
-        if let Some(diagnostic) = places.clash(entry, servers.as_deref().unwrap_or_default(), raw) {
-            found.push(diagnostic);
-        }
-        backends = backends.zip(servers).map(|(mut all, servers)| {
-            all.extend(servers);
-            all
-        });
-    }
-    backends
-}
-
-/// The servers of one entry.
-fn servers(entry: &RawBackend, found: &mut Vec<Diagnostic>) -> Option<Vec<Backend>> {
-    let address = entry.address.value()?;
-    // What is wrong was told; with something in its place the rest of the entry is checked all the same.
-    let weight = entry.weight.or(WEIGHT).unwrap_or(WEIGHT);
-    let name = entry.name.value();
-    let server = |name: String, port: Option<u16>| Backend {
-        name,
-        address: address.address,
-        port,
-        weight,
-        max_connections: None,
-        backup: false,
+/// UDP has nothing that would end a flow at its client.
+fn reset_on_removal_is_for_tcp(raw: &RawService, found: &mut Vec<Diagnostic>) {
+    let (Some(reset), Some(protocol)) = (raw.reset_on_removal.given(), raw.protocol.given()) else {
+        return;
     };
-    let derived = |port: Option<u16>| match port {
-        None => address.address.to_string(),
-        Some(port) => std::net::SocketAddr::new(address.address, port).to_string(),
-    };
-    let range = match address.ports {
-        None => return Some(vec![server(name.unwrap_or_else(|| derived(None)), None)]),
-        Some(BackendPorts::One(port)) => {
-            return Some(vec![server(
-                name.unwrap_or_else(|| derived(Some(port))),
-                Some(port),
-            )]);
-        }
-        Some(BackendPorts::Each(range)) => range,
-    };
-    let Some(name) = name else {
-        let ports = range.first..=range.last;
-        return Some(
-            ports
-                .map(|port| server(derived(Some(port)), Some(port)))
-                .collect(),
+    if *reset.get_ref() && *protocol.get_ref() == Protocol::Udp {
+        found.push(
+            Diagnostic::new(
+                reset.span(),
+                "`reset-on-removal` is for tcp: a udp flow has no reset",
+                "remove it: udp flows of a backend that is removed move to another one at once",
+            )
+            .with_related(protocol.span(), "the protocol"),
         );
-    };
-    (range.first..=range.last)
-        .map(|port| Ok(server(values::name_with_port(&name, port)?, Some(port))))
-        .collect::<Result<_, values::Problem>>()
-        .map_err(|problem| {
-            found.push(Diagnostic::new(name_span(entry), problem.message, problem.help));
-        })
-        .ok()
-}
-
-/// Where the names and addresses of a service's backends were first given.
-#[derive(Default)]
-struct BackendPlaces {
-    names: HashMap<String, Span>,
-    addresses: HashMap<(IpAddr, Option<u16>), Span>,
-    /// By address alone, to compare those with a port to those without.
-    with_port: HashMap<IpAddr, Vec<(u16, Span)>>,
-}
-
-impl BackendPlaces {
-    /// Remembers the servers of an entry and tells the first that was there before.
-    fn clash(&mut self, entry: &RawBackend, servers: &[Backend], service: &RawService) -> Option<Diagnostic> {
-        let address_span = entry.address.given()?.span();
-        let mut clash = None;
-        for server in servers {
-            if let Some((first, port)) = self.same_server(server, service) {
-                clash.get_or_insert_with(|| {
-                    let what = match port {
-                        Some(port) => format!("{} port {port}", server.address),
-                        None => server.address.to_string(),
-                    };
-                    Diagnostic::new(
-                        address_span.clone(),
-                        format!("{what} is already a backend of this service"),
-                        "write another address or port, or remove one of the two; `weight` gives a backend a larger \
-                         share",
-                    )
-                    .with_related(first, "first given here")
-                });
-            } else if let Some(first) = self.names.get(&server.name) {
-                clash.get_or_insert_with(|| {
-                    Diagnostic::new(
-                        name_span(entry),
-                        format!(
-                            "the name \"{}\" is already that of a backend of this service",
-                            server.name
-                        ),
-                        "write another name: commands and metrics tell backends apart by it",
-                    )
-                    .with_related(first.clone(), "first given here")
-                });
-            }
-        }
-        for server in servers {
-            self.names.entry(server.name.clone()).or_insert(name_span(entry));
-            self.addresses
-                .entry((server.address, server.port))
-                .or_insert(address_span.clone());
-            if let Some(port) = server.port {
-                let ports = self.with_port.entry(server.address).or_default();
-                ports.push((port, address_span.clone()));
-            }
-        }
-        clash
     }
+}
 
-    /// Where a backend was given that some connections would reach at the same address and port, and that port.
-    fn same_server(&self, server: &Backend, service: &RawService) -> Option<(Span, Option<u16>)> {
-        if let Some(first) = self.addresses.get(&(server.address, server.port)) {
-            return Some((first.clone(), server.port));
-        }
-        let of_service = |port: u16| {
-            let ports = service.ports.given()?.get_ref();
-            ports
-                .iter()
-                .any(|range| (range.get_ref().first..=range.get_ref().last).contains(&port))
-                .then_some(port)
-        };
-        match server.port {
-            Some(port) => {
-                let first = self.addresses.get(&(server.address, None))?;
-                Some((first.clone(), Some(of_service(port)?)))
-            }
-            None => self
-                .with_port
-                .get(&server.address)?
-                .iter()
-                .find_map(|(port, first)| Some((first.clone(), Some(of_service(*port)?)))),
-        }
+/// A probe of a backend that has no port goes to the first of the service's, but "any" has none that is meant.
+fn probes_have_a_port(
+    raw: &RawService,
+    ports: &[PortRange],
+    probe: &Probe,
+    backends: &[Backend],
+    found: &mut Vec<Diagnostic>,
+) {
+    let needs_port = match probe {
+        Probe::None => false,
+        Probe::Tcp { port } | Probe::Http { port, .. } => port.is_none(),
+    };
+    let without_port = backends.iter().any(|backend| backend.port.is_none());
+    if let (true, true, [PortRange::ANY], Some(span)) = (needs_port, without_port, ports, raw.ports.span()) {
+        found.push(Diagnostic::new(
+            span,
+            "port \"any\" leaves open which port of a backend is probed",
+            "write the port that answers, such as health = { type = \"tcp\", port = 80 }, or health = { type = \
+             \"none\" }",
+        ));
     }
 }
 
@@ -344,287 +248,6 @@ fn unique_service_names(services: &[RawService], found: &mut Vec<Diagnostic>) {
             first.insert(name.get_ref(), name.span());
         }
     }
-}
-
-fn ports_within_service(services: &[RawService], found: &mut Vec<Diagnostic>) {
-    for service in services {
-        let ports = service.ports.given().map(Spanned::get_ref);
-        for (range, other) in overlaps(ports.into_iter().flatten().map(|range| (range, ()))) {
-            found.push(
-                Diagnostic::new(
-                    range.span(),
-                    format!("port {} is given twice", shared(&range, &other)),
-                    "write each port once",
-                )
-                .with_related(other.span(), "first given here"),
-            );
-        }
-    }
-}
-
-/// Two services may share an address, but no port of it in the same protocol.
-fn services_apart(services: &[RawService], found: &mut Vec<Diagnostic>) {
-    let mut by_address: BTreeMap<(IpAddr, Protocol), Vec<&RawService>> = BTreeMap::new();
-    for service in services {
-        if let (Some(vip), Some(protocol)) = (service.vip.value(), service.protocol.value()) {
-            by_address.entry((vip, protocol)).or_default().push(service);
-        }
-    }
-    for ((vip, protocol), services) in by_address {
-        let ports = services.iter().enumerate().flat_map(|(index, service)| {
-            let ports = service.ports.given().map(Spanned::get_ref);
-            ports.into_iter().flatten().map(move |range| (range, index))
-        });
-        let mut told = HashSet::new();
-        for (range, other) in overlaps(ports) {
-            let (later, earlier) = (services[range.owner], services[other.owner]);
-            if range.owner == other.owner || !told.insert((range.owner, other.owner)) {
-                continue;
-            }
-            let name = |service: &RawService| {
-                service
-                    .name
-                    .value()
-                    .unwrap_or_else(|| "without a name".to_owned())
-            };
-            found.push(
-                Diagnostic::new(
-                    range.span(),
-                    format!(
-                        "the services \"{}\" and \"{}\" overlap: both take {} port {} on {vip}",
-                        name(earlier),
-                        name(later),
-                        match protocol {
-                            Protocol::Tcp => "tcp",
-                            Protocol::Udp => "udp",
-                        },
-                        shared(&range, &other)
-                    ),
-                    "write another port, vip or protocol, or put the backends of both into one service",
-                )
-                .with_related(other.span(), format!("the ports of \"{}\"", name(earlier))),
-            );
-        }
-    }
-}
-
-/// A packet that reached a backend under a VIP would come back to the balancer.
-fn vips_are_no_backends(services: &[RawService], found: &mut Vec<Diagnostic>) {
-    let mut vips: HashMap<IpAddr, Span> = HashMap::new();
-    for vip in services.iter().filter_map(|service| service.vip.given()) {
-        vips.entry(*vip.get_ref()).or_insert(vip.span());
-    }
-    for service in services {
-        let own = service.vip.given();
-        for address in service
-            .backends
-            .iter()
-            .filter_map(|backend| backend.address.given())
-        {
-            let backend = address.get_ref().address;
-            let vip = match own {
-                Some(own) if *own.get_ref() == backend => Some((own.span(), "the vip of this service")),
-                _ => vips
-                    .get(&backend)
-                    .map(|span| (span.clone(), "the vip of another service")),
-            };
-            if let Some((span, whose)) = vip {
-                found.push(
-                    Diagnostic::new(
-                        address.span(),
-                        format!("the backend's address {backend} is {whose}"),
-                        "write the address that the server itself has on its network",
-                    )
-                    .with_related(span, whose),
-                );
-            }
-        }
-    }
-}
-
-/// The data path is built for IPv4 so far, and neither `nat` nor `full-nat` changes the family of a packet.
-fn address_families(service: &RawService, found: &mut Vec<Diagnostic>) {
-    let vip = service.vip.given();
-    if let Some(vip) = vip.filter(|vip| vip.get_ref().is_ipv6()) {
-        found.push(Diagnostic::new(
-            vip.span(),
-            "IPv6 is not built yet",
-            "write an IPv4 address such as \"203.0.113.10\"",
-        ));
-    }
-    for address in service
-        .backends
-        .iter()
-        .filter_map(|backend| backend.address.given())
-    {
-        let backend = address.get_ref().address;
-        match vip {
-            Some(vip) if vip.get_ref().is_ipv4() != backend.is_ipv4() => found.push(
-                Diagnostic::new(
-                    address.span(),
-                    format!(
-                        "the backend {backend} is of another address family than the vip {}",
-                        vip.get_ref()
-                    ),
-                    "write the server's IPv4 address, such as \"10.0.0.11:8080\"; the vip must be IPv4, too",
-                )
-                .with_related(vip.span(), "the vip"),
-            ),
-            _ if backend.is_ipv6() => found.push(Diagnostic::new(
-                address.span(),
-                "IPv6 is not built yet",
-                "write an IPv4 address such as \"10.0.0.11:8080\"",
-            )),
-            _ => {}
-        }
-    }
-}
-
-fn weights_not_all_zero(service: &RawService, found: &mut Vec<Diagnostic>) {
-    let all_zero = service.backends.iter().all(|backend| {
-        backend
-            .weight
-            .given()
-            .is_some_and(|weight| *weight.get_ref() == 0)
-    });
-    let last = service.backends.last().and_then(|backend| backend.weight.given());
-    if let (true, Some(last)) = (all_zero, last) {
-        found.push(
-            Diagnostic::new(
-                last.span(),
-                "every backend of this service has weight 0, so no new flow gets one",
-                "write a weight of 1 or more for at least one of them",
-            )
-            .with_related(service.span.clone(), "this service"),
-        );
-    }
-}
-
-/// Tells what does not fit in the maps; with more backends than that, they are not even made.
-fn within_capacity(services: &[RawService], found: &mut Vec<Diagnostic>) -> bool {
-    // Backend id 0 means "none".
-    let max_backends = u64::from(MAX_BACKENDS - 1);
-    let limit = |span: Span, what: &str, limit: u64| {
-        Diagnostic::new(
-            span,
-            format!("more than {limit} {what}"),
-            format!("remove some from here on: the maps in the kernel hold {limit}"),
-        )
-    };
-    if let Some(first_over) = services.get(MAX_SERVICES as usize) {
-        found.push(limit(
-            first_over.span.clone(),
-            "services",
-            u64::from(MAX_SERVICES),
-        ));
-    }
-    let ports = services.iter().filter_map(|service| {
-        let ports = service.ports.given()?;
-        Some((
-            ports.span(),
-            ports.get_ref().iter().map(|range| count(*range.get_ref())).sum(),
-        ))
-    });
-    if let Some(span) = first_over(ports, u64::from(MAX_SERVICE_KEYS)) {
-        let what = "ports of all services together";
-        found.push(limit(span, what, u64::from(MAX_SERVICE_KEYS)));
-    }
-    let backends = services
-        .iter()
-        .flat_map(|service| &service.backends)
-        .filter_map(|backend| {
-            let address = backend.address.given()?;
-            let servers = match address.get_ref().ports {
-                Some(BackendPorts::Each(range)) => count(range),
-                _ => 1,
-            };
-            Some((address.span(), servers))
-        });
-    let over = first_over(backends, max_backends);
-    if let Some(span) = &over {
-        found.push(limit(
-            span.clone(),
-            "backends of all services together",
-            max_backends,
-        ));
-    }
-    over.is_none()
-}
-
-/// The place where the running sum first exceeds the limit.
-fn first_over(counts: impl Iterator<Item = (Span, u64)>, limit: u64) -> Option<Span> {
-    let mut sum = 0;
-    counts
-        .into_iter()
-        .find(|(_, count)| {
-            sum += count;
-            sum > limit
-        })
-        .map(|(span, _)| span)
-}
-
-/// A range of ports, where it is written and whose it is.
-#[derive(Clone, Copy)]
-struct Placed<'a, O> {
-    range: &'a Spanned<PortRange>,
-    owner: O,
-}
-
-impl<O> Placed<'_, O> {
-    fn span(&self) -> Span {
-        self.range.span()
-    }
-}
-
-/// Each range that shares a port with another, the one that is later in the file first.
-fn overlaps<'a, O: Copy>(
-    ranges: impl Iterator<Item = (&'a Spanned<PortRange>, O)>,
-) -> Vec<(Placed<'a, O>, Placed<'a, O>)> {
-    let mut ranges: Vec<Placed<'a, O>> = ranges.map(|(range, owner)| Placed { range, owner }).collect();
-    ranges.sort_by_key(|placed| (*placed.range.get_ref(), placed.span().start));
-    let mut overlaps = Vec::new();
-    let mut widest: Option<Placed<'a, O>> = None;
-    for placed in ranges {
-        match widest {
-            Some(before) if before.range.get_ref().last >= placed.range.get_ref().first => {
-                overlaps.push(if placed.span().start > before.span().start {
-                    (placed, before)
-                } else {
-                    (before, placed)
-                });
-                if placed.range.get_ref().last > before.range.get_ref().last {
-                    widest = Some(placed);
-                }
-            }
-            _ => widest = Some(placed),
-        }
-    }
-    overlaps
-}
-
-/// The ports that two overlapping ranges have in common.
-fn shared<O>(one: &Placed<'_, O>, other: &Placed<'_, O>) -> String {
-    let (one, other) = (one.range.get_ref(), other.range.get_ref());
-    let (first, last) = (one.first.max(other.first), one.last.min(other.last));
-    if first == last {
-        first.to_string()
-    } else {
-        format!("{first}-{last}")
-    }
-}
-
-fn count(range: PortRange) -> u64 {
-    u64::from(range.last - range.first) + 1
-}
-
-fn name_span(entry: &RawBackend) -> Span {
-    let derived_from = || entry.address.given().map(Spanned::span);
-    let given: &Field<String> = &entry.name;
-    given
-        .given()
-        .map(Spanned::span)
-        .or_else(derived_from)
-        .unwrap_or(0..0)
 }
 
 fn unspanned<T>(values: Vec<Spanned<T>>) -> Vec<T> {

@@ -119,11 +119,26 @@ pub struct PortRange {
 }
 
 impl PortRange {
-    /// Every port: `any`.
+    /// Every port: `any`. Alone in a service's list.
     pub const ANY: Self = Self {
         first: 1,
         last: u16::MAX,
     };
+
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+
+    /// The ports that are in both.
+    pub fn common(self, other: Self) -> Option<Self> {
+        let (first, last) = (self.first.max(other.first), self.last.min(other.last));
+        (first <= last).then_some(Self { first, last })
+    }
+
+    /// How many ports these are.
+    pub fn count(self) -> u32 {
+        u32::from(self.last - self.first) + 1
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -150,12 +165,24 @@ pub enum Forward {
     Local,
 }
 
+impl Forward {
+    /// Tells whether packets reach a backend as the client sent them: with the VIP and its port as destination.
+    pub fn keeps_destination(self) -> bool {
+        matches!(self, Self::Dsr | Self::IpIp | Self::Gue)
+    }
+
+    /// Tells whether packets travel inside another IP packet, which may be of the other address family.
+    pub fn encapsulates(self) -> bool {
+        matches!(self, Self::IpIp | Self::Gue)
+    }
+}
+
 /// One server of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     pub name: String,
     pub address: IpAddr,
-    /// `None` keeps the port that the client used.
+    /// `None` keeps the port that the client used; where the forward keeps it anyway, the service's or `None`.
     pub port: Option<u16>,
     /// Share of new flows in proportion to the other backends'; 0 gets none.
     pub weight: u32,

@@ -1,16 +1,19 @@
 //! One kind of value per function: what is written to what it means, each value for itself.
 
-use std::{
-    net::{IpAddr, Ipv4Addr},
-    ops::RangeInclusive,
-    path::PathBuf,
-    time::Duration,
-};
+pub(super) mod addresses;
+mod ports;
 
-use ipnet::IpNet;
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
+
 use toml::de::DeValue;
 
-use super::validated::{Forward, PortRange, Protocol, Strategy, XdpMode};
+pub(super) use self::{
+    addresses::{
+        BackendAddress, BackendPorts, backend_address, ipip_source_v4, ipip_source_v6, source_prefix, vip,
+    },
+    ports::{port, port_range},
+};
+use super::validated::{Forward, Protocol, Strategy, WhenAllDown, XdpMode};
 
 /// What a value means, or what is wrong with it.
 pub(super) type Parsed<T> = Result<T, Problem>;
@@ -35,20 +38,6 @@ impl Problem {
     }
 }
 
-/// Address of a backend with the ports that are given with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BackendAddress {
-    pub(super) address: IpAddr,
-    pub(super) ports: Option<BackendPorts>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum BackendPorts {
-    One(u16),
-    /// One backend for each.
-    Each(PortRange),
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProbeType {
     None,
@@ -69,6 +58,8 @@ const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 const LONGEST_NAME: usize = 63;
 /// Bytes of an interface's name (IFNAMSIZ without the final NUL).
 const LONGEST_INTERFACE: usize = 15;
+/// New flows that a source prefix may be allowed: more than any one machine starts.
+const MOST_NEW_FLOWS: u32 = 1_000_000;
 /// Bytes of a unix socket's path (`sun_path` without the final NUL).
 const LONGEST_SOCKET: usize = 107;
 
@@ -186,74 +177,6 @@ pub(super) fn name_with_port(name: &str, port: u16) -> Parsed<String> {
     Ok(whole)
 }
 
-pub(super) fn vip(value: &DeValue<'_>) -> Parsed<IpAddr> {
-    let example = "203.0.113.10";
-    let text = text(value, "an address", example)?;
-    if let Ok(address) = text.parse() {
-        return usable(address);
-    }
-    let help = if text.parse::<std::net::SocketAddr>().is_ok() || address_and_ports(text).is_some() {
-        "write the address alone: the port goes under `port`".to_owned()
-    } else if text.parse::<IpNet>().is_ok() {
-        "write the address without the length of a prefix".to_owned()
-    } else {
-        format!("write an address such as \"{example}\"; host names are not looked up")
-    };
-    Err(Problem::new(format!("{} is not an address", quoted(text)), help))
-}
-
-pub(super) fn backend_address(value: &DeValue<'_>) -> Parsed<BackendAddress> {
-    let text = text(value, "an address", "10.0.0.11:8080")?;
-    if let Ok(address) = text.parse() {
-        let address = usable(address)?;
-        return Ok(BackendAddress { address, ports: None });
-    }
-    let Some((address, ports)) = address_and_ports(text) else {
-        return Err(Problem::new(
-            format!("{} is not an address", quoted(text)),
-            "write an address such as \"10.0.0.11\", \"10.0.0.11:8080\" or \"10.0.0.11:8000-8003\"; host names are \
-             not looked up",
-        ));
-    };
-    let (address, ports) = (usable(address)?, port_range_in(ports, false)?);
-    let ports = if text.ends_with(&format!(":{}", ports.first)) {
-        BackendPorts::One(ports.first)
-    } else {
-        BackendPorts::Each(ports)
-    };
-    Ok(BackendAddress {
-        address,
-        ports: Some(ports),
-    })
-}
-
-/// Ports of a service: a number or a range in quotes.
-pub(super) fn port_range(value: &DeValue<'_>) -> Parsed<PortRange> {
-    match value {
-        DeValue::Integer(_) => {
-            let port = port(value)?;
-            Ok(PortRange {
-                first: port,
-                last: port,
-            })
-        }
-        DeValue::String(text) if text == "any" => Err(Problem::not_built(
-            "port \"any\"",
-            "write the ports: 80, [80, 443] or \"8000-8099\"",
-        )),
-        DeValue::String(text) => port_range_in(text, true),
-        other => Err(Problem::new(
-            format!("expected a port, found {}", shown(other)),
-            "write 80, [80, 443] or \"8000-8099\"",
-        )),
-    }
-}
-
-pub(super) fn port(value: &DeValue<'_>) -> Parsed<u16> {
-    let number = number(value, "a port", 1..=u32::from(u16::MAX))?;
-    u16::try_from(number).map_err(|error| Problem::new(error.to_string(), "write a number from 1 to 65535"))
-}
-
 pub(super) fn protocol(value: &DeValue<'_>) -> Parsed<Protocol> {
     choice(
         value,
@@ -264,16 +187,25 @@ pub(super) fn protocol(value: &DeValue<'_>) -> Parsed<Protocol> {
 }
 
 pub(super) fn strategy(value: &DeValue<'_>) -> Parsed<Strategy> {
-    let built = [
+    let strategies = [
         ("consistent-hash", Strategy::ConsistentHash),
         ("ip-hash", Strategy::IpHash),
+        ("round-robin", Strategy::RoundRobin),
+        ("least-connections", Strategy::LeastConnections),
     ];
-    choice(value, "strategy", &built, &["round-robin", "least-connections"])
+    choice(value, "strategy", &strategies, &[])
 }
 
 pub(super) fn forward(value: &DeValue<'_>) -> Parsed<Forward> {
-    let built = [("nat", Forward::Nat), ("full-nat", Forward::FullNat)];
-    choice(value, "forward", &built, &["dsr", "ipip", "gue", "local"])
+    let forwards = [
+        ("nat", Forward::Nat),
+        ("full-nat", Forward::FullNat),
+        ("dsr", Forward::Dsr),
+        ("ipip", Forward::IpIp),
+        ("gue", Forward::Gue),
+        ("local", Forward::Local),
+    ];
+    choice(value, "forward", &forwards, &[])
 }
 
 pub(super) fn probe_type(value: &DeValue<'_>) -> Parsed<ProbeType> {
@@ -388,67 +320,31 @@ pub(super) fn boolean(value: &DeValue<'_>) -> Parsed<bool> {
         .ok_or_else(|| mismatch("true or false", value, "write true or false, without quotes"))
 }
 
-/// Source prefix that may use a service: so far only that of all addresses.
-pub(super) fn allow(value: &DeValue<'_>) -> Parsed<()> {
-    let prefix = prefix(value)?;
-    if prefix.prefix_len() != 0 {
-        return Err(Problem::not_built(
-            "`allow` with a part of the addresses",
-            "leave the key out, which allows all, and filter with the host's firewall",
-        ));
+pub(super) fn when_all_down(value: &DeValue<'_>) -> Parsed<WhenAllDown> {
+    let answers = [("reject", WhenAllDown::Reject), ("try-all", WhenAllDown::TryAll)];
+    choice(value, "when-all-down", &answers, &[])
+}
+
+pub(super) fn min_healthy(value: &DeValue<'_>) -> Parsed<u32> {
+    number(value, "a number of healthy backends", 1..=65_535)
+}
+
+pub(super) fn max_connections(value: &DeValue<'_>) -> Parsed<u32> {
+    number(value, "a number of connections", 1..=u32::MAX)
+}
+
+/// New flows, a second or at once.
+pub(super) fn new_flows(value: &DeValue<'_>) -> Parsed<u32> {
+    number(value, "a number of new flows", 1..=MOST_NEW_FLOWS)
+}
+
+/// Length of the prefix that makes a source, of addresses with so many bits.
+pub(super) fn source_length(bits: u8) -> impl Fn(&DeValue<'_>) -> Parsed<u8> {
+    move |value| {
+        let length = number(value, "the length of a prefix", 1..=u32::from(bits))?;
+        // In range, so the default is never taken.
+        Ok(u8::try_from(length).unwrap_or(bits))
     }
-    Ok(())
-}
-
-/// Source prefix that may not use a service: so far none.
-pub(super) fn deny(value: &DeValue<'_>) -> Parsed<()> {
-    prefix(value)?;
-    Err(Problem::not_built(
-        "`deny`",
-        "leave the key out and filter with the host's firewall",
-    ))
-}
-
-pub(super) fn when_all_down(value: &DeValue<'_>) -> Parsed<()> {
-    choice(value, "when-all-down", &[("reject", ())], &["try-all"])
-}
-
-pub(super) fn slow_start(value: &DeValue<'_>) -> Parsed<()> {
-    if duration(Duration::ZERO)(value)?.is_zero() {
-        return Ok(());
-    }
-    Err(Problem::not_built(
-        "`slow-start`",
-        "leave the key out or write \"0s\"; a backend gets its whole share at once",
-    ))
-}
-
-pub(super) fn min_healthy(value: &DeValue<'_>) -> Parsed<()> {
-    match number(value, "a number of healthy backends", 1..=65_535)? {
-        1 => Ok(()),
-        _ => Err(Problem::not_built(
-            "`min-healthy` over 1",
-            "leave the key out or write 1",
-        )),
-    }
-}
-
-pub(super) fn max_connections(value: &DeValue<'_>) -> Parsed<()> {
-    number(value, "a number of connections", 1..=u32::MAX)?;
-    Err(Problem::not_built(
-        "`max-connections`",
-        "leave the key out and limit the connections in the server itself",
-    ))
-}
-
-pub(super) fn backup(value: &DeValue<'_>) -> Parsed<()> {
-    if boolean(value)? {
-        return Err(Problem::not_built(
-            "`backup = true`",
-            "leave the backend out, or give it a small `weight`",
-        ));
-    }
-    Ok(())
 }
 
 /// The known word that was probably meant.
@@ -533,87 +429,6 @@ fn choice<T: Copy>(value: &DeValue<'_>, what: &str, built: &[(&str, T)], planned
         None => all,
     };
     Err(Problem::new(format!("unknown {what} {}", quoted(written)), help))
-}
-
-fn prefix(value: &DeValue<'_>) -> Parsed<IpNet> {
-    let prefix = text(value, "a prefix", "192.0.2.0/24")?;
-    prefix.parse().map_err(|_| {
-        Problem::new(
-            format!("{} is not a prefix", quoted(prefix)),
-            "write an address and the length of the prefix, such as \"192.0.2.0/24\"",
-        )
-    })
-}
-
-/// Splits `10.0.0.11:8080` or `[2001:db8::11]:8080`; the ports may be anything.
-fn address_and_ports(text: &str) -> Option<(IpAddr, &str)> {
-    if let Some(rest) = text.strip_prefix('[') {
-        let (address, ports) = rest.split_once("]:")?;
-        return Some((IpAddr::V6(address.parse().ok()?), ports));
-    }
-    let (address, ports) = text.split_once(':')?;
-    Some((IpAddr::V4(address.parse().ok()?), ports))
-}
-
-/// An address that a server, or its clients, can have.
-fn usable(address: IpAddr) -> Parsed<IpAddr> {
-    let Some(unusable) = unusable(address) else {
-        return Ok(address);
-    };
-    Err(Problem::new(
-        format!("{address} is {unusable}"),
-        "write an address that belongs to one host on the network, such as \"10.0.0.11\"",
-    ))
-}
-
-/// What an address is that no server can have.
-pub fn unusable(address: IpAddr) -> Option<&'static str> {
-    if address.is_loopback() {
-        Some("a loopback address")
-    } else if address.is_multicast() {
-        Some("a multicast address")
-    } else if address.is_unspecified() {
-        Some("the unspecified address")
-    } else if address == IpAddr::V4(Ipv4Addr::BROADCAST) {
-        Some("the broadcast address")
-    } else {
-        None
-    }
-}
-
-fn port_range_in(text: &str, of_service: bool) -> Parsed<PortRange> {
-    let help = if of_service {
-        "write 80, [80, 443] or \"8000-8099\", with ports from 1 to 65535"
-    } else {
-        "write one port, \"10.0.0.11:8080\", or a range, \"10.0.0.11:8000-8003\", with ports from 1 to 65535"
-    };
-    let port = |digits: &str| {
-        let port = digits
-            .bytes()
-            .all(|byte| byte.is_ascii_digit())
-            .then(|| digits.parse());
-        match port {
-            Some(Ok(0)) | Some(Err(_)) if !digits.is_empty() => {
-                Err(Problem::new(format!("{} cannot be a port", quoted(digits)), help))
-            }
-            Some(Ok(port)) => Ok(port),
-            _ => Err(Problem::new(
-                format!("{} is not a port or a range of ports", quoted(text)),
-                help,
-            )),
-        }
-    };
-    let (first, last) = match text.split_once('-') {
-        Some((first, last)) => (port(first)?, port(last)?),
-        None => (port(text)?, port(text)?),
-    };
-    if first > last {
-        return Err(Problem::new(
-            format!("the range {first}-{last} is reversed"),
-            format!("write the lower port first: {last}-{first}"),
-        ));
-    }
-    Ok(PortRange { first, last })
 }
 
 fn mismatch(expected: &str, found: &DeValue<'_>, help: &str) -> Problem {

@@ -43,6 +43,18 @@ impl Model {
         self.health.get(&name).copied().unwrap_or_default()
     }
 
+    /// Backends of a service that are up, enabled and of a weight above 0, backup ones included: with `min-healthy` of
+    /// them it is healthy.
+    pub fn healthy_backends(&self, service: &Service) -> u32 {
+        let backends = service.backends.iter();
+        let healthy = backends.filter(|backend| {
+            backend.weight > 0
+                && self.health_of(service, &backend.name) == Health::Up
+                && self.administrative_of(service, &backend.name) == Administrative::Enabled
+        });
+        healthy.count() as u32
+    }
+
     /// Administrative state of a backend.
     pub fn administrative_of(&self, service: &Service, backend: &str) -> Administrative {
         let name = (service.name.clone(), backend.to_owned());
@@ -96,3 +108,39 @@ pub const TCP_CLOSING_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 pub(crate) mod fixture;
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        Administrative, Health,
+        fixture::{backend, model, service},
+    };
+    use crate::config::Backend;
+
+    #[test]
+    fn a_backend_is_healthy_when_it_is_up_enabled_and_of_some_weight() {
+        let backends = vec![
+            backend("up", 1, 80),
+            Backend {
+                backup: true,
+                ..backend("backup", 2, 80)
+            },
+            Backend {
+                weight: 0,
+                ..backend("weightless", 3, 80)
+            },
+            backend("disabled", 4, 80),
+            backend("down", 5, 80),
+            backend("unknown", 6, 80),
+        ];
+        let web = service("web", 10, &[80], backends);
+        let mut model = model(vec![web.clone()]);
+        assert_eq!(model.healthy_backends(&web), 0);
+        for name in ["up", "backup", "weightless", "disabled"] {
+            model.set_health("web", name, Health::Up);
+        }
+        model.set_health("web", "down", Health::Down);
+        model.set_administrative("web", "disabled", Administrative::Disabled);
+        assert_eq!(model.healthy_backends(&web), 2);
+    }
+}

@@ -61,11 +61,16 @@ pub struct Traffic {
 pub struct ServiceStatus {
     pub name: String,
     pub vip: String,
-    /// As in the configuration: `80`, `80,443`, `8000-8099`.
+    /// As in the configuration: `80`, `80,443`, `8000-8099`, `any`.
     pub port: String,
     pub protocol: String,
     pub strategy: String,
     pub forward: String,
+    /// Whether at least `min_healthy` backends are healthy.
+    pub healthy: bool,
+    /// Backends that are up and that nothing but their own limits keeps from new flows, backup ones included.
+    pub healthy_backends: u32,
+    pub min_healthy: u32,
     /// Packets by reason; those without any are left out.
     pub reasons: BTreeMap<String, Traffic>,
     pub backends: Vec<BackendStatus>,
@@ -76,6 +81,10 @@ pub struct BackendStatus {
     pub name: String,
     pub address: String,
     pub weight: u32,
+    /// Live flows that it takes; absent where there is no limit.
+    pub max_connections: Option<u32>,
+    /// Gets new flows only while no other backend of the service is up.
+    pub backup: bool,
     /// `enabled`, `draining` or `disabled`.
     pub administrative: String,
     pub health: Health,
