@@ -88,6 +88,7 @@ impl Controller {
             source_ports: net::source_ports()?,
             health: restored.health,
             administrative: restored.administrative,
+            ramps: BTreeMap::new(),
             next_hops: BTreeMap::new(),
             live_flows: BTreeMap::new(),
             config,
@@ -283,15 +284,12 @@ impl Controller {
                 .get(&service.name)
                 .copied()
                 .unwrap_or(u32::MAX);
-            let slots = self.reconciler.actual().slots.get(&id);
+            let shares = compile::shares(self.reconciler.actual(), id);
             let backend_status = |backend: &config::Backend| {
                 let name: BackendName = (service.name.clone(), backend.name.clone());
                 let id = self.directory.backends.get(&name).copied().unwrap_or(0);
                 let counted = counters.backends.get(&id).copied().unwrap_or_default();
                 let rate = self.rates.of(id);
-                let share = slots.map_or(0.0, |slots| {
-                    slots.iter().filter(|slot| **slot == id && id != 0).count() as f64 / slots.len() as f64
-                });
                 BackendStatus {
                     name: backend.name.clone(),
                     address: match backend.port {
@@ -308,7 +306,7 @@ impl Controller {
                     health: self.model.health_of(service, &backend.name),
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
                     next_hop_problem: next_hop_problem(&self.model, &unresolved, &attached, backend.address),
-                    share,
+                    share: shares.get(&id).copied().unwrap_or(0.0),
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
                     flows_total: counted.flows,
                     forwarded: Traffic::from(counted.forwarded),

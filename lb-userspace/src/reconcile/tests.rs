@@ -1,6 +1,9 @@
 use std::time::SystemTime;
 
-use lb_common::abi::{BackendFlags, Flow, FlowKey, ROLE_BACKEND, ROLE_VIP, TcpState};
+use lb_common::abi::{
+    self, BackendFlags, Flow, FlowKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags,
+    TcpState,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -264,8 +267,32 @@ fn check_invariants(contents: &Contents) -> Result<(), TestCaseError> {
         let roles = contents.addresses.get(&key.vip).copied().unwrap_or(0);
         prop_assert!(roles & ROLE_VIP != 0, "{} is not known as a VIP", key.vip);
     }
+    let any_port = contents.settings.flags & SettingsFlags::ANY_PORT != 0;
+    let has_any = contents.service_keys.keys().any(|key| key.port == 0);
+    prop_assert!(any_port || !has_any, "a service of all ports is not looked for");
+    for (id, service) in &contents.services {
+        let has_filters = service.flags & ServiceFlags::HAS_FILTERS != 0;
+        let filters: Vec<u32> = (contents.source_filters.iter())
+            .filter(|((key, _), _)| key.service == *id)
+            .map(|(_, value)| *value)
+            .collect();
+        let looks_in_vain =
+            has_filters && service.flags & ServiceFlags::DENIES_OTHERS == 0 && filters.is_empty();
+        prop_assert!(!looks_in_vain, "the filters of service {} are missing", id);
+    }
     for (service, table) in &contents.slots {
-        let ids: std::collections::BTreeSet<u32> = table.iter().copied().filter(|id| *id != 0).collect();
+        // Without a service no packet gets there.
+        let Some(entry) = contents.services.get(service) else {
+            continue;
+        };
+        let slots = contents.slots_in_use(*service);
+        let ids: std::collections::BTreeSet<u32> = slots.iter().copied().filter(|id| *id != 0).collect();
+        if abi::Strategy::is_sequence(entry.strategy) {
+            prop_assert_eq!(slots.len(), table[LENGTH_SLOT as usize] as usize);
+        } else {
+            let is_mixed = table.contains(&0) && !ids.is_empty();
+            prop_assert!(!is_mixed, "the table of service {} has holes", service);
+        }
         for id in ids {
             let backend = contents.backends.get(&id);
             prop_assert_eq!(backend.map(|backend| backend.service_plus_one), Some(service + 1));
@@ -376,7 +403,7 @@ proptest! {
             if backend.flags & BackendFlags::REMOVED != 0 {
                 let not = BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;
                 prop_assert_eq!(backend.flags & not, 0);
-                prop_assert!(desired.slots.values().all(|table| !table.contains(id)));
+                prop_assert!(desired.slots.keys().all(|service| !desired.slots_in_use(*service).contains(id)));
             }
         }
     }
