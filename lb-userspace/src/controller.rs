@@ -2,6 +2,9 @@
 //!
 //! Everything ends in [`Controller::converge`]: compile the model, plan, apply. There is no other way to a map.
 
+mod slow_starts;
+mod sweeps;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
@@ -15,18 +18,19 @@ use nix::{
 };
 use tracing::{error, info, warn};
 
+use self::{slow_starts::Rising, sweeps::Sweeps};
 use crate::{
     api::{Change, Done, Refusal, Refused},
     compile::{self, Directory, SlotTables},
     config::{self, Config, Probe, Service, XdpMode},
     datapath::{
-        Datapath,
+        Datapath, Live,
         kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
     },
     health::{Driver, Target, Transition},
     instance::Instance,
     model::{Administrative, BackendName, Health, Model, NextHop},
-    net::{self, NextHopWatcher},
+    net::{self, NextHopWatcher, poke::Poker},
     observe::{
         rates::Rates,
         status::{
@@ -34,7 +38,7 @@ use crate::{
             by_reason,
         },
     },
-    reconcile::{Reconciler, drained},
+    reconcile::Reconciler,
     seed,
 };
 
@@ -52,6 +56,9 @@ pub struct Controller {
     driver: Driver,
     watcher: NextHopWatcher,
     rates: Rates,
+    rising: Rising,
+    sweeps: Sweeps,
+    poker: Poker,
     /// Problems that the last attempt at something has left, by what was tried.
     problems: BTreeMap<&'static str, String>,
 }
@@ -105,13 +112,15 @@ impl Controller {
             driver,
             watcher,
             rates: Rates::default(),
+            rising: Rising::default(),
+            sweeps: Sweeps::judging_sources(),
+            poker: Poker::start(),
             problems: BTreeMap::new(),
         };
         controller.follow_configuration().await;
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;
-        controller.sweep();
         controller.assign_vips().await;
         Ok(controller)
     }
@@ -130,7 +139,7 @@ impl Controller {
             Health::Unknown => {}
         }
         // The driver's own word, not that of a transition that may have waited behind a change of the targets.
-        self.model.health = self.driver.health();
+        self.follow_health();
         self.converge_or_retry();
     }
 
@@ -140,7 +149,8 @@ impl Controller {
         self.converge_or_retry();
     }
 
-    /// Reads the configuration anew and follows it; a bad one changes nothing.
+    /// Reads the configuration anew and follows it; a bad one changes nothing. Flows that are over by it end with the
+    /// next sweep.
     pub async fn reload(&mut self) -> Result<Done, Refused> {
         let config = config::load(&self.config_path)
             .map_err(|error| refused(Refusal::BadConfiguration, error.render(false)))?;
@@ -152,6 +162,9 @@ impl Controller {
         self.model.seed = seed;
         self.forget_vanished(&former.config);
         self.remember_renamed();
+        self.expect_added(&former);
+        // What was counted of a backend that has gone says nothing of the next with its id.
+        self.model.live_flows.retain(|_, flows| *flows > 0);
         self.follow_configuration().await;
         if let Err(error) = self.attach().and_then(|()| self.converge()) {
             self.model = former;
@@ -166,15 +179,15 @@ impl Controller {
             ));
         }
         self.assign_vips().await;
-        self.sweep();
-        self.remove_orphan_replies();
+        self.sweep_soon();
+        self.remove_orphan_replies_soon();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");
         Ok(Done { message, warnings })
     }
 
-    /// Changes the administrative state of a backend.
+    /// Changes the administrative state of a backend; flows that are over by it end with the next sweep.
     pub fn administer(&mut self, service: &str, backend: &str, change: Change) -> Result<Done, Refused> {
         self.find(service, backend)?;
         let name = (service.to_owned(), backend.to_owned());
@@ -197,7 +210,7 @@ impl Controller {
             };
             return Err(refused(Refusal::Failed, format!("{error:#}")));
         }
-        self.sweep();
+        self.sweep_soon();
         let message = match change {
             Change::Enable => format!("{service}/{backend} is enabled"),
             Change::Drain => format!("{service}/{backend} is draining: no new flows, existing ones may end"),
@@ -208,19 +221,6 @@ impl Controller {
             message,
             warnings: Vec::new(),
         })
-    }
-
-    /// Ends flows that are over, counts the others, and lets removed backends without flows go.
-    pub fn sweep(&mut self) {
-        let ending = drained(&self.model, &self.directory, SystemTime::now());
-        match self.reconciler.sweep(monotonic_now(), &ending) {
-            Ok(sweep) => {
-                self.problems.remove("sweep");
-                self.model.live_flows = sweep.live;
-                self.converge_or_retry();
-            }
-            Err(error) => self.problem("sweep", &error.into()),
-        }
     }
 
     /// Mends what somebody else has changed in the maps, and what could not be done before.
@@ -243,13 +243,6 @@ impl Controller {
         self.assign_vips().await;
     }
 
-    /// Removes what flows that have gone to another backend have left.
-    pub fn remove_orphan_replies(&mut self) {
-        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
-            warn!("keys of replies that lead nowhere stay for now: {}", chain(error));
-        }
-    }
-
     /// Takes a reading of the counters, for rates.
     pub fn sample(&mut self) {
         let backends: Vec<u32> = self.directory.backends.values().copied().collect();
@@ -267,6 +260,14 @@ impl Controller {
             .reconciler
             .datapath()
             .counters(&services, &backends)
+            .unwrap_or_else(|error| {
+                problems.push(chain(error));
+                Default::default()
+            });
+        let live = self
+            .reconciler
+            .datapath()
+            .live_counts(&backends)
             .unwrap_or_else(|error| {
                 problems.push(chain(error));
                 Default::default()
@@ -308,6 +309,8 @@ impl Controller {
                     next_hop_problem: next_hop_problem(&self.model, &unresolved, &attached, backend.address),
                     share: shares.get(&id).copied().unwrap_or(0.0),
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
+                    live_flows: live.get(&id).map_or(0, Live::flows),
+                    backup: backend.backup,
                     flows_total: counted.flows,
                     forwarded: Traffic::from(counted.forwarded),
                     returned: Traffic::from(counted.returned),
@@ -327,6 +330,9 @@ impl Controller {
                 protocol: service.protocol.to_string(),
                 strategy: service.strategy.to_string(),
                 forward: service.forward.to_string(),
+                healthy: self.model.is_healthy(service),
+                usable_backends: self.model.usable_backends(service) as u64,
+                min_healthy: service.min_healthy,
                 reasons: counters
                     .services
                     .get(&id)
@@ -363,7 +369,9 @@ impl Controller {
 
     /// Compiles the model and makes the maps hold the result.
     fn converge(&mut self) -> anyhow::Result<()> {
+        self.model.ramps = self.rising.percents(&self.model.config);
         let compiled = compile::compile(&mut self.tables, &self.model, self.reconciler.actual())?;
+        self.sweeps.follow(self.reconciler.actual(), &compiled.contents);
         self.reconciler.reconcile(compiled.contents)?;
         self.directory = compiled.directory;
         self.problems.remove("converge");
@@ -417,7 +425,7 @@ impl Controller {
     /// Has probes and next hops follow the configuration, and takes in what is known of both already.
     async fn follow_configuration(&mut self) {
         self.driver.set_targets(targets(&self.model));
-        self.model.health = self.driver.health();
+        self.follow_health();
         let addresses = self
             .model
             .config

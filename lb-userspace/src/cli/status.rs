@@ -83,6 +83,7 @@ fn service_table(service: &ServiceStatus) -> String {
         "WEIGHT",
         "SHARE",
         "FLOWS",
+        "LIVE",
         "PACKETS/S",
         "BYTES/S",
     ]);
@@ -97,10 +98,15 @@ fn service_table(service: &ServiceStatus) -> String {
             backend.name.clone(),
             backend.address.clone(),
             health.to_owned(),
-            backend.administrative.clone(),
+            if backend.backup {
+                format!("{}, backup", backend.administrative)
+            } else {
+                backend.administrative.clone()
+            },
             backend.weight.to_string(),
             format!("{:.1} %", backend.share * 100.0),
             backend.flows.to_string(),
+            backend.live_flows.to_string(),
             format!("{:.0}", backend.packets_per_second),
             format!("{:.0}", backend.bytes_per_second),
         ]);
@@ -123,8 +129,16 @@ fn service_table(service: &ServiceStatus) -> String {
     } else {
         format!("\n  packets: {}", reasons.join(", "))
     };
+    let unhealthy = if service.healthy {
+        String::new()
+    } else {
+        format!(
+            " unhealthy: {} usable, {} needed",
+            service.usable_backends, service.min_healthy
+        )
+    };
     format!(
-        "{} {} {}:{} {} {}\n{table}{notes}{counted}",
+        "{} {} {}:{} {} {}{unhealthy}\n{table}{notes}{counted}",
         service.name, service.protocol, service.vip, service.port, service.strategy, service.forward
     )
 }

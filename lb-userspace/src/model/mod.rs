@@ -9,7 +9,9 @@ use std::{
 use lb_common::abi::Tags;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Probe, Service};
+use crate::config::{Backend, Config, Probe, Service};
+
+pub mod slow_start;
 
 /// Names a backend: that of its service and its own.
 pub type BackendName = (String, String);
@@ -43,6 +45,21 @@ impl Model {
         }
         let name = (service.name.clone(), backend.to_owned());
         self.health.get(&name).copied().unwrap_or_default()
+    }
+
+    /// Backends that get new flows or stand by to: up, enabled and with a weight.
+    pub fn usable_backends(&self, service: &Service) -> usize {
+        let is_usable = |backend: &&Backend| {
+            backend.weight > 0
+                && self.administrative_of(service, &backend.name) == Administrative::Enabled
+                && self.health_of(service, &backend.name) == Health::Up
+        };
+        service.backends.iter().filter(is_usable).count()
+    }
+
+    /// Tells whether as many backends of a service are up as it needs.
+    pub fn is_healthy(&self, service: &Service) -> bool {
+        self.usable_backends(service) >= service.min_healthy as usize
     }
 
     /// Administrative state of a backend.
@@ -98,3 +115,33 @@ pub const TCP_CLOSING_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 pub(crate) mod fixture;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fixture::{backend, model, service};
+
+    #[test]
+    fn a_service_is_healthy_with_as_many_usable_backends_as_it_needs() {
+        let backends = ["a", "b", "c"].map(|name| backend(name, name.as_bytes()[0], 0));
+        let mut model = model(vec![service("web", 10, &[80], backends.to_vec())]).all_up();
+        model.config.services[0].min_healthy = 2;
+        let check = |model: &Model, usable: usize, healthy: bool| {
+            let service = &model.config.services[0];
+            assert_eq!(
+                (model.usable_backends(service), model.is_healthy(service)),
+                (usable, healthy)
+            );
+        };
+        check(&model, 3, true);
+        model.set_health("web", "a", Health::Down);
+        check(&model, 2, true);
+        model.config.services[0].backends[1].backup = true;
+        check(&model, 2, true);
+        model.set_administrative("web", "b", Administrative::Disabled);
+        check(&model, 1, false);
+        model.config.services[0].min_healthy = 1;
+        model.config.services[0].backends[2].weight = 0;
+        check(&model, 0, false);
+    }
+}

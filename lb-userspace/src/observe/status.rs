@@ -66,6 +66,11 @@ pub struct ServiceStatus {
     pub protocol: String,
     pub strategy: String,
     pub forward: String,
+    /// As many backends are usable as `min-healthy` asks for.
+    pub healthy: bool,
+    /// Backends that are up, enabled and have a weight.
+    pub usable_backends: u64,
+    pub min_healthy: u32,
     /// Packets by reason; those without any are left out.
     pub reasons: BTreeMap<String, Traffic>,
     pub backends: Vec<BackendStatus>,
@@ -85,8 +90,12 @@ pub struct BackendStatus {
     pub next_hop_problem: Option<String>,
     /// Share of the slot table: of new flows.
     pub share: f64,
-    /// Live flows as of the last sweep.
+    /// Flows in the table as of the last sweep, those included that have ended lately.
     pub flows: u64,
+    /// Live flows now: those that `least-connections` compares and `max-connections` bounds.
+    pub live_flows: u64,
+    /// Gets new flows only while no other backend is up.
+    pub backup: bool,
     /// Flows that were ever put on it.
     pub flows_total: u64,
     pub forwarded: Traffic,

@@ -38,6 +38,19 @@ fn settle(testbed: &mut Testbed, model: &Model) -> usize {
     applied.operations
 }
 
+fn swept(testbed: &mut Testbed, now: u64) -> Swept {
+    let scope = Scope {
+        now,
+        ..Scope::default()
+    };
+    let mut sweep = testbed.begin_sweep(scope).unwrap();
+    loop {
+        if let Some(swept) = testbed.sweep(&mut sweep).unwrap().swept {
+            return swept;
+        }
+    }
+}
+
 /// The maps without the settings, which stay the same.
 fn dump(testbed: &Testbed) -> Vec<String> {
     let lines = contents_dump(&testbed.datapath().inner.contents);
@@ -131,23 +144,25 @@ fn the_maps_follow_a_service_through_its_life() {
     expected.insert(6, format!("backend 3 {C} {healthy} {}", way(13)));
     expected[10] = "slots 0 2=32769 3=32768".to_owned();
     assert_eq!(dump(&testbed), expected);
+    let key = FlowKey {
+        destination: model.config.services[0].vip.into(),
+        destination_port: 443_u16.to_be(),
+        protocol: u32::from(abi::TCP),
+        ..FlowKey::default()
+    };
     let flow = Flow {
         backend: 1,
         generation: testbed.actual().backends[&1].generation,
         tcp_state: TcpState::Established as u8,
         ..Flow::default()
     };
-    testbed
-        .datapath_mut()
-        .inner
-        .flows
-        .insert(FlowKey::default(), flow);
-    model.live_flows = testbed.sweep(1, &Default::default()).unwrap().live;
+    testbed.datapath_mut().inner.flows.insert(key, flow);
+    model.live_flows = swept(&mut testbed, 1).live;
     assert_eq!(settle(&mut testbed, &model), 0);
 
     // The flow ends, and with it the last trace of the backend.
     testbed.datapath_mut().inner.flows.clear();
-    model.live_flows = testbed.sweep(2, &Default::default()).unwrap().live;
+    model.live_flows = swept(&mut testbed, 2).live;
     assert_eq!(settle(&mut testbed, &model), 2);
     expected.remove(4);
     expected.remove(0);
