@@ -121,6 +121,10 @@ impl Controller {
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;
+        // Whoever finds the daemon ready finds the flows counted.
+        while controller.has_steps() {
+            controller.step();
+        }
         controller.assign_vips().await;
         Ok(controller)
     }
@@ -179,8 +183,7 @@ impl Controller {
             ));
         }
         self.assign_vips().await;
-        self.sweep_soon();
-        self.remove_orphan_replies_soon();
+        self.sweep_and_remove_orphan_replies_soon();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");

@@ -132,7 +132,7 @@ pub async fn run(
             () = yield_now(), if controller.has_steps() => controller.step(),
             _ = ramps.tick(), if controller.is_ramping() => controller.ramp(),
             _ = repairs.tick() => controller.repair().await,
-            _ = orphans.tick() => controller.remove_orphan_replies_soon(),
+            _ = orphans.tick() => controller.sweep_and_remove_orphan_replies_soon(),
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");

@@ -18,10 +18,12 @@ use crate::{
 #[derive(Debug, Default)]
 pub(super) struct Sweeps {
     running: Option<Sweep>,
-    /// To send when the one that runs has ended.
-    answers: Vec<Answer>,
-    /// Where the search for keys of replies that lead nowhere is.
+    /// Whether keys of replies that lead nowhere are looked for after it.
+    orphans_follow: bool,
+    /// Where that search is.
     orphans: Option<Option<Position>>,
+    /// To send when all that has ended.
+    answers: Vec<Answer>,
     next: Next,
 }
 
@@ -83,8 +85,10 @@ impl Controller {
         self.sweeps.next.is_wanted = true;
     }
 
-    /// Has the keys of replies removed that flows have left that went to another backend.
-    pub fn remove_orphan_replies_soon(&mut self) {
+    /// As [`Self::sweep_soon`], and then has the keys of replies removed that flows have left behind: where their backend
+    /// is gone, or that went to another.
+    pub fn sweep_and_remove_orphan_replies_soon(&mut self) {
+        self.sweeps.next.is_wanted = true;
         self.sweeps.next.removes_orphans = true;
     }
 
@@ -96,56 +100,51 @@ impl Controller {
 
     /// Tells whether there is something to do for [`Self::step`].
     pub fn has_steps(&self) -> bool {
-        let next = &self.sweeps.next;
-        let is_running = self.sweeps.running.is_some() || self.sweeps.orphans.is_some();
-        is_running || next.is_wanted || next.removes_orphans
+        self.sweeps.running.is_some() || self.sweeps.orphans.is_some() || self.sweeps.next.is_wanted
     }
 
     /// Goes on with what is under way, by some thousand flows: milliseconds.
     pub fn step(&mut self) {
-        if let Some(mut sweep) = self.sweeps.running.take() {
-            match self.reconciler.sweep(&mut sweep) {
-                Ok(step) => self.stepped(sweep, step),
-                Err(error) => self.sweep_failed(error),
-            }
-        } else if self.sweeps.next.is_wanted {
-            self.begin_sweep();
+        if let Some(sweep) = self.sweeps.running.take() {
+            self.step_sweep(sweep);
         } else if let Some(position) = self.sweeps.orphans.take() {
-            match self
-                .reconciler
-                .datapath_mut()
-                .remove_some_orphan_replies(position)
-            {
+            let datapath = self.reconciler.datapath_mut();
+            match datapath.remove_some_orphan_replies(position) {
                 Ok((_, next)) => self.sweeps.orphans = next.map(Some),
                 Err(error) => warn!("keys of replies that lead nowhere stay for now: {}", chain(error)),
             }
-        } else if mem::take(&mut self.sweeps.next.removes_orphans) {
-            self.sweeps.orphans = Some(None);
+        } else if self.sweeps.next.is_wanted {
+            self.begin_sweep();
+        }
+        if self.sweeps.running.is_none() && self.sweeps.orphans.is_none() {
+            for Answer { to, done } in mem::take(&mut self.sweeps.answers) {
+                // Who asked may have gone away meanwhile.
+                drop(to.send(Ok(done)));
+            }
         }
     }
 
     fn begin_sweep(&mut self) {
-        let next = &mut self.sweeps.next;
+        let next = mem::take(&mut self.sweeps.next);
         let scope = Scope {
             now: monotonic_now(),
             ending: drained(&self.model, &self.directory, SystemTime::now()),
             judges_sources: next.judges_sources,
-            resetting: next.resetting.clone(),
+            resetting: next.resetting,
         };
-        self.sweeps.answers = mem::take(&mut next.answers);
-        next.is_wanted = false;
-        match self.reconciler.begin_sweep(scope) {
-            Ok(sweep) => {
-                let next = &mut self.sweeps.next;
-                next.judges_sources = false;
-                next.resetting.clear();
-                self.sweeps.running = Some(sweep);
-            }
-            Err(error) => self.sweep_failed(error),
+        self.sweeps.answers = next.answers;
+        self.sweeps.orphans_follow = next.removes_orphans;
+        match self.reconciler.begin_sweep(&scope) {
+            Ok(sweep) => self.sweeps.running = Some(sweep),
+            Err(error) => self.sweep_failed(&scope, error),
         }
     }
 
-    fn stepped(&mut self, sweep: Sweep, Step { resets, swept }: Step) {
+    fn step_sweep(&mut self, mut sweep: Sweep) {
+        let Step { resets, swept } = match self.reconciler.sweep(&mut sweep) {
+            Ok(step) => step,
+            Err(error) => return self.sweep_failed(sweep.scope(), error),
+        };
         if !resets.is_empty() {
             self.poker.poke(resets.iter().map(poke).collect());
         }
@@ -156,25 +155,23 @@ impl Controller {
         self.problems.remove("sweep");
         self.model.live_flows = swept.live;
         self.converge_or_retry();
-        for Answer { to, done } in mem::take(&mut self.sweeps.answers) {
-            // Who asked may have gone away meanwhile.
-            drop(to.send(Ok(done)));
-        }
+        self.sweeps.orphans = self.sweeps.orphans_follow.then_some(None);
     }
 
-    /// What was to be done by it is left to the next sweep.
-    fn sweep_failed(&mut self, error: DatapathError) {
+    /// Leaves what was to be done to the next sweep.
+    fn sweep_failed(&mut self, scope: &Scope, error: DatapathError) {
         let warning = format!(
             "flows that are over stay until the next sweep, in some seconds: {}",
             chain(error)
         );
-        // Which part of the table it was in is not known: all is to be looked at again.
-        self.sweeps.next.judges_sources = true;
-        self.problem("sweep", &anyhow::anyhow!(warning.clone()));
-        for Answer { to, mut done } in mem::take(&mut self.sweeps.answers) {
-            done.warnings.push(warning.clone());
-            drop(to.send(Ok(done)));
+        let next = &mut self.sweeps.next;
+        next.judges_sources |= scope.judges_sources;
+        next.removes_orphans |= self.sweeps.orphans_follow;
+        next.resetting.extend(&scope.resetting);
+        for answer in &mut self.sweeps.answers {
+            answer.done.warnings.push(warning.clone());
         }
+        self.problem("sweep", &anyhow::anyhow!(warning));
     }
 }
 

@@ -108,7 +108,7 @@ impl<D: Datapath> Reconciler<D> {
     ///
     /// # Errors
     /// When the counts of live flows cannot be read.
-    pub fn begin_sweep(&self, scope: Scope) -> Result<Sweep, DatapathError> {
+    pub fn begin_sweep(&self, scope: &Scope) -> Result<Sweep, DatapathError> {
         Sweep::begin(&self.datapath, &self.actual, scope)
     }
 

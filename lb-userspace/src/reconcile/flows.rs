@@ -83,14 +83,14 @@ impl Sweep {
     pub fn begin<D: Datapath + ?Sized>(
         datapath: &D,
         contents: &Contents,
-        scope: Scope,
+        scope: &Scope,
     ) -> Result<Self, DatapathError> {
         let backends: Vec<u32> = contents.backends.keys().copied().collect();
         let removed_before = (contents.backends.iter())
             .filter(|(_, backend)| backend.flags & BackendFlags::REMOVED != 0)
             .map(|(id, _)| *id);
         Ok(Self {
-            scope,
+            scope: scope.clone(),
             position: None,
             before: datapath.live_counts(&backends)?,
             removed_before: removed_before.collect(),
@@ -150,6 +150,11 @@ impl Sweep {
             None => Some(self.finish(datapath, contents)?),
         };
         Ok(Step { resets, swept })
+    }
+
+    /// What it looks for.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
     }
 
     /// Counts a flow that lives on.

@@ -43,7 +43,7 @@ fn swept(testbed: &mut Testbed, now: u64) -> Swept {
         now,
         ..Scope::default()
     };
-    let mut sweep = testbed.begin_sweep(scope).unwrap();
+    let mut sweep = testbed.begin_sweep(&scope).unwrap();
     loop {
         if let Some(swept) = testbed.sweep(&mut sweep).unwrap().swept {
             return swept;

@@ -63,7 +63,7 @@ fn now() -> Scope {
 }
 
 /// A whole sweep, and the flows that it says are to be reset.
-fn sweep_and_reset<D: Datapath>(datapath: &mut D, contents: &Contents, scope: Scope) -> (Swept, Vec<Reset>) {
+fn sweep_and_reset<D: Datapath>(datapath: &mut D, contents: &Contents, scope: &Scope) -> (Swept, Vec<Reset>) {
     let mut sweep = Sweep::begin(datapath, contents, scope).unwrap();
     let mut resets = Vec::new();
     loop {
@@ -75,7 +75,7 @@ fn sweep_and_reset<D: Datapath>(datapath: &mut D, contents: &Contents, scope: Sc
     }
 }
 
-fn sweep<D: Datapath>(datapath: &mut D, contents: &Contents, scope: Scope) -> Swept {
+fn sweep<D: Datapath>(datapath: &mut D, contents: &Contents, scope: &Scope) -> Swept {
     sweep_and_reset(datapath, contents, scope).0
 }
 
@@ -94,7 +94,7 @@ fn idle_flows_end_by_the_timeout_of_their_state() {
     for (state, timeout) in cases {
         let mut datapath =
             datapath([timeout * SECOND, timeout * SECOND + 1].map(|idle| flow(&contents, 1, state, idle)));
-        let swept = sweep(&mut datapath, &contents, now());
+        let swept = sweep(&mut datapath, &contents, &now());
         assert_eq!(
             swept,
             Swept {
@@ -127,7 +127,7 @@ fn flows_end_with_their_backend_or_service() {
     ];
     let mut datapath = datapath(flows);
     contents.backends.get_mut(&2).unwrap().flags |= BackendFlags::DISABLED;
-    let swept = sweep(&mut datapath, &contents, now());
+    let swept = sweep(&mut datapath, &contents, &now());
     assert_eq!(
         swept,
         Swept {
@@ -157,7 +157,7 @@ fn flows_of_a_backend_that_is_drained_end_and_those_of_others_stay() {
         ending: drained_after(60),
         ..now()
     };
-    let swept = sweep(&mut datapath, &compiled.contents, scope);
+    let swept = sweep(&mut datapath, &compiled.contents, &scope);
     assert_eq!(
         swept,
         Swept {
@@ -171,7 +171,7 @@ fn flows_of_a_backend_that_is_drained_end_and_those_of_others_stay() {
 fn a_removed_backend_without_flows_is_reported_with_none() {
     let mut contents = compiled().1.contents;
     contents.backends.get_mut(&2).unwrap().flags = BackendFlags::REMOVED;
-    let swept = sweep(&mut datapath([]), &contents, now());
+    let swept = sweep(&mut datapath([]), &contents, &now());
     assert_eq!(swept.live, BTreeMap::from([(2, 0)]));
 }
 
@@ -229,7 +229,7 @@ fn a_flow_that_comes_back_to_life_stays_and_keeps_its_backend() {
     let idle = flow(&contents, 1, TcpState::Established, 3601 * SECOND);
     contents.backends.get_mut(&1).unwrap().flags = BackendFlags::REMOVED;
     let mut datapath = Revived(datapath([idle]));
-    let swept = sweep(&mut datapath, &contents, now());
+    let swept = sweep(&mut datapath, &contents, &now());
     assert_eq!(
         swept,
         Swept {
@@ -260,7 +260,7 @@ fn flows_end_with_the_port_of_their_service() {
     for key in [key(0), other_port, other_protocol, other_vip] {
         datapath.flows.insert(key, good);
     }
-    assert_eq!(sweep(&mut datapath, &contents, now()).removed, 3);
+    assert_eq!(sweep(&mut datapath, &contents, &now()).removed, 3);
     assert_eq!(numbers(&datapath), [0]);
 
     // A service of all ports has those of other ports too, and the port may have gone to another service.
@@ -270,9 +270,9 @@ fn flows_end_with_the_port_of_their_service() {
         ..*contents.service_keys.keys().next().unwrap()
     };
     contents.service_keys.insert(any, 0);
-    assert_eq!(sweep(&mut datapath, &contents, now()).removed, 0);
+    assert_eq!(sweep(&mut datapath, &contents, &now()).removed, 0);
     contents.service_keys.insert(any, 1);
-    assert_eq!(sweep(&mut datapath, &contents, now()).removed, 1);
+    assert_eq!(sweep(&mut datapath, &contents, &now()).removed, 1);
     assert_eq!(numbers(&datapath), [0]);
 }
 
@@ -287,12 +287,12 @@ fn flows_of_denied_sources_end_when_sources_are_judged() {
         let source = source.parse::<std::net::IpAddr>().unwrap().into();
         datapath.flows.insert(FlowKey { source, ..key(0) }, good);
     }
-    assert_eq!(sweep(&mut datapath, &compiled.contents, now()).removed, 0);
+    assert_eq!(sweep(&mut datapath, &compiled.contents, &now()).removed, 0);
     let scope = Scope {
         judges_sources: true,
         ..now()
     };
-    assert_eq!(sweep(&mut datapath, &compiled.contents, scope).removed, 1);
+    assert_eq!(sweep(&mut datapath, &compiled.contents, &scope).removed, 1);
     let left: Vec<String> = datapath.flows.keys().map(|key| key.source.to_string()).collect();
     assert_eq!(left, ["10.2.2.3"]);
 }
@@ -326,7 +326,7 @@ fn open_tcp_flows_of_resetting_backends_are_told_with_both_of_their_ends() {
             resetting: BTreeSet::from([1]),
             ..now()
         };
-        let (swept, resets) = sweep_and_reset(&mut datapath, &contents, scope);
+        let (swept, resets) = sweep_and_reset(&mut datapath, &contents, &scope);
         assert_eq!(swept.removed, 0);
         let reply = reply_to.map(|destination| FlowKey {
             source: contents.backends[&1].address,
@@ -343,7 +343,7 @@ fn open_tcp_flows_of_resetting_backends_are_told_with_both_of_their_ends() {
 fn a_backend_that_leaves_during_a_sweep_is_not_reported_without_flows() {
     let mut contents = compiled().1.contents;
     let mut datapath = datapath([]);
-    let mut sweep = Sweep::begin(&datapath, &contents, now()).unwrap();
+    let mut sweep = Sweep::begin(&datapath, &contents, &now()).unwrap();
     // New flows may have been put on it behind the sweep's back until now.
     contents.backends.get_mut(&2).unwrap().flags = BackendFlags::REMOVED;
     let swept = loop {
@@ -353,7 +353,7 @@ fn a_backend_that_leaves_during_a_sweep_is_not_reported_without_flows() {
     };
     assert_eq!(swept.live, BTreeMap::new());
     assert_eq!(
-        self::sweep(&mut datapath, &contents, now()).live,
+        self::sweep(&mut datapath, &contents, &now()).live,
         BTreeMap::from([(2, 0)])
     );
 }
@@ -377,7 +377,7 @@ fn live_flows_are_recounted_whatever_the_counts_were() {
         for id in [1, 2] {
             datapath.live.entry(id).or_default().count = LiveCount { opened, ended };
         }
-        sweep(&mut datapath, &contents, now());
+        sweep(&mut datapath, &contents, &now());
         let live = datapath.live_counts(&[1, 2]).unwrap();
         assert_eq!((live[&1].flows(), live[&2].flows()), (3, 1), "{opened} {ended}");
     }
@@ -391,7 +391,7 @@ fn the_base_of_live_flows_is_written_when_it_changes_alone() {
     let mut datapath = FaultyDatapath::new(inner, Schedule::Never);
     let mut calls_of_a_sweep = || {
         datapath.set_schedule(Schedule::Never);
-        sweep(&mut datapath, &contents, now());
+        sweep(&mut datapath, &contents, &now());
         datapath.calls()
     };
     let (first, second) = (calls_of_a_sweep(), calls_of_a_sweep());
@@ -467,7 +467,7 @@ proptest! {
         for (id, base) in [1, 2].into_iter().zip(bases) {
             datapath.live.entry(id).or_default().base = base;
         }
-        let mut sweep = Sweep::begin(&datapath, &contents, now()).unwrap();
+        let mut sweep = Sweep::begin(&datapath, &contents, &now()).unwrap();
         let mut time = NOW;
         let mut rounds = meanwhile.iter();
         loop {
