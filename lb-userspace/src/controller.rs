@@ -2,6 +2,9 @@
 //!
 //! Everything ends in [`Controller::converge`]: compile the model, plan, apply. There is no other way to a map.
 
+mod slow_starts;
+mod sweeps;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
@@ -15,18 +18,19 @@ use nix::{
 };
 use tracing::{error, info, warn};
 
+use self::{slow_starts::Rising, sweeps::Sweeps};
 use crate::{
     api::{Change, Done, Refusal, Refused},
     compile::{self, Directory, SlotTables},
     config::{self, Config, Probe, Service, XdpMode},
     datapath::{
-        Datapath,
+        Datapath, Live,
         kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
     },
     health::{Driver, Target, Transition},
     instance::Instance,
     model::{Administrative, BackendName, Health, Model, NextHop},
-    net::{self, NextHopWatcher},
+    net::{self, NextHopWatcher, poke::Poker},
     observe::{
         rates::Rates,
         status::{
@@ -34,7 +38,7 @@ use crate::{
             by_reason,
         },
     },
-    reconcile::{Reconciler, drained},
+    reconcile::Reconciler,
     seed,
 };
 
@@ -52,6 +56,9 @@ pub struct Controller {
     driver: Driver,
     watcher: NextHopWatcher,
     rates: Rates,
+    rising: Rising,
+    sweeps: Sweeps,
+    poker: Poker,
     /// Problems that the last attempt at something has left, by what was tried.
     problems: BTreeMap<&'static str, String>,
 }
@@ -88,6 +95,7 @@ impl Controller {
             source_ports: net::source_ports()?,
             health: restored.health,
             administrative: restored.administrative,
+            ramps: BTreeMap::new(),
             next_hops: BTreeMap::new(),
             live_flows: BTreeMap::new(),
             config,
@@ -104,13 +112,19 @@ impl Controller {
             driver,
             watcher,
             rates: Rates::default(),
+            rising: Rising::default(),
+            sweeps: Sweeps::judging_sources(),
+            poker: Poker::start(),
             problems: BTreeMap::new(),
         };
         controller.follow_configuration().await;
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;
-        controller.sweep();
+        // Whoever finds the daemon ready finds the flows counted.
+        while controller.has_steps() {
+            controller.step();
+        }
         controller.assign_vips().await;
         Ok(controller)
     }
@@ -129,7 +143,7 @@ impl Controller {
             Health::Unknown => {}
         }
         // The driver's own word, not that of a transition that may have waited behind a change of the targets.
-        self.model.health = self.driver.health();
+        self.follow_health();
         self.converge_or_retry();
     }
 
@@ -139,7 +153,8 @@ impl Controller {
         self.converge_or_retry();
     }
 
-    /// Reads the configuration anew and follows it; a bad one changes nothing.
+    /// Reads the configuration anew and follows it; a bad one changes nothing. Flows that are over by it end with the
+    /// next sweep.
     pub async fn reload(&mut self) -> Result<Done, Refused> {
         let config = config::load(&self.config_path)
             .map_err(|error| refused(Refusal::BadConfiguration, error.render(false)))?;
@@ -151,6 +166,9 @@ impl Controller {
         self.model.seed = seed;
         self.forget_vanished(&former.config);
         self.remember_renamed();
+        self.expect_added(&former);
+        // What was counted of a backend that has gone says nothing of the next with its id.
+        self.model.live_flows.retain(|_, flows| *flows > 0);
         self.follow_configuration().await;
         if let Err(error) = self.attach().and_then(|()| self.converge()) {
             self.model = former;
@@ -165,15 +183,14 @@ impl Controller {
             ));
         }
         self.assign_vips().await;
-        self.sweep();
-        self.remove_orphan_replies();
+        self.sweep_and_remove_orphan_replies_soon();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");
         Ok(Done { message, warnings })
     }
 
-    /// Changes the administrative state of a backend.
+    /// Changes the administrative state of a backend; flows that are over by it end with the next sweep.
     pub fn administer(&mut self, service: &str, backend: &str, change: Change) -> Result<Done, Refused> {
         self.find(service, backend)?;
         let name = (service.to_owned(), backend.to_owned());
@@ -196,7 +213,7 @@ impl Controller {
             };
             return Err(refused(Refusal::Failed, format!("{error:#}")));
         }
-        self.sweep();
+        self.sweep_soon();
         let message = match change {
             Change::Enable => format!("{service}/{backend} is enabled"),
             Change::Drain => format!("{service}/{backend} is draining: no new flows, existing ones may end"),
@@ -207,19 +224,6 @@ impl Controller {
             message,
             warnings: Vec::new(),
         })
-    }
-
-    /// Ends flows that are over, counts the others, and lets removed backends without flows go.
-    pub fn sweep(&mut self) {
-        let ending = drained(&self.model, &self.directory, SystemTime::now());
-        match self.reconciler.sweep(monotonic_now(), &ending) {
-            Ok(sweep) => {
-                self.problems.remove("sweep");
-                self.model.live_flows = sweep.live;
-                self.converge_or_retry();
-            }
-            Err(error) => self.problem("sweep", &error.into()),
-        }
     }
 
     /// Mends what somebody else has changed in the maps, and what could not be done before.
@@ -240,13 +244,6 @@ impl Controller {
             Err(error) => self.problem("attach", &error),
         }
         self.assign_vips().await;
-    }
-
-    /// Removes what flows that have gone to another backend have left.
-    pub fn remove_orphan_replies(&mut self) {
-        if let Err(error) = self.reconciler.datapath_mut().remove_orphan_replies() {
-            warn!("keys of replies that lead nowhere stay for now: {}", chain(error));
-        }
     }
 
     /// Takes a reading of the counters, for rates.
@@ -270,6 +267,14 @@ impl Controller {
                 problems.push(chain(error));
                 Default::default()
             });
+        let live = self
+            .reconciler
+            .datapath()
+            .live_counts(&backends)
+            .unwrap_or_else(|error| {
+                problems.push(chain(error));
+                Default::default()
+            });
         let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
         let reports = self.driver.report();
         let unresolved = self.watcher.unresolved();
@@ -283,15 +288,12 @@ impl Controller {
                 .get(&service.name)
                 .copied()
                 .unwrap_or(u32::MAX);
-            let slots = self.reconciler.actual().slots.get(&id);
+            let shares = compile::shares(self.reconciler.actual(), id);
             let backend_status = |backend: &config::Backend| {
                 let name: BackendName = (service.name.clone(), backend.name.clone());
                 let id = self.directory.backends.get(&name).copied().unwrap_or(0);
                 let counted = counters.backends.get(&id).copied().unwrap_or_default();
                 let rate = self.rates.of(id);
-                let share = slots.map_or(0.0, |slots| {
-                    slots.iter().filter(|slot| **slot == id && id != 0).count() as f64 / slots.len() as f64
-                });
                 BackendStatus {
                     name: backend.name.clone(),
                     address: match backend.port {
@@ -310,8 +312,9 @@ impl Controller {
                     health: self.model.health_of(service, &backend.name),
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
                     next_hop_problem: next_hop_problem(&self.model, &unresolved, &attached, backend.address),
-                    share,
+                    share: shares.get(&id).copied().unwrap_or(0.0),
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
+                    live_flows: live.get(&id).map_or(0, Live::flows),
                     flows_total: counted.flows,
                     forwarded: Traffic::from(counted.forwarded),
                     returned: Traffic::from(counted.returned),
@@ -371,7 +374,9 @@ impl Controller {
 
     /// Compiles the model and makes the maps hold the result.
     fn converge(&mut self) -> anyhow::Result<()> {
+        self.model.ramps = self.rising.percents(&self.model.config);
         let compiled = compile::compile(&mut self.tables, &self.model, self.reconciler.actual())?;
+        self.sweeps.follow(self.reconciler.actual(), &compiled.contents);
         self.reconciler.reconcile(compiled.contents)?;
         self.directory = compiled.directory;
         self.problems.remove("converge");
@@ -425,7 +430,7 @@ impl Controller {
     /// Has probes and next hops follow the configuration, and takes in what is known of both already.
     async fn follow_configuration(&mut self) {
         self.driver.set_targets(targets(&self.model));
-        self.model.health = self.driver.health();
+        self.follow_health();
         let addresses = self
             .model
             .config

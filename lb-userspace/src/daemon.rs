@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    task::yield_now,
     time::{MissedTickBehavior, interval},
 };
 use tracing::{error, info, warn};
@@ -35,6 +36,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
 /// How often keys of replies that flows have left behind are looked for: a look at each key.
 const ORPHANS_INTERVAL: Duration = Duration::from_secs(300);
+/// How often shares of backends that start slowly are looked at.
+const RAMP_INTERVAL: Duration = Duration::from_secs(1);
 /// How often counters are read for rates.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -112,6 +115,7 @@ pub async fn run(
     let mut repairs = ticks(REPAIR_INTERVAL);
     let mut orphans = ticks(ORPHANS_INTERVAL);
     let mut samples = ticks(SAMPLE_INTERVAL);
+    let mut ramps = ticks(RAMP_INTERVAL);
     loop {
         tokio::select! {
             Some(transition) = transition.recv() => controller.transition(transition),
@@ -123,9 +127,12 @@ pub async fn run(
             _ = hang_up.recv() => if let Err(refused) = controller.reload().await {
                 error!("reload: {}", refused.message);
             },
-            _ = sweeps.tick() => controller.sweep(),
+            _ = sweeps.tick() => controller.sweep_soon(),
+            // Not at once: what else has happened comes between two steps.
+            () = yield_now(), if controller.has_steps() => controller.step(),
+            _ = ramps.tick(), if controller.is_ramping() => controller.ramp(),
             _ = repairs.tick() => controller.repair().await,
-            _ = orphans.tick() => controller.remove_orphan_replies(),
+            _ = orphans.tick() => controller.sweep_and_remove_orphan_replies_soon(),
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");
@@ -176,15 +183,19 @@ async fn answer(controller: &mut Controller, request: Request) {
     // Who asked may have gone away meanwhile; what was asked is done all the same.
     match request {
         Request::Status(answer) => drop(answer.send(controller.status())),
-        Request::Reload(answer) => drop(answer.send(controller.reload().await)),
+        Request::Reload(answer) => match controller.reload().await {
+            Ok(done) => controller.answer_after_sweep(answer, done),
+            Err(refused) => drop(answer.send(Err(refused))),
+        },
         Request::Administer {
             service,
             backend,
             change,
             answer,
-        } => {
-            drop(answer.send(controller.administer(&service, &backend, change)));
-        }
+        } => match controller.administer(&service, &backend, change) {
+            Ok(done) => controller.answer_after_sweep(answer, done),
+            Err(refused) => drop(answer.send(Err(refused))),
+        },
     }
 }
 

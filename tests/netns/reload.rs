@@ -17,7 +17,9 @@ use xlb::{
     model::Health,
 };
 
-use crate::scene::{INTERFACES, WEB, connection_to, has_program, nginx, source, topology, web};
+use crate::scene::{
+    INTERFACES, WEB, connection_by, connection_to, has_program, nginx, source, topology, web,
+};
 
 /// Where the service `other` is.
 fn other_server() -> SocketAddr {
@@ -183,6 +185,33 @@ fn a_removed_service_ends_its_flows_and_leaves_empty_maps() {
     daemon.done(&["reload"]);
     all_up(&daemon);
     drop(connection_to(&topology, "a"));
+}
+
+#[test]
+fn a_removed_port_ends_its_flows_alone() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure(&INTERFACES, &[web().with("port", "[80, 81]")]);
+    daemon.start_up();
+    let other = SocketAddr::new(WEB.ip(), 81);
+    let kept = connection_to(&topology, "a").download();
+    let ended = connection_by(&topology, other, "a").download();
+    daemon.configure(&INTERFACES, &[web()]);
+    daemon.done(&["reload"]);
+    let ports: Vec<u16> = maps::flows(&daemon.pins())
+        .iter()
+        .map(|(key, _)| u16::from_be(key.destination_port))
+        .collect();
+    assert!(ports.contains(&80) && !ports.contains(&81), "{ports:?}");
+    kept.proceeds();
+    eventually(
+        "the client gives up",
+        http::timeout() + Duration::from_secs(2),
+        || ended.has_ended(),
+    );
+    ended.finish().unwrap_err();
+    kept.finish().unwrap();
 }
 
 #[test]

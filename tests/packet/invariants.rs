@@ -142,7 +142,7 @@ fn checksum_sums(bytes: &[u8], packet: &Packet) -> (u16, u16) {
 }
 
 /// What the headers alone decide; `None` where the flow table has a say.
-fn decided_by_headers(bytes: &[u8]) -> Result<Expected, (Kind, Packet, Option<TestService>)> {
+fn decided_by_headers(bytes: &[u8]) -> Result<Expected, Box<(Kind, Packet, Option<TestService>)>> {
     let is_vip = |address| {
         SERVICES
             .iter()
@@ -174,7 +174,7 @@ fn decided_by_headers(bytes: &[u8]) -> Result<Expected, (Kind, Packet, Option<Te
             Ok(Expected::dropped(TtlExceeded).of(&service))
         }
         (Kind::Transport, None) if !from_backend => Ok(Expected::passed(NotForService)),
-        _ => Err((kind, packet, service)),
+        _ => Err(Box::new((kind, packet, service))),
     }
 }
 
@@ -190,7 +190,7 @@ fn any_frame_is_treated_as_its_headers_say() {
                 fixture.expect("decided by headers", &bytes, expected);
                 return Ok(());
             }
-            Err(undecided) => undecided,
+            Err(undecided) => *undecided,
         };
         let before = fixture.counted();
         let (verdict, output) = fixture.run(&bytes);

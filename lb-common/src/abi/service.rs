@@ -88,6 +88,12 @@ impl Strategy {
     pub const fn number(self) -> u8 {
         self as u8
     }
+
+    /// Tells whether a slot table of this strategy is a sequence, whose length is in [`LENGTH_SLOT`].
+    #[inline(always)]
+    pub const fn is_sequence(number: u8) -> bool {
+        number == Self::RoundRobin as u8 || number == Self::LeastConnections as u8
+    }
 }
 
 /// How packets of a flow reach the backend.

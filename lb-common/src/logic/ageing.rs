@@ -1,6 +1,6 @@
 //! When an idle flow is over.
 
-use crate::abi::{Settings, TcpState};
+use crate::abi::{Forward, Settings, TcpState};
 
 /// Idle time in nanoseconds after which a flow in this state ends.
 #[inline(always)]
@@ -10,6 +10,22 @@ pub const fn idle_timeout(settings: &Settings, state: TcpState) -> u64 {
         TcpState::SynSent | TcpState::SynReceived => settings.tcp_opening,
         TcpState::Established => settings.tcp_idle,
         TcpState::FinClient | TcpState::FinBackend | TcpState::Closed => settings.tcp_closing,
+    }
+}
+
+/// Tells whether a flow in this state is counted as ended, though its record stays until it is idle.
+///
+/// Where the backend answers the client directly its FIN is not seen, so the client's is the end.
+#[inline(always)]
+pub const fn has_ended(forward: u8, state: TcpState) -> bool {
+    match state {
+        TcpState::Closed => true,
+        TcpState::FinClient => !Forward::translates(forward),
+        TcpState::None
+        | TcpState::SynSent
+        | TcpState::SynReceived
+        | TcpState::Established
+        | TcpState::FinBackend => false,
     }
 }
 
@@ -54,6 +70,24 @@ mod tests {
         for (state, timeout) in expected {
             assert_eq!(idle_timeout(&SETTINGS, state), timeout, "{state:?}");
         }
+    }
+
+    #[test]
+    fn a_flow_whose_replies_are_not_seen_has_ended_with_the_clients_fin() {
+        let two_way = [Forward::Nat, Forward::FullNat];
+        let one_way = [Forward::Dsr, Forward::IpIp, Forward::Gue];
+        let ended = |forward: Forward, state| has_ended(forward.number(), state);
+        for forward in two_way.into_iter().chain(one_way) {
+            assert!(ended(forward, TcpState::Closed), "{forward:?}");
+            assert!(!ended(forward, TcpState::None), "{forward:?}");
+            assert!(!ended(forward, TcpState::Established), "{forward:?}");
+        }
+        assert!(
+            two_way
+                .iter()
+                .all(|forward| !ended(*forward, TcpState::FinClient))
+        );
+        assert!(one_way.iter().all(|forward| ended(*forward, TcpState::FinClient)));
     }
 
     #[test]

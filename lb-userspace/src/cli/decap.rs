@@ -228,7 +228,7 @@ mod tests {
         let page = include_str!("../../../docs/backends.md");
         for reason in DecapReason::ALL {
             let word = match reason.class() {
-                VerdictClass::Forwarded => "unwrapped",
+                VerdictClass::Forwarded | VerdictClass::Answered => "unwrapped",
                 VerdictClass::Passed => "passed",
                 VerdictClass::Dropped => "dropped",
             };

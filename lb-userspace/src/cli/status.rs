@@ -83,6 +83,7 @@ fn service_table(service: &ServiceStatus) -> String {
         "WEIGHT",
         "SHARE",
         "FLOWS",
+        "LIVE",
         "PACKETS/S",
         "BYTES/S",
     ]);
@@ -104,9 +105,10 @@ fn service_table(service: &ServiceStatus) -> String {
             },
             backend.weight.to_string(),
             format!("{:.1} %", backend.share * 100.0),
+            backend.flows.to_string(),
             match backend.max_connections {
-                Some(most) => format!("{} of {most}", backend.flows),
-                None => backend.flows.to_string(),
+                Some(most) => format!("{} of {most}", backend.live_flows),
+                None => backend.live_flows.to_string(),
             },
             format!("{:.0}", backend.packets_per_second),
             format!("{:.0}", backend.bytes_per_second),
@@ -169,6 +171,7 @@ mod tests {
             next_hop_problem: None,
             share: 0.5,
             flows: 7,
+            live_flows: 6,
             flows_total: 9,
             forwarded: Traffic::default(),
             returned: Traffic::default(),
@@ -221,6 +224,7 @@ mod tests {
                 "100",
                 "50.0 %",
                 "7",
+                "6",
                 "0",
                 "0"
             ]
@@ -234,7 +238,8 @@ mod tests {
                 "enabled, backup",
                 "100",
                 "50.0 %",
-                "7 of 15",
+                "7",
+                "6 of 15",
                 "0",
                 "0"
             ]

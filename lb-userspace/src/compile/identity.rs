@@ -5,9 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use lb_common::abi::{self, Address, BackendFlags, MAX_BACKENDS, MAX_SERVICES, ServiceKey};
 
 use crate::{
-    config::{Backend, Protocol, Service},
+    config::{Backend, PortRange, Protocol, Service},
     datapath::Contents,
 };
+
+/// In the key of a service of all ports: its only one.
+const ANY_PORT: u16 = 0;
 
 /// The keys of a service, in the order of its ports.
 pub(super) fn keys(service: &Service) -> impl Iterator<Item = ServiceKey> {
@@ -16,27 +19,45 @@ pub(super) fn keys(service: &Service) -> impl Iterator<Item = ServiceKey> {
         Protocol::Tcp => abi::TCP,
         Protocol::Udp => abi::UDP,
     };
-    (service.ports.iter().flat_map(|range| range.first..=range.last)).map(move |port| ServiceKey {
-        vip,
-        port: port.to_be(),
-        protocol,
-        _pad: 0,
-    })
+    let is_any = service.ports.contains(&PortRange::ANY);
+    let ports = service.ports.iter().filter(move |_| !is_any);
+    (is_any.then_some(ANY_PORT).into_iter())
+        .chain(ports.flat_map(|range| range.first..=range.last))
+        .map(move |port| ServiceKey {
+            vip,
+            port: port.to_be(),
+            protocol,
+            _pad: 0,
+        })
 }
 
 /// Finds the ids that services have by any of their keys, in the order of `services`.
 ///
-/// When services were split or merged, the first in the order takes the id; none is given twice.
+/// When services were split or merged, the first in the order takes the id; none is given twice. What no key of its
+/// own leads to may have had all ports before, or has them now.
 pub(super) fn services(services: &[Service], actual: &Contents) -> Vec<Option<u32>> {
     let mut taken = BTreeSet::new();
-    let mut find = |service| {
-        let id = keys(service)
-            .filter_map(|key| actual.service_keys.get(&key).copied())
-            .find(|id| *id < MAX_SERVICES && !taken.contains(id))?;
+    let mut take = |mut ids: &mut dyn Iterator<Item = u32>| {
+        let id = (&mut ids).find(|id| *id < MAX_SERVICES && !taken.contains(id))?;
         taken.insert(id);
         Some(id)
     };
-    services.iter().map(&mut find).collect()
+    let mut found: Vec<Option<u32>> = services
+        .iter()
+        .map(|service| take(&mut keys(service).filter_map(|key| actual.service_keys.get(&key).copied())))
+        .collect();
+    for (service, id) in services.iter().zip(&mut found).filter(|(_, id)| id.is_none()) {
+        let Some(own) = keys(service).next() else { continue };
+        let any = ServiceKey {
+            port: ANY_PORT,
+            ..own
+        };
+        let of_vip = (actual.service_keys.iter())
+            .filter(|(key, _)| (key.vip, key.protocol) == (own.vip, own.protocol))
+            .filter(|(key, _)| own == any || **key == any);
+        *id = take(&mut of_vip.map(|(_, id)| *id));
+    }
+    found
 }
 
 /// What a backend is known by: service id, address and port as the maps have it.

@@ -5,18 +5,8 @@ use std::{cmp::Ordering, collections::BinaryHeap, net::IpAddr, sync::Arc};
 
 use lb_common::{abi::SLOT_COUNT, logic::hash::siphash13};
 
+use super::candidates::Candidate;
 use crate::datapath::SlotTable;
-
-/// A backend that new flows may be put on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Candidate {
-    /// What the table holds; has no influence on which slots the backend gets.
-    pub id: u32,
-    /// See [`identity`]; decides which slots the backend prefers.
-    pub identity: u64,
-    /// Share of the slots in proportion to the other candidates'; 0 gets none.
-    pub weight: u32,
-}
 
 /// What tells one server from the others on every node with the same seed.
 ///

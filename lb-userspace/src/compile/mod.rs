@@ -3,9 +3,13 @@
 //! What the maps hold now is an input, so that services and backends keep their ids, and their flows with them,
 //! over every change and over a restart of the daemon.
 
+mod candidates;
+mod filters;
 mod identity;
 pub mod maglev;
 mod restore;
+mod round_robin;
+mod slots;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,14 +19,19 @@ use std::{
 };
 
 use lb_common::abi::{
-    self, BackendFlags, Link, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, ROLE_BACKEND,
-    ROLE_VIP,
+    self, BackendFlags, Link, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
+    MAX_SOURCE_FILTERS, ROLE_BACKEND, ROLE_VIP, SettingsFlags,
 };
 
-pub use self::restore::{Restored, restore};
+pub use self::{
+    candidates::Candidate,
+    filters::SourceFilters,
+    restore::{Restored, restore},
+    slots::{SlotTables, shares},
+};
 use crate::{
-    config::{Backend, Forward, Service, Strategy},
-    datapath::{Contents, SlotTable},
+    config::{Backend, Forward, Protocol, Service, Strategy},
+    datapath::Contents,
     model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
 
@@ -65,8 +74,8 @@ pub enum CompileError {
 
 /// Says what the maps shall hold, given what they hold; compiling again from the result gives the same.
 ///
-/// A backend that has left its service stays, marked as removed, until its last flow has ended; those of a service
-/// that is gone leave at once.
+/// A backend that has left its service stays, marked as removed, until its last flow has ended, if the service wants
+/// that by a reset; those of a service that is gone leave at once.
 ///
 /// # Errors
 /// When something does not fit into the maps, also together with what has to leave them first.
@@ -81,41 +90,18 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
             continue;
         };
         let candidates = add_service(&mut contents, *id, service, &directory, model, actual);
-        let table = tables.get(*id, candidates);
+        let table = tables.get(*id, service.strategy, candidates);
         let unchanged = actual.slots.get(id).filter(|old| **old == table);
         contents.slots.insert(*id, unchanged.map_or(table, Arc::clone));
     }
     tables.retain(&contents);
-    add_removed_backends(&mut contents, model, actual);
+    add_removed_backends(&mut contents, &directory, model, actual);
+    if contents.service_keys.keys().any(|key| key.port == 0) {
+        contents.settings.flags |= SettingsFlags::ANY_PORT;
+    }
     add_addresses(&mut contents);
     check_limits(&contents, actual)?;
     Ok(Compiled { contents, directory })
-}
-
-/// The slot tables of the last compilation: building one takes milliseconds, and most changes concern few services.
-///
-/// A memory of what can be computed again at any time: the result does not depend on it.
-#[derive(Debug, Default)]
-pub struct SlotTables(BTreeMap<u32, (Vec<maglev::Candidate>, SlotTable)>);
-
-impl SlotTables {
-    /// The table of a service for these candidates.
-    fn get(&mut self, service: u32, candidates: Vec<maglev::Candidate>) -> SlotTable {
-        if let Some((known, table)) = self.0.get(&service)
-            && *known == candidates
-        {
-            return Arc::clone(table);
-        }
-        let table = maglev::table(&candidates);
-        self.0.insert(service, (candidates, Arc::clone(&table)));
-        table
-    }
-
-    /// Forgets services that are gone.
-    fn retain(&mut self, contents: &Contents) {
-        self.0
-            .retain(|service, _| contents.services.contains_key(service));
-    }
 }
 
 /// Finds the ids that exist and gives the lowest free ones to the others.
@@ -189,24 +175,26 @@ fn add_service(
     directory: &Directory,
     model: &Model,
     actual: &Contents,
-) -> Vec<maglev::Candidate> {
+) -> Vec<Candidate> {
     let mut candidates = Vec::new();
-    for backend in &service.backends {
+    let shares = candidates::shares(model, service);
+    for (backend, share) in service.backends.iter().zip(shares) {
         let name = (service.name.clone(), backend.name.clone());
         let Some(backend_id) = directory.backends.get(&name).copied() else {
             continue;
         };
-        let identity = maglev::identity(model.seed, backend.address, backend.port.unwrap_or(0));
+        let candidate = Candidate::new(backend_id, model, backend, share.weight);
         let mut entry = abi::Backend {
             address: backend.address.into(),
             port: backend.port.unwrap_or(0).to_be(),
-            flags: flags(model, service, backend),
+            flags: flags(model, service, backend, share.is_candidate),
             service_plus_one: id + 1,
-            weight: backend.weight,
+            weight: share.weight,
             max_connections: backend.max_connections.unwrap_or(0),
             // From the server's identity rather than a counter: nothing has to remember which were given before,
             // and a server that returns to its id also returns to what is left of its flows.
-            generation: (actual.backends.get(&backend_id)).map_or(identity as u32, |entry| entry.generation),
+            generation: (actual.backends.get(&backend_id))
+                .map_or(candidate.identity as u32, |entry| entry.generation),
             ..abi::Backend::default()
         };
         set_next_hop(&mut entry, model);
@@ -214,12 +202,8 @@ fn add_service(
             follow_source(&mut entry, former, service.forward);
         }
         contents.backends.insert(backend_id, entry);
-        if entry.flags & BackendFlags::ACCEPTS_NEW != 0 {
-            candidates.push(maglev::Candidate {
-                id: backend_id,
-                identity,
-                weight: backend.weight,
-            });
+        if share.is_candidate {
+            candidates.push(candidate);
         }
     }
 
@@ -227,6 +211,7 @@ fn add_service(
     contents
         .service_keys
         .extend(identity::keys(service).map(|key| (key, id)));
+    contents.source_filters.extend(filters::of_service(id, service));
     candidates
 }
 
@@ -248,13 +233,18 @@ fn service_entry(service: &Service) -> abi::Service {
     abi::Service {
         strategy: strategy.number(),
         forward: forward.number(),
+        flags: filters::flags(service),
         in_use: 1,
-        ..abi::Service::default()
+        new_flow_rate: service.new_flow_cap.map_or(0, |cap| cap.rate),
+        new_flow_burst: service.new_flow_cap.map_or(0, |cap| cap.burst),
+        rate_prefix_v4: service.new_flow_cap.map_or(0, |cap| cap.prefix_v4),
+        rate_prefix_v6: service.new_flow_cap.map_or(0, |cap| cap.prefix_v6),
+        _pad: 0,
     }
 }
 
 /// All flags but [`BackendFlags::NEXT_HOP_KNOWN`].
-fn flags(model: &Model, service: &Service, backend: &Backend) -> u16 {
+fn flags(model: &Model, service: &Service, backend: &Backend, is_candidate: bool) -> u16 {
     let health = model.health_of(service, &backend.name);
     let administrative = model.administrative_of(service, &backend.name);
     let mut flags = match health {
@@ -267,8 +257,8 @@ fn flags(model: &Model, service: &Service, backend: &Backend) -> u16 {
         Administrative::Draining { .. } => BackendFlags::DRAINING,
         Administrative::Disabled => BackendFlags::DISABLED,
     };
-    if health == Health::Up && administrative == Administrative::Enabled && backend.weight > 0 {
-        flags |= BackendFlags::ACCEPTS_NEW;
+    if is_candidate {
+        flags |= BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;
     }
     if health != Health::Down && administrative != Administrative::Disabled {
         flags |= BackendFlags::KEEPS_UDP;
@@ -304,17 +294,28 @@ fn follow_source(entry: &mut abi::Backend, former: &abi::Backend, forward: Forwa
 }
 
 /// Adds the backends that have left their service but may still have flows.
-fn add_removed_backends(contents: &mut Contents, model: &Model, actual: &Contents) {
+fn add_removed_backends(contents: &mut Contents, directory: &Directory, model: &Model, actual: &Contents) {
+    let resetting = (model.config.services.iter())
+        .filter(|service| service.reset_on_removal && service.protocol == Protocol::Tcp)
+        .filter_map(|service| directory.services.get(&service.name));
+    let resetting: BTreeSet<u32> = resetting.copied().collect();
     for (id, entry) in &actual.backends {
-        let in_service = (entry.service_plus_one.checked_sub(1))
-            .is_some_and(|service| contents.services.contains_key(&service));
+        let Some(service) =
+            (entry.service_plus_one.checked_sub(1)).filter(|service| contents.services.contains_key(service))
+        else {
+            continue;
+        };
         let has_flows = model.live_flows.get(id) != Some(&0);
-        if contents.backends.contains_key(id) || !(1..MAX_BACKENDS).contains(id) || !in_service || !has_flows
-        {
+        if contents.backends.contains_key(id) || !(1..MAX_BACKENDS).contains(id) || !has_flows {
             continue;
         }
+        let resets = if resetting.contains(&service) {
+            BackendFlags::RESETS
+        } else {
+            0
+        };
         let mut entry = abi::Backend {
-            flags: BackendFlags::REMOVED,
+            flags: BackendFlags::REMOVED | resets,
             ..*entry
         };
         set_next_hop(&mut entry, model);
@@ -349,7 +350,16 @@ fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileErr
         .keys()
         .filter(|address| !addresses.contains_key(address))
         .count();
-    check_limit_at_once("addresses", addresses.len() + leaving, limit)
+    check_limit_at_once("addresses", addresses.len() + leaving, limit)?;
+
+    let (filters, limit) = (&contents.source_filters, MAX_SOURCE_FILTERS as usize);
+    check_limit("source prefixes", filters.len(), limit)?;
+    let leaving = actual
+        .source_filters
+        .keys()
+        .filter(|key| !filters.contains_key(key))
+        .count();
+    check_limit_at_once("source prefixes", filters.len() + leaving, limit)
 }
 
 fn check_limit(objects: &'static str, needed: usize, limit: usize) -> Result<(), CompileError> {

@@ -1,12 +1,15 @@
 use std::time::SystemTime;
 
-use lb_common::abi::{Address, ServiceKey};
+use lb_common::abi::{Address, SLOT_COUNT, ServiceKey};
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{PortRange, Probe},
-    model::fixture::{any_model, backend, model, service},
+    config::{self, NewFlowCap, PortRange, Probe, WhenAllDown},
+    model::{
+        NextHop,
+        fixture::{any_model, backend, model, next_hop, service},
+    },
 };
 
 const WEB: &str = "web";
@@ -31,7 +34,7 @@ fn flags_of(compiled: &Compiled, backend: &str) -> u16 {
 }
 
 fn owners(compiled: &Compiled, service: u32) -> BTreeSet<u32> {
-    compiled.contents.slots[&service].iter().copied().collect()
+    compiled.contents.slots_in_use(service).iter().copied().collect()
 }
 
 #[test]
@@ -109,6 +112,275 @@ fn a_backend_without_a_probe_is_up() {
     assert_eq!(
         owners(&compiled(&model, &Contents::default()), 0),
         BTreeSet::from([1, 2])
+    );
+}
+
+/// Flags of the candidates and their slots by name.
+fn candidates(model: &Model) -> Vec<(String, u16)> {
+    let compiled = compiled(model, &Contents::default());
+    let new = BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;
+    let owners = owners(&compiled, 0);
+    let mut candidates = Vec::new();
+    for ((_, name), id) in &compiled.directory.backends {
+        let flags = compiled.contents.backends[id].flags;
+        assert_eq!(
+            flags & BackendFlags::ACCEPTS_NEW != 0,
+            owners.contains(id),
+            "{name} gets new flows if it has slots"
+        );
+        candidates.push((name.clone(), flags & new));
+    }
+    candidates
+}
+
+#[test]
+fn backups_get_new_flows_while_no_other_backend_is_up_and_keep_their_flows_after() {
+    use BackendFlags as F;
+    let named = |a, b| vec![("a".to_owned(), a), ("b".to_owned(), b)];
+    let both = F::ACCEPTS_NEW | F::KEEPS_UDP;
+    let mut model = web();
+    model.config.services[0].backends[1].backup = true;
+    assert_eq!(candidates(&model), named(both, F::KEEPS_UDP));
+    let gone: [&dyn Fn(&mut Model); 4] = [
+        &|model| model.set_health(WEB, "a", Health::Down),
+        &|model| model.set_health(WEB, "a", Health::Unknown),
+        &|model| model.set_administrative(WEB, "a", Administrative::Disabled),
+        &|model| model.config.services[0].backends[0].weight = 0,
+    ];
+    for (number, change) in gone.iter().enumerate() {
+        let mut model = model.clone();
+        change(&mut model);
+        let found = candidates(&model);
+        assert_eq!(found[1].1, both, "{number}");
+        assert_eq!(found[0].1 & F::ACCEPTS_NEW, 0, "{number}");
+    }
+}
+
+#[test]
+fn when_all_are_down_all_that_are_enabled_are_tried_if_the_service_says_so() {
+    use BackendFlags as F;
+    let mut model = web();
+    let service = &mut model.config.services[0];
+    service.backends[1].backup = true;
+    service
+        .backends
+        .extend([backend("c", 13, 0), backend("d", 14, 0), backend("e", 15, 0)]);
+    service.backends[4].weight = 0;
+    model.set_health(WEB, "a", Health::Down);
+    model.set_health(WEB, "b", Health::Down);
+    model.set_health(WEB, "d", Health::Up);
+    model.set_health(WEB, "e", Health::Up);
+    model.set_administrative(WEB, "d", Administrative::Disabled);
+    let named = |flags: [u16; 5]| {
+        ["a", "b", "c", "d", "e"]
+            .map(str::to_owned)
+            .into_iter()
+            .zip(flags)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(candidates(&model), named([0, 0, F::KEEPS_UDP, 0, F::KEEPS_UDP]));
+
+    model.config.services[0].when_all_down = WhenAllDown::TryAll;
+    let both = F::ACCEPTS_NEW | F::KEEPS_UDP;
+    assert_eq!(candidates(&model), named([both, both, both, 0, F::KEEPS_UDP]));
+
+    model.set_health(WEB, "b", Health::Up);
+    assert_eq!(
+        candidates(&model),
+        named([0, both, F::KEEPS_UDP, 0, F::KEEPS_UDP])
+    );
+}
+
+#[test]
+fn a_backend_that_starts_slowly_has_its_part_of_even_the_smallest_weight() {
+    let mut model = web();
+    for backend in &mut model.config.services[0].backends {
+        backend.weight = 1;
+    }
+    let whole = compiled(&model, &Contents::default()).contents;
+    assert_eq!((whole.backends[&1].weight, whole.backends[&2].weight), (1, 1));
+    model.ramps.insert((WEB.to_owned(), "a".to_owned()), 10);
+    let contents = compiled(&model, &whole).contents;
+    assert_eq!(
+        (contents.backends[&1].weight, contents.backends[&2].weight),
+        (10, 100)
+    );
+    let share = shares(&contents, 0)[&1];
+    assert!((share - 10.0 / 110.0).abs() < 0.001, "{share}");
+    for slot in 0..SLOT_COUNT as usize {
+        let (before, after) = (whole.slots[&0][slot], contents.slots[&0][slot]);
+        assert!(
+            before == after || before == 1,
+            "no slot goes to the backend that has fewer"
+        );
+    }
+
+    // Alone it gets all, and where it gets none nothing changes.
+    model.set_health(WEB, "b", Health::Down);
+    assert_eq!(
+        shares(&compiled(&model, &contents).contents, 0),
+        BTreeMap::from([(1, 1.0)])
+    );
+    model.set_health(WEB, "b", Health::Up);
+    model.set_health(WEB, "a", Health::Down);
+    let contents = compiled(&model, &contents).contents;
+    assert_eq!(contents.backends[&2].weight, 1);
+}
+
+#[test]
+fn the_slots_of_a_sequence_follow_its_length() {
+    let mut model = web();
+    model.config.services[0].backends[0].weight = 200;
+    model.config.services[0].strategy = config::Strategy::RoundRobin;
+    let first = compiled(&model, &Contents::default()).contents;
+    assert_eq!(first.slots[&0].len(), SLOT_COUNT as usize);
+    assert_eq!(first.slots[&0][..4], [3, 1, 2, 1]);
+    assert!(first.slots[&0][4..].iter().all(|slot| *slot == 0));
+    assert_eq!(first.services[&0].strategy, abi::Strategy::RoundRobin.number());
+
+    model.config.services[0].strategy = config::Strategy::LeastConnections;
+    let second = compiled(&model, &first).contents;
+    assert_eq!(second.slots[&0][..3], [2, 1, 2]);
+    assert!(second.slots[&0][3..].iter().all(|slot| *slot == 0));
+    assert_eq!(
+        (second.backends[&1].weight, second.backends[&2].weight),
+        (200, 100)
+    );
+    let thirds = BTreeMap::from([(1, 2.0 / 3.0), (2, 1.0 / 3.0)]);
+    assert_eq!(shares(&first, 0), thirds);
+    assert_eq!(shares(&second, 0), thirds);
+
+    model.health.clear();
+    let empty = compiled(&model, &second).contents;
+    assert!(empty.slots[&0].iter().all(|slot| *slot == 0));
+    assert_eq!(shares(&empty, 0), BTreeMap::new());
+}
+
+#[test]
+fn a_service_of_all_ports_has_one_key_and_a_setting_says_that_there_is_one() {
+    let mut model = web();
+    let before = compiled(&model, &Contents::default());
+    assert_eq!(before.contents.settings.flags, 0);
+    model.config.services[0].ports = vec![PortRange::ANY];
+    let any = compiled(&model, &before.contents);
+    assert_eq!(any.contents.settings.flags, SettingsFlags::ANY_PORT);
+    let keys: Vec<u16> = any.contents.service_keys.keys().map(|key| key.port).collect();
+    assert_eq!(keys, [0]);
+    assert_eq!(any.directory, before.directory, "ids stay, and so do the flows");
+    assert_eq!(compiled(&web(), &any.contents).contents, before.contents);
+    assert_eq!(compiled(&web(), &any.contents).directory, before.directory);
+}
+
+#[test]
+fn a_service_of_all_ports_takes_no_id_that_another_service_has() {
+    let mut model = web();
+    let before = compiled(&model, &Contents::default());
+    let mut any = service("any", 10, &[], vec![]);
+    any.ports = vec![PortRange::ANY];
+    any.protocol = Protocol::Udp;
+    model.config.services.insert(0, any);
+    let with_udp = compiled(&model, &before.contents);
+    assert_eq!(with_udp.directory.services[WEB], 0);
+    assert_eq!(with_udp.directory.services["any"], 1);
+    // Of one protocol the validation would not let them be together; the id is that of the exact key all the same.
+    model.config.services[0].protocol = Protocol::Tcp;
+    assert_eq!(compiled(&model, &before.contents).directory.services[WEB], 0);
+}
+
+#[test]
+fn what_sources_may_do_is_in_the_entry_of_the_service() {
+    let mut model = web();
+    model.config.services[0].new_flow_cap = Some(NewFlowCap {
+        rate: 20,
+        burst: 50,
+        prefix_v4: 24,
+        prefix_v6: 56,
+    });
+    model.config.services[0].allow = vec!["192.0.2.0/24".parse().unwrap()];
+    let contents = compiled(&model, &Contents::default()).contents;
+    let entry = contents.services[&0];
+    assert_eq!((entry.new_flow_rate, entry.new_flow_burst), (20, 50));
+    assert_eq!((entry.rate_prefix_v4, entry.rate_prefix_v6), (24, 56));
+    let flags = abi::ServiceFlags::HAS_FILTERS | abi::ServiceFlags::DENIES_OTHERS;
+    assert_eq!(entry.flags, flags);
+    assert_eq!(contents.source_filters.len(), 1);
+    assert_eq!(compiled(&web(), &contents).contents.source_filters.len(), 0);
+}
+
+#[test]
+fn tcp_flows_of_a_removed_backend_are_reset_if_the_service_says_so() {
+    for (protocol, reset_on_removal, expected) in [
+        (Protocol::Tcp, true, BackendFlags::RESETS),
+        (Protocol::Tcp, false, 0),
+        (Protocol::Udp, true, 0),
+    ] {
+        let mut model = web();
+        model.config.services[0].protocol = protocol;
+        model.config.services[0].reset_on_removal = reset_on_removal;
+        let whole = model.clone();
+        let first = compiled(&model, &Contents::default()).contents;
+        model.config.services[0].backends.remove(0);
+        let second = compiled(&model, &first).contents;
+        let flags = second.backends[&1].flags & !BackendFlags::NEXT_HOP_KNOWN;
+        assert_eq!(
+            flags,
+            BackendFlags::REMOVED | expected,
+            "{protocol} {reset_on_removal}"
+        );
+        assert_eq!(second.backends[&2].flags & BackendFlags::RESETS, 0);
+        // As long as it has flows, and not after it has come back.
+        model.live_flows.insert(1, 3);
+        assert_eq!(compiled(&model, &second).contents, second);
+        let back = compiled(&whole, &second).contents;
+        assert_eq!(back.backends[&1].flags, first.backends[&1].flags);
+    }
+}
+
+#[test]
+fn an_ipv6_service_is_compiled_as_an_ipv4_one() {
+    let mut model = model(vec![Service {
+        vip: "2001:db8::10".parse().unwrap(),
+        backends: vec![Backend {
+            address: "fd00::11".parse().unwrap(),
+            ..backend("a", 0, 8080)
+        }],
+        ..service(WEB, 10, &[80], Vec::new())
+    }]);
+    let source: IpAddr = "fd00::1".parse().unwrap();
+    let hop = NextHop {
+        source,
+        ..next_hop(11)
+    };
+    model.next_hops.insert("fd00::11".parse().unwrap(), hop);
+    model.set_health(WEB, "a", Health::Up);
+    let first = compiled(&model, &Contents::default());
+    let key = first.contents.service_keys.keys().next().unwrap();
+    assert_eq!(IpAddr::from(key.vip), model.config.services[0].vip);
+    let entry = first.contents.backends[&1];
+    assert_eq!(
+        (entry.address.to_string(), entry.source.to_string()),
+        ("fd00::11".to_owned(), "fd00::1".to_owned())
+    );
+    assert_eq!(first.contents.addresses.len(), 2);
+    assert_eq!(owners(&first, 0), BTreeSet::from([1]));
+    assert_eq!(compiled(&model, &first.contents).contents, first.contents);
+    let restored = restore(&model.config, &first.contents, SystemTime::UNIX_EPOCH);
+    assert_eq!(restored.health, model.health);
+}
+
+#[test]
+fn too_many_source_prefixes_are_refused() {
+    let mut model = web();
+    model.config.services[0].deny = (0..=MAX_SOURCE_FILTERS)
+        .map(|number| std::net::Ipv4Addr::from_bits(number << 8))
+        .map(|address| ipnet::Ipv4Net::new(address, 24).unwrap().into())
+        .collect();
+    let error = compile(&mut SlotTables::default(), &model, &Contents::default())
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the configuration has 65537 source prefixes, 65536 fit: remove some"
     );
 }
 
@@ -287,7 +559,7 @@ fn an_unchanged_slot_table_is_not_built_into_new_memory() {
 #[test]
 fn what_does_not_fit_is_refused_with_its_number() {
     let all = vec![PortRange {
-        first: 1,
+        first: 2,
         last: 65_535,
     }];
     let mut model = model(vec![
@@ -299,7 +571,7 @@ fn what_does_not_fit_is_refused_with_its_number() {
     let error = compile(&mut SlotTables::default(), &model, &Contents::default()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the configuration has 131070 ports, 65536 fit: remove some"
+        "the configuration has 131068 ports, 65536 fit: remove some"
     );
 
     let second = model.config.services.remove(1);
@@ -308,7 +580,7 @@ fn what_does_not_fit_is_refused_with_its_number() {
     let error = compile(&mut SlotTables::default(), &model, &actual).unwrap_err();
     let too_many = CompileError::TooManyAtOnce {
         objects: "ports",
-        needed: 131_070,
+        needed: 131_068,
         limit: 65_536,
     };
     assert_eq!(error, too_many);

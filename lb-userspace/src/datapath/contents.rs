@@ -7,8 +7,8 @@ use std::{
 };
 
 use lb_common::abi::{
-    Backend, BackendFlags, FILTER_ALLOW, FILTER_DENY, FilterKey, ROLE_BACKEND, ROLE_VIP, Service, ServiceKey,
-    Settings, TCP, UDP,
+    Backend, BackendFlags, FILTER_ALLOW, FILTER_DENY, FilterKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP,
+    Service, ServiceFlags, ServiceKey, Settings, SettingsFlags, Strategy, TCP, UDP,
 };
 
 use super::{Contents, Operation};
@@ -36,9 +36,23 @@ impl Contents {
     }
 }
 
+impl Contents {
+    /// The slots of a service that name backends: all of a table by hash, and those of a sequence that are in use.
+    pub fn slots_in_use(&self, service: u32) -> &[u32] {
+        let slots = self.slots.get(&service).map_or(&[][..], |table| table);
+        let entry = self.services.get(&service);
+        if !entry.is_some_and(|entry| Strategy::is_sequence(entry.strategy)) {
+            return slots;
+        }
+        let length = slots.get(LENGTH_SLOT as usize).copied().unwrap_or(0);
+        let after = LENGTH_SLOT as usize + 1;
+        slots.get(after..after + length as usize).unwrap_or_default()
+    }
+}
+
 /// Writes the contents as one line for each entry, sorted by map and key; the same contents give the same lines.
 ///
-/// A slot table is the number of slots by backend id. The seed is secret and not written.
+/// A slot table is the number of slots in use by backend id. The seed is secret and not written.
 pub fn contents_dump(contents: &Contents) -> Vec<String> {
     let mut lines = Vec::new();
     // In the order that people expect rather than that of the words in the maps.
@@ -65,9 +79,9 @@ pub fn contents_dump(contents: &Contents) -> Vec<String> {
     if contents.settings != Settings::default() {
         lines.push(format!("settings {}", DisplaySettings(&contents.settings)));
     }
-    for (id, table) in &contents.slots {
+    for id in contents.slots.keys() {
         let mut counts = BTreeMap::<u32, u32>::new();
-        for backend in table.iter() {
+        for backend in contents.slots_in_use(*id) {
             *counts.entry(*backend).or_default() += 1;
         }
         let counts: Vec<_> = counts
@@ -149,9 +163,30 @@ impl Display for DisplayService<'_> {
             _ => "unknown-forward",
         };
         let unused = if self.0.in_use == 0 { " unused" } else { "" };
-        write!(f, "{strategy} {forward}{unused}")
+        write!(f, "{strategy} {forward}{unused}")?;
+        for (bit, name) in SERVICE_FLAGS {
+            if self.0.flags & bit != 0 {
+                write!(f, " {name}")?;
+            }
+        }
+        if self.0.new_flow_rate != 0 {
+            let Service {
+                new_flow_rate: rate,
+                new_flow_burst: burst,
+                rate_prefix_v4: v4,
+                rate_prefix_v6: v6,
+                ..
+            } = self.0;
+            write!(f, " new-flows {rate}/s burst {burst} of /{v4} or /{v6}")?;
+        }
+        Ok(())
     }
 }
+
+const SERVICE_FLAGS: &[(u16, &str)] = &[
+    (ServiceFlags::HAS_FILTERS, "has-filters"),
+    (ServiceFlags::DENIES_OTHERS, "denies-others"),
+];
 
 struct DisplayKey<'a>(&'a ServiceKey);
 
@@ -190,11 +225,17 @@ impl Display for DisplaySettings<'_> {
         let Settings {
             source_port_first: first,
             source_port_count: count,
+            flags,
             ..
         } = self.0;
         write!(
             f,
-            "tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
+            "{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
+            if flags & SettingsFlags::ANY_PORT == 0 {
+                ""
+            } else {
+                "any-port, "
+            },
             milliseconds(self.0.tcp_idle),
             milliseconds(self.0.tcp_opening),
             milliseconds(self.0.tcp_closing),

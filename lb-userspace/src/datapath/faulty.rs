@@ -7,7 +7,7 @@ use lb_common::{
     logic::hash::siphash13,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Live, Operation};
+use super::{Contents, Counters, Datapath, DatapathError, Live, Operation, Position};
 
 /// Which calls fail, counted from 0 over all methods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,11 @@ impl<D> FaultyDatapath<D> {
         self.calls.set(0);
     }
 
+    /// Calls since the schedule was set.
+    pub fn calls(&self) -> u64 {
+        self.calls.get()
+    }
+
     /// Counts the call and tells whether it goes well.
     fn call(&self, operation: &'static str, object: impl FnOnce() -> String) -> Result<(), DatapathError> {
         let call = self.calls.get();
@@ -78,9 +83,13 @@ impl<D: Datapath> Datapath for FaultyDatapath<D> {
         self.inner.apply(operation)
     }
 
-    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError> {
+    fn some_flows(
+        &self,
+        position: Option<Position>,
+        visit: &mut dyn FnMut(&FlowKey, &Flow),
+    ) -> Result<Option<Position>, DatapathError> {
         self.call("read", || "flows".to_owned())?;
-        self.inner.flows(visit)
+        self.inner.some_flows(position, visit)
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
@@ -88,9 +97,12 @@ impl<D: Datapath> Datapath for FaultyDatapath<D> {
         self.inner.remove_flows(keys, unless_seen_since)
     }
 
-    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
+    fn remove_some_orphan_replies(
+        &mut self,
+        position: Option<Position>,
+    ) -> Result<(u64, Option<Position>), DatapathError> {
         self.call("delete", || "replies".to_owned())?;
-        self.inner.remove_orphan_replies()
+        self.inner.remove_some_orphan_replies(position)
     }
 
     fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {

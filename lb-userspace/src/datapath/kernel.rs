@@ -16,15 +16,15 @@ use aya::{
     util::{KernelVersion, nr_cpus},
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, FilterKey, Flow, FlowKey, Forward, LiveCount, MAX_ADDRESSES,
+    Address, Backend, BackendCounters, Count, FilterKey, Flow, FlowKey, LiveCount, MAX_ADDRESSES,
     MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, SLOT_COUNT, Service,
     ServiceKey, Settings, Totals,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    AttachMode, Contents, Counters, Datapath, DatapathError, Live, Operation, Pins, SlotTable, counters,
-    packet_log, syscall,
+    AttachMode, Contents, Counters, Datapath, DatapathError, Live, Operation, Pins, Position, SlotTable,
+    counters, packet_log, reply_key, syscall,
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -554,9 +554,17 @@ impl Datapath for KernelDatapath {
         }
     }
 
-    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError> {
-        syscall::for_each(self.flows.map().fd().as_fd(), |key, flow| visit(key, flow))
-            .map_err(|source| DatapathError::new("read", FLOWS, source))
+    fn some_flows(
+        &self,
+        position: Option<Position>,
+        visit: &mut dyn FnMut(&FlowKey, &Flow),
+    ) -> Result<Option<Position>, DatapathError> {
+        let position = position.map(|Position(position)| position);
+        syscall::some(self.flows.map().fd().as_fd(), position, |key, flow| {
+            visit(key, flow);
+        })
+        .map(|next| next.map(Position))
+        .map_err(|source| DatapathError::new("read", FLOWS, source))
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
@@ -577,7 +585,7 @@ impl Datapath for KernelDatapath {
                 .0;
             remove_present(&mut self.flows, key, FLOWS)?;
             removed += 1;
-            // Where the backend is gone, what its replies lead to nowhere is found by `remove_orphan_replies`.
+            // Where the backend is gone, what its replies lead to nowhere is found by `remove_some_orphan_replies`.
             let reply = reply_key(key, &flow, &backend);
             if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
                 && client == *key
@@ -588,10 +596,14 @@ impl Datapath for KernelDatapath {
         Ok(removed)
     }
 
-    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
+    fn remove_some_orphan_replies(
+        &mut self,
+        position: Option<Position>,
+    ) -> Result<(u64, Option<Position>), DatapathError> {
         let mut suspects = Vec::new();
-        syscall::for_each(
+        let next = syscall::some(
             self.replies.map().fd().as_fd(),
+            position.map(|Position(position)| position),
             |reply: &FlowKey, client: &FlowKey| {
                 if !self.leads_to_flow(reply, client) {
                     suspects.push(*reply);
@@ -610,7 +622,7 @@ impl Datapath for KernelDatapath {
                 removed += 1;
             }
         }
-        Ok(removed)
+        Ok((removed, next.map(Position)))
     }
 
     fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
@@ -667,25 +679,6 @@ impl Datapath for KernelDatapath {
             result.backends.insert(*backend, total);
         }
         Ok(result)
-    }
-}
-
-/// The 5-tuple of the replies of a flow; the data path builds the same.
-fn reply_key(client: &FlowKey, flow: &Flow, backend: &Backend) -> FlowKey {
-    FlowKey {
-        source: backend.address,
-        destination: if flow.forward == Forward::FullNat.number() {
-            backend.source
-        } else {
-            client.source
-        },
-        source_port: if backend.port == 0 {
-            client.destination_port
-        } else {
-            backend.port
-        },
-        destination_port: flow.source_port,
-        protocol: client.protocol,
     }
 }
 

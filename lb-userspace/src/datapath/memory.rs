@@ -2,12 +2,15 @@
 
 use std::{collections::BTreeMap, io};
 
-use lb_common::abi::{
-    FILTER_ALLOW, FILTER_DENY, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, SLOT_COUNT,
+use lb_common::{
+    abi::{
+        Address, FILTER_ALLOW, FILTER_DENY, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS,
+        MAX_SERVICES, MAX_SOURCE_FILTERS, SLOT_COUNT,
+    },
+    logic::hash::siphash13,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Live, Operation};
+use super::{Contents, Counters, Datapath, DatapathError, Live, Operation, Position};
 
 /// A data path without a kernel.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +21,14 @@ pub struct MemoryDatapath {
     pub flows: BTreeMap<FlowKey, Flow>,
     /// Live flows by backend id; change `count` to play the program.
     pub live: BTreeMap<u32, Live>,
+}
+
+/// Parts that the flow table is visited in, as the kernel visits its buckets.
+const BUCKETS: u8 = 8;
+
+fn bucket_of(key: &FlowKey) -> u8 {
+    let Address([.., address]) = key.source;
+    (siphash13([0, 0], [u64::from(address), u64::from(key.source_port)]) % u64::from(BUCKETS)) as u8
 }
 
 impl Datapath for MemoryDatapath {
@@ -31,9 +42,17 @@ impl Datapath for MemoryDatapath {
         Ok(())
     }
 
-    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError> {
-        self.flows.iter().for_each(|(key, flow)| visit(key, flow));
-        Ok(())
+    fn some_flows(
+        &self,
+        position: Option<Position>,
+        visit: &mut dyn FnMut(&FlowKey, &Flow),
+    ) -> Result<Option<Position>, DatapathError> {
+        let bucket = position.map_or(0, |Position(bytes)| bytes.first().copied().unwrap_or(BUCKETS));
+        (self.flows.iter())
+            .filter(|(key, _)| bucket_of(key) == bucket)
+            .for_each(|(key, flow)| visit(key, flow));
+        let next = bucket + 1;
+        Ok((next < BUCKETS).then(|| Position(vec![next])))
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
@@ -52,8 +71,11 @@ impl Datapath for MemoryDatapath {
     }
 
     /// Replies are found without keys here.
-    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError> {
-        Ok(0)
+    fn remove_some_orphan_replies(
+        &mut self,
+        _position: Option<Position>,
+    ) -> Result<(u64, Option<Position>), DatapathError> {
+        Ok((0, None))
     }
 
     fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
@@ -164,7 +186,7 @@ fn refusal(operation: &'static str, object: String, errno: i32) -> DatapathError
 
 #[cfg(test)]
 mod tests {
-    use lb_common::abi::{Address, Backend};
+    use lb_common::abi::Backend;
 
     use super::*;
 

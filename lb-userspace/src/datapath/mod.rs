@@ -15,7 +15,9 @@ mod syscall;
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
-use lb_common::abi::{Address, Backend, FilterKey, Flow, FlowKey, LiveCount, Service, ServiceKey, Settings};
+use lb_common::abi::{
+    Address, Backend, FilterKey, Flow, FlowKey, Forward, LiveCount, Service, ServiceKey, Settings,
+};
 
 pub use contents::contents_dump;
 pub use counters::Counters;
@@ -105,6 +107,29 @@ impl DatapathError {
     }
 }
 
+/// A place in a table of flows, of the data path that it comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position(Vec<u8>);
+
+/// The 5-tuple of the replies of a flow that is translated; the data path builds the same.
+pub fn reply_key(client: &FlowKey, flow: &Flow, backend: &Backend) -> FlowKey {
+    FlowKey {
+        source: backend.address,
+        destination: if flow.forward == Forward::FullNat.number() {
+            backend.source
+        } else {
+            client.source
+        },
+        source_port: if backend.port == 0 {
+            client.destination_port
+        } else {
+            backend.port
+        },
+        destination_port: flow.source_port,
+        protocol: client.protocol,
+    }
+}
+
 /// How a program is attached to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachMode {
@@ -145,16 +170,35 @@ pub trait Datapath: Send {
     /// Makes one change.
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError>;
 
-    /// Calls `visit` with each flow of the table; a flow that comes or goes meanwhile may be seen or not.
-    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError>;
+    /// Calls `visit` with some thousand flows of the table, the first ones or those from a position on, and returns the
+    /// position of those that follow; a flow that comes or goes meanwhile may be seen or not.
+    fn some_flows(
+        &self,
+        position: Option<Position>,
+        visit: &mut dyn FnMut(&FlowKey, &Flow),
+    ) -> Result<Option<Position>, DatapathError>;
+
+    /// Calls `visit` with each flow of the table.
+    fn flows(&self, visit: &mut dyn FnMut(&FlowKey, &Flow)) -> Result<(), DatapathError> {
+        let mut position = None;
+        loop {
+            position = self.some_flows(position, visit)?;
+            if position.is_none() {
+                return Ok(());
+            }
+        }
+    }
 
     /// Removes flows, each with the key of its replies, unless a packet of it was seen at or after `unless_seen_since`
     /// (nanoseconds of `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError>;
 
-    /// Removes the keys of replies that lead to no flow, or to one that has another by now. Tells how many were
-    /// removed.
-    fn remove_orphan_replies(&mut self) -> Result<u64, DatapathError>;
+    /// Of some thousand keys of replies, the first ones or those from a position on, removes those that lead to no flow,
+    /// or to one that has another by now. Tells how many were removed, and the position of those that follow.
+    fn remove_some_orphan_replies(
+        &mut self,
+        position: Option<Position>,
+    ) -> Result<(u64, Option<Position>), DatapathError>;
 
     /// Reads what is known of the live flows of these backends, by id.
     fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError>;

@@ -93,16 +93,39 @@ where
     K: FromBytes + IntoBytes + Immutable + Clone,
     V: FromBytes + IntoBytes + Immutable + Clone,
 {
-    let mut chunk = CHUNK;
-    let mut keys = vec![zeroed::<K>(); chunk];
-    let mut values = vec![zeroed::<V>(); chunk];
-    // The position is the kernel's own: a bucket of 4 bytes for hash maps, a key for others.
-    let mut position = vec![0u8; size_of::<K>().max(size_of::<u32>())];
-    let mut next = position.clone();
-    let mut first = true;
+    let mut position = None;
     loop {
+        position = some(map, position, &mut visit)?;
+        if position.is_none() {
+            return Ok(());
+        }
+    }
+}
+
+/// As [`for_each`], but with some thousand entries alone: from a position on, or the first ones. Returns the position
+/// of those that follow.
+///
+/// # Errors
+/// As for [`for_each`].
+pub(super) fn some<K, V>(
+    map: BorrowedFd<'_>,
+    mut position: Option<Vec<u8>>,
+    mut visit: impl FnMut(&K, &V),
+) -> io::Result<Option<Vec<u8>>>
+where
+    K: FromBytes + IntoBytes + Immutable + Clone,
+    V: FromBytes + IntoBytes + Immutable + Clone,
+{
+    let mut chunk = CHUNK;
+    loop {
+        let mut keys = vec![zeroed::<K>(); chunk];
+        let mut values = vec![zeroed::<V>(); chunk];
+        // The kernel's own: a bucket of 4 bytes for hash maps, a key for others.
+        let mut next = vec![0u8; size_of::<K>().max(size_of::<u32>())];
         let mut attributes = BatchAttributes {
-            in_batch: if first { 0 } else { position.as_mut_ptr() as u64 },
+            in_batch: position
+                .as_mut()
+                .map_or(0, |position| position.as_mut_ptr() as u64),
             out_batch: next.as_mut_ptr() as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
@@ -117,21 +140,15 @@ where
             // A bucket holds more than was asked for: nothing was read, ask for more.
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
                 chunk *= 2;
-                keys.resize(chunk, zeroed());
-                values.resize(chunk, zeroed());
                 continue;
             }
-            Err(_) => return result.map(drop),
+            Err(_) => return result.map(|_| None),
         };
         let count = (attributes.count as usize).min(chunk);
         for (key, value) in keys[..count].iter().zip(&values[..count]) {
             visit(key, value);
         }
-        if end {
-            return Ok(());
-        }
-        std::mem::swap(&mut position, &mut next);
-        first = false;
+        return Ok((!end).then_some(next));
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     time::{Duration, SystemTime},
 };
 
+use ipnet::IpNet;
 use lb_common::abi::Tags;
 use proptest::prelude::*;
 
@@ -36,6 +37,7 @@ pub(crate) fn model(services: Vec<Service>) -> Model {
         source_ports: (1024, 31_744),
         health: BTreeMap::new(),
         administrative: BTreeMap::new(),
+        ramps: BTreeMap::new(),
         next_hops: BTreeMap::new(),
         live_flows: BTreeMap::new(),
     }
@@ -133,6 +135,56 @@ impl Model {
     }
 }
 
+/// What services differ in, other than in their ports and backends.
+#[derive(Clone, Debug)]
+struct Kind {
+    strategy: ByStrategy,
+    allow: Vec<IpNet>,
+    deny: Vec<IpNet>,
+    tries_all: bool,
+    reset_on_removal: bool,
+}
+
+impl Kind {
+    fn shape(self, service: &mut Service) {
+        service.strategy = self.strategy;
+        service.allow = self.allow;
+        service.deny = self.deny;
+        service.reset_on_removal = self.reset_on_removal;
+        if self.tries_all {
+            service.when_all_down = WhenAllDown::TryAll;
+        }
+    }
+}
+
+fn any_kind() -> impl Strategy<Value = Kind> {
+    let strategies = vec![
+        ByStrategy::ConsistentHash,
+        ByStrategy::IpHash,
+        ByStrategy::RoundRobin,
+        ByStrategy::LeastConnections,
+    ];
+    let prefixes = |prefixes: [&str; 3]| {
+        let prefixes = prefixes.map(|prefix| prefix.parse::<IpNet>().expect("a prefix"));
+        prop::sample::subsequence(prefixes.to_vec(), 0..=2)
+    };
+    let allow = prefixes(["10.0.0.0/8", "0.0.0.0/0", "2001:db8::/32"]);
+    let deny = prefixes(["10.1.0.0/16", "192.0.2.1/32", "::/0"]);
+    let parts = (
+        prop::sample::select(strategies),
+        allow,
+        deny,
+        any::<(bool, bool)>(),
+    );
+    parts.prop_map(|(strategy, allow, deny, (tries_all, reset_on_removal))| Kind {
+        strategy,
+        allow,
+        deny,
+        tries_all,
+        reset_on_removal,
+    })
+}
+
 /// Models over few names, ports and addresses, so that any two have much in common and much that differs.
 pub(crate) fn any_model() -> impl Strategy<Value = Model> {
     let backend_state = (
@@ -159,7 +211,10 @@ pub(crate) fn any_model() -> impl Strategy<Value = Model> {
     // To whom each of six ports goes; so services split, merge and swap ports.
     let ports = prop::collection::vec(0_usize..4, 6);
     let live_flows = prop::collection::btree_map(1_u32..12, 0_u64..2, 0..12);
-    (services, ports, live_flows, any::<bool>()).prop_map(|(services, ports, live_flows, other_seed)| {
+    // By the number of the service.
+    let kinds = prop::collection::vec(any_kind(), 4);
+    let parts = (services, ports, kinds, live_flows, any::<bool>());
+    parts.prop_map(|(services, ports, kinds, live_flows, other_seed)| {
         let mut model = model(Vec::new());
         for (number, backends) in services {
             let name = format!("service-{number}");
@@ -176,10 +231,17 @@ pub(crate) fn any_model() -> impl Strategy<Value = Model> {
                 let backend_name = format!("backend-{host}-{port}");
                 model.set_health(&name, &backend_name, health);
                 model.set_administrative(&name, &backend_name, administrative);
-                let backend = Backend {
+                let mut backend = Backend {
                     weight,
+                    backup: host == 4,
                     ..backend(&backend_name, host, port * 8080)
                 };
+                if number == 2 {
+                    backend.address = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, u16::from(host)).into();
+                }
+                if host == 3 {
+                    model.ramps.insert((name.clone(), backend_name), 20);
+                }
                 if resolved {
                     model.next_hops.insert(backend.address, next_hop(host));
                 }
@@ -187,8 +249,16 @@ pub(crate) fn any_model() -> impl Strategy<Value = Model> {
             }
             // The address of one of the services is also that of a backend.
             let mut service = service(&name, 10, &own, list);
-            if number == 3 {
-                service.vip = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+            kinds[number].clone().shape(&mut service);
+            match number {
+                1 => service.vip = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 11)),
+                2 => service.vip = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 10).into(),
+                3 => service.vip = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)),
+                _ => {}
+            }
+            // Of VIPs that others have no ports of.
+            if number > 0 && own.len() > 2 {
+                service.ports = vec![PortRange::ANY];
             }
             model.config.services.push(service);
         }

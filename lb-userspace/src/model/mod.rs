@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Probe, Service};
 
+pub mod slow_start;
+
 /// Names a backend: that of its service and its own.
 pub type BackendName = (String, String);
 
@@ -26,6 +28,8 @@ pub struct Model {
     pub health: BTreeMap<BackendName, Health>,
     /// By backend; absent means `enabled`.
     pub administrative: BTreeMap<BackendName, Administrative>,
+    /// Percent of its weight that a backend gets while it starts slowly, by backend; absent means the whole.
+    pub ramps: BTreeMap<BackendName, u32>,
     /// By backend address; absent means not resolved.
     pub next_hops: BTreeMap<IpAddr, NextHop>,
     /// Flows by backend id, as the last sweep counted them. A backend that has left the configuration goes when it

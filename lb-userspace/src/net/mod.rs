@@ -1,4 +1,4 @@
-//! Netlink: links, addresses, neighbours and next hops; no other module speaks it.
+//! Netlink: links, addresses, neighbours and next hops; no other module speaks it. And raw segments, in [`poke`].
 //!
 //! A netlink socket belongs to the network namespace of the thread that opened it: whoever is to look into another
 //! namespace calls from a thread inside it.
@@ -7,6 +7,7 @@ pub mod backend_host;
 pub mod construct;
 pub mod links;
 pub mod next_hops;
+pub mod poke;
 pub mod source_ports;
 pub mod vips;
 

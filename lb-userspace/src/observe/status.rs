@@ -94,8 +94,10 @@ pub struct BackendStatus {
     pub next_hop_problem: Option<String>,
     /// Share of the slot table: of new flows.
     pub share: f64,
-    /// Live flows as of the last sweep.
+    /// Flows in the table as of the last sweep, those included that have ended lately.
     pub flows: u64,
+    /// Live flows now: those that `least-connections` compares and `max-connections` bounds.
+    pub live_flows: u64,
     /// Flows that were ever put on it.
     pub flows_total: u64,
     pub forwarded: Traffic,

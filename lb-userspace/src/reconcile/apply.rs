@@ -1,8 +1,8 @@
 //! Makes the maps hold what they shall hold.
 
-use std::{collections::BTreeSet, io};
+use std::io;
 
-use super::{Sweep, plan, sweep};
+use super::{Scope, Step, Sweep, plan};
 use crate::datapath::{Contents, Datapath, DatapathError, Operation};
 
 /// The one place that changes maps: holds the data path and what it is known to hold.
@@ -104,12 +104,20 @@ impl<D: Datapath> Reconciler<D> {
         Ok(changes)
     }
 
-    /// Ends the flows that are over and counts the others: see [`sweep`].
+    /// Begins to end the flows that are over and to count the others: see [`Sweep`].
+    ///
+    /// # Errors
+    /// When the counts of live flows cannot be read.
+    pub fn begin_sweep(&self, scope: &Scope) -> Result<Sweep, DatapathError> {
+        Sweep::begin(&self.datapath, &self.actual, scope)
+    }
+
+    /// Goes on with a sweep by one step.
     ///
     /// # Errors
     /// When the flow table cannot be read or changed.
-    pub fn sweep(&mut self, now: u64, ending: &BTreeSet<u32>) -> Result<Sweep, DatapathError> {
-        sweep(&mut self.datapath, &self.actual, now, ending)
+    pub fn sweep(&mut self, sweep: &mut Sweep) -> Result<Step, DatapathError> {
+        sweep.step(&mut self.datapath, &self.actual)
     }
 }
 

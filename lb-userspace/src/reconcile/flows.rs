@@ -6,24 +6,32 @@ use std::{
 };
 
 use lb_common::{
-    abi::{BackendFlags, Flow, FlowKey, TcpState},
+    abi::{BackendFlags, Flow, FlowKey, Forward, LiveCount, ServiceKey, TCP, TcpState},
     logic::ageing,
 };
 
 use crate::{
-    compile::Directory,
-    datapath::{Contents, Datapath, DatapathError},
+    compile::{Directory, SourceFilters},
+    datapath::{Contents, Datapath, DatapathError, Live, Position, reply_key},
     model::{Administrative, Model},
 };
 
-/// Flows that one scan collects at most, to bound the memory: 2.6 MB of keys.
-const CHUNK: usize = 65_536;
-/// Scans of one sweep at most; what is left then waits for the next sweep.
-const MAX_SCANS: usize = 64;
+/// What a sweep looks for.
+#[derive(Clone, Debug, Default)]
+pub struct Scope {
+    /// When it begins, on the clock of [`Flow::last_seen`].
+    pub now: u64,
+    /// Backends whose flows end now.
+    pub ending: BTreeSet<u32>,
+    /// Whether flows of sources that are denied end: filters have changed, or may have.
+    pub judges_sources: bool,
+    /// Backends whose TCP flows are to be told of: they are about to be reset.
+    pub resetting: BTreeSet<u32>,
+}
 
 /// What a sweep has found and done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sweep {
+pub struct Swept {
     /// Flows that live on, by backend id: what [`Model::live_flows`] wants. A removed backend without any is in
     /// here with 0.
     pub live: BTreeMap<u32, u64>,
@@ -31,20 +39,219 @@ pub struct Sweep {
     pub removed: u64,
 }
 
-/// Ends the flows that are over: those idle for longer than their state allows and those whose service or backend is
-/// gone, disabled or one of `ending` (backend ids).
+/// A TCP flow that is to be reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// The 5-tuple of the client's packets.
+    pub client: FlowKey,
+    /// That of the backend's replies; `None` where the backend answers the client directly.
+    pub reply: Option<FlowKey>,
+}
+
+/// What one step of a sweep brings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    pub resets: Vec<Reset>,
+    /// After the last step.
+    pub swept: Option<Swept>,
+}
+
+/// A pass over the flow table, in steps of some thousand flows, between which the maps may change.
 ///
-/// `now` is on the clock of [`Flow::last_seen`].
-///
-/// # Errors
-/// When the flow table cannot be read or changed; what was removed until then stays removed.
-pub fn sweep<D: Datapath + ?Sized>(
-    datapath: &mut D,
-    contents: &Contents,
-    now: u64,
-    ending: &BTreeSet<u32>,
-) -> Result<Sweep, DatapathError> {
-    sweep_in_chunks(datapath, contents, now, ending, CHUNK)
+/// Ends the flows that are over: those idle for longer than their state allows and those whose service, port or
+/// backend is gone, disabled or one of those that the scope names.
+#[derive(Debug)]
+pub struct Sweep {
+    scope: Scope,
+    position: Option<Position>,
+    /// By backend id, when the sweep began.
+    before: BTreeMap<u32, Live>,
+    /// Backends that had left their service by then: all of their flows are met.
+    removed_before: BTreeSet<u32>,
+    /// See [`Swept::live`].
+    live: BTreeMap<u32, u64>,
+    /// Flows by backend id that were there when the sweep began and had not been counted as ended by then.
+    open: BTreeMap<u32, u64>,
+    removed: u64,
+}
+
+impl Sweep {
+    /// Begins a sweep.
+    ///
+    /// # Errors
+    /// When the counts of live flows cannot be read.
+    pub fn begin<D: Datapath + ?Sized>(
+        datapath: &D,
+        contents: &Contents,
+        scope: &Scope,
+    ) -> Result<Self, DatapathError> {
+        let backends: Vec<u32> = contents.backends.keys().copied().collect();
+        let removed_before = (contents.backends.iter())
+            .filter(|(_, backend)| backend.flags & BackendFlags::REMOVED != 0)
+            .map(|(id, _)| *id);
+        Ok(Self {
+            scope: scope.clone(),
+            position: None,
+            before: datapath.live_counts(&backends)?,
+            removed_before: removed_before.collect(),
+            live: BTreeMap::new(),
+            open: BTreeMap::new(),
+            removed: 0,
+        })
+    }
+
+    /// Goes on with the flows that follow, given what the maps hold now.
+    ///
+    /// # Errors
+    /// When the flow table cannot be read or changed; what was removed until then stays removed.
+    pub fn step<D: Datapath + ?Sized>(
+        &mut self,
+        datapath: &mut D,
+        contents: &Contents,
+    ) -> Result<Step, DatapathError> {
+        let sources = self.scope.judges_sources.then(|| SourceFilters::new(contents));
+        let mut visited = Visited::default();
+        let next = datapath.some_flows(self.position.take(), &mut |key, flow| match self.fate(
+            key,
+            flow,
+            contents,
+            sources.as_ref(),
+        ) {
+            Fate::Lives => visited.live.push((*key, *flow)),
+            Fate::Idle => visited.idle.push((*key, *flow)),
+            Fate::Cut => visited.cut.push(*key),
+        })?;
+        self.removed += datapath.remove_flows(&visited.cut, u64::MAX)?;
+        // A flow that a packet of was seen since is not idle any more.
+        let last_seen = visited
+            .idle
+            .iter()
+            .map(|(_, flow)| flow.last_seen)
+            .max()
+            .unwrap_or(0);
+        let keys: Vec<FlowKey> = visited.idle.iter().map(|(key, _)| *key).collect();
+        let removed = datapath.remove_flows(&keys, last_seen.saturating_add(1))?;
+        self.removed += removed;
+        for (_, flow) in &visited.live {
+            self.count(flow);
+        }
+        if removed < visited.idle.len() as u64 {
+            // Which ones came back to life is not known: count all, so that none loses its backend.
+            for (_, flow) in &visited.idle {
+                self.count(flow);
+            }
+        }
+        let resets = (visited.live.iter())
+            .filter_map(|(key, flow)| self.reset(key, flow, contents))
+            .collect();
+        self.position = next;
+        let swept = match self.position {
+            Some(_) => None,
+            None => Some(self.finish(datapath, contents)?),
+        };
+        Ok(Step { resets, swept })
+    }
+
+    /// What it looks for.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// Counts a flow that lives on.
+    fn count(&mut self, flow: &Flow) {
+        *self.live.entry(flow.backend).or_default() += 1;
+        // What began since is among the opened ones, and so is its end among the ended.
+        let began_before = flow.created < self.scope.now;
+        let has_ended = ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state));
+        // Its end is taken to be the last packet, and to be among the ended ones if that came since.
+        let was_open = !has_ended || flow.last_seen >= self.scope.now;
+        if began_before && was_open {
+            *self.open.entry(flow.backend).or_default() += 1;
+        }
+    }
+
+    /// Sets what makes live flows of the data path's counts: `opened - ended + base` is what was open when the sweep
+    /// began, and follows what was opened and ended since.
+    fn finish<D: Datapath + ?Sized>(
+        &mut self,
+        datapath: &mut D,
+        contents: &Contents,
+    ) -> Result<Swept, DatapathError> {
+        for (id, Live { count, base }) in &self.before {
+            let LiveCount { opened, ended } = *count;
+            let open = self.open.get(id).copied().unwrap_or(0);
+            let wanted = open.wrapping_sub(opened.wrapping_sub(ended));
+            if wanted != *base && contents.backends.contains_key(id) {
+                datapath.set_live_base(*id, wanted)?;
+            }
+        }
+        let mut live = std::mem::take(&mut self.live);
+        for (id, backend) in &contents.backends {
+            if backend.flags & BackendFlags::REMOVED != 0 && self.removed_before.contains(id) {
+                live.entry(*id).or_default();
+            }
+        }
+        Ok(Swept {
+            live,
+            removed: self.removed,
+        })
+    }
+
+    /// What to provoke a reset of the flow by, if it is to be reset.
+    fn reset(&self, key: &FlowKey, flow: &Flow, contents: &Contents) -> Option<Reset> {
+        let is_open = key.protocol == u32::from(TCP)
+            && !ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state));
+        if !is_open || !self.scope.resetting.contains(&flow.backend) {
+            return None;
+        }
+        let backend = contents.backends.get(&flow.backend)?;
+        Some(Reset {
+            client: *key,
+            reply: Forward::translates(flow.forward).then(|| reply_key(key, flow, backend)),
+        })
+    }
+
+    fn fate(
+        &self,
+        key: &FlowKey,
+        flow: &Flow,
+        contents: &Contents,
+        sources: Option<&SourceFilters<'_>>,
+    ) -> Fate {
+        let Some(backend) = contents.backends.get(&flow.backend) else {
+            return Fate::Cut;
+        };
+        let is_other = backend.generation != flow.generation;
+        let is_disabled = backend.flags & BackendFlags::DISABLED != 0;
+        if is_other
+            || is_disabled
+            || self.scope.ending.contains(&flow.backend)
+            || !belongs(key, flow, contents)
+            || sources.is_some_and(|sources| !sources.allow(flow.service, key.source))
+        {
+            return Fate::Cut;
+        }
+        let state = TcpState::from_number(flow.tcp_state);
+        if ageing::is_over(&contents.settings, state, flow.last_seen, self.scope.now) {
+            Fate::Idle
+        } else {
+            Fate::Lives
+        }
+    }
+}
+
+/// Tells whether the destination of a flow is still one of its service.
+fn belongs(key: &FlowKey, flow: &Flow, contents: &Contents) -> bool {
+    let leads_there = |port: u16| {
+        let key = ServiceKey {
+            vip: key.destination,
+            port,
+            protocol: key.protocol as u8,
+            _pad: 0,
+        };
+        contents.service_keys.get(&key) == Some(&flow.service)
+    };
+    contents.services.contains_key(&flow.service) && (leads_there(key.destination_port) || leads_there(0))
 }
 
 /// Backends whose drain has lasted for longer than their service's drain timeout: their flows end now.
@@ -66,72 +273,12 @@ pub fn drained(model: &Model, directory: &Directory, now: SystemTime) -> BTreeSe
     ids
 }
 
-fn sweep_in_chunks<D: Datapath + ?Sized>(
-    datapath: &mut D,
-    contents: &Contents,
-    now: u64,
-    ending: &BTreeSet<u32>,
-    chunk: usize,
-) -> Result<Sweep, DatapathError> {
-    let mut removed = 0;
-    for _ in 0..MAX_SCANS {
-        let mut scan = Scan::default();
-        datapath.flows(&mut |key, flow| {
-            let is_full = scan.idle.len() + scan.cut.len() >= chunk;
-            match fate(flow, contents, now, ending) {
-                Fate::Lives => *scan.live.entry(flow.backend).or_default() += 1,
-                Fate::Idle | Fate::Cut if is_full => scan.is_cut_short = true,
-                Fate::Idle => scan.add_idle(key, flow),
-                Fate::Cut => scan.cut.push(*key),
-            }
-        })?;
-        removed += datapath.remove_flows(&scan.cut, u64::MAX)?;
-        // A flow that a packet of was seen since the scan is not idle any more.
-        let idle_removed = datapath.remove_flows(&scan.idle, scan.last_idle.saturating_add(1))?;
-        removed += idle_removed;
-        if scan.is_cut_short {
-            continue;
-        }
-        let mut live = scan.live;
-        if idle_removed < scan.idle.len() as u64 {
-            // Which ones came back to life is not known: count all, so that none loses its backend.
-            for (backend, flows) in scan.idle_by_backend {
-                *live.entry(backend).or_default() += flows;
-            }
-        }
-        for (id, backend) in &contents.backends {
-            if backend.flags & BackendFlags::REMOVED != 0 {
-                live.entry(*id).or_default();
-            }
-        }
-        return Ok(Sweep { live, removed });
-    }
-    // The table fills faster than it is emptied: no count is certain, and no removed backend may go.
-    Ok(Sweep {
-        live: BTreeMap::new(),
-        removed,
-    })
-}
-
-/// What one scan of the flow table has found.
+/// What a step has met.
 #[derive(Debug, Default)]
-struct Scan {
-    live: BTreeMap<u32, u64>,
-    idle: Vec<FlowKey>,
-    idle_by_backend: BTreeMap<u32, u64>,
-    /// When the last packet of any of the idle flows was seen.
-    last_idle: u64,
+struct Visited {
+    live: Vec<(FlowKey, Flow)>,
+    idle: Vec<(FlowKey, Flow)>,
     cut: Vec<FlowKey>,
-    /// There were more to remove than were collected.
-    is_cut_short: bool,
-}
-
-impl Scan {
-    fn add_idle(&mut self, key: &FlowKey, flow: &Flow) {
-        self.idle.push(*key);
-        *self.idle_by_backend.entry(flow.backend).or_default() += 1;
-        self.last_idle = self.last_idle.max(flow.last_seen);
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,27 +288,6 @@ enum Fate {
     Idle,
     /// Ends in any case.
     Cut,
-}
-
-fn fate(flow: &Flow, contents: &Contents, now: u64, ending: &BTreeSet<u32>) -> Fate {
-    let Some(backend) = contents.backends.get(&flow.backend) else {
-        return Fate::Cut;
-    };
-    let is_other = backend.generation != flow.generation;
-    let is_disabled = backend.flags & BackendFlags::DISABLED != 0;
-    if is_other
-        || is_disabled
-        || ending.contains(&flow.backend)
-        || !contents.services.contains_key(&flow.service)
-    {
-        return Fate::Cut;
-    }
-    let state = TcpState::from_number(flow.tcp_state);
-    if ageing::is_over(&contents.settings, state, flow.last_seen, now) {
-        Fate::Idle
-    } else {
-        Fate::Lives
-    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ pub mod plan;
 
 pub use self::{
     apply::{Applied, ReconcileError, Reconciler},
-    flows::{Sweep, drained, sweep},
+    flows::{Reset, Scope, Step, Sweep, Swept, drained},
     plan::plan,
 };
 

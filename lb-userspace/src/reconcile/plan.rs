@@ -2,16 +2,24 @@
 
 use std::collections::BTreeMap;
 
+use lb_common::abi::{Settings, Strategy};
+
 use crate::datapath::{Contents, Operation};
 
 /// Lists the operations that make `desired` of `actual`: none if they are equal.
 ///
-/// What is referred to comes before what refers to it and goes after it: settings, addresses, backends, slot tables,
-/// source filters, services, keys; then removals the other way round. A packet meets a whole state at any point in between.
+/// What is referred to comes before what refers to it and goes after it: settings, addresses, backends, source filters,
+/// slot tables, services, keys; then removals the other way round. A packet meets a whole state at any point in
+/// between.
 pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
     let mut operations = Vec::new();
-    if actual.settings != desired.settings {
-        operations.push(Operation::PutSettings(desired.settings));
+    // Services of all ports are looked for from before the first until after the last of their keys.
+    let widened_settings = Settings {
+        flags: actual.settings.flags | desired.settings.flags,
+        ..desired.settings
+    };
+    if actual.settings != widened_settings {
+        operations.push(Operation::PutSettings(widened_settings));
     }
     // An address loses a role only after what needed it is gone.
     let widened = (desired.addresses.iter())
@@ -20,14 +28,26 @@ pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
     operations.extend(changed(&actual.addresses, &widened).map(|(k, v)| Operation::PutAddress(*k, *v)));
     operations
         .extend(changed(&actual.backends, &desired.backends).map(|(k, v)| Operation::PutBackend(*k, *v)));
-    operations
-        .extend(changed(&actual.slots, &desired.slots).map(|(k, v)| Operation::PutSlots(*k, v.clone())));
     operations.extend(
         changed(&actual.source_filters, &desired.source_filters)
             .map(|((key, length), v)| Operation::PutFilter(*key, *length, *v)),
     );
+    // The slots of a table by hash make a sequence too, but by hash most slots of a sequence are empty.
+    let becomes_sequence = |id: &u32| {
+        let before = actual.services.get(id).map(|service| service.strategy);
+        let after = desired.services.get(id).map(|service| service.strategy);
+        before.is_some_and(|strategy| !Strategy::is_sequence(strategy))
+            && after.is_some_and(Strategy::is_sequence)
+    };
+    let put_services = |early: bool| {
+        changed(&actual.services, &desired.services)
+            .filter(move |(id, _)| becomes_sequence(id) == early)
+            .map(|(id, service)| Operation::PutService(*id, *service))
+    };
+    operations.extend(put_services(true));
     operations
-        .extend(changed(&actual.services, &desired.services).map(|(k, v)| Operation::PutService(*k, *v)));
+        .extend(changed(&actual.slots, &desired.slots).map(|(k, v)| Operation::PutSlots(*k, v.clone())));
+    operations.extend(put_services(false));
     operations.extend(
         changed(&actual.service_keys, &desired.service_keys).map(|(k, v)| Operation::PutServiceKey(*k, *v)),
     );
@@ -35,6 +55,9 @@ pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
     operations.extend(
         gone(&actual.service_keys, &desired.service_keys).map(|key| Operation::RemoveServiceKey(*key)),
     );
+    if widened_settings != desired.settings {
+        operations.push(Operation::PutSettings(desired.settings));
+    }
     operations.extend(gone(&actual.services, &desired.services).map(|id| Operation::RemoveService(*id)));
     operations.extend(
         gone(&actual.source_filters, &desired.source_filters)

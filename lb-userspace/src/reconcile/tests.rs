@@ -1,6 +1,9 @@
 use std::time::SystemTime;
 
-use lb_common::abi::{BackendFlags, Flow, FlowKey, ROLE_BACKEND, ROLE_VIP, TcpState};
+use lb_common::abi::{
+    self, BackendFlags, Flow, FlowKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags,
+    TcpState,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -33,6 +36,19 @@ fn settle(testbed: &mut Testbed, model: &Model) -> usize {
     assert_eq!(testbed.datapath().read().unwrap(), desired);
     assert_eq!(testbed.actual(), &desired);
     applied.operations
+}
+
+fn swept(testbed: &mut Testbed, now: u64) -> Swept {
+    let scope = Scope {
+        now,
+        ..Scope::default()
+    };
+    let mut sweep = testbed.begin_sweep(&scope).unwrap();
+    loop {
+        if let Some(swept) = testbed.sweep(&mut sweep).unwrap().swept {
+            return swept;
+        }
+    }
 }
 
 /// The maps without the settings, which stay the same.
@@ -128,23 +144,25 @@ fn the_maps_follow_a_service_through_its_life() {
     expected.insert(6, format!("backend 3 {C} {healthy} {}", way(13)));
     expected[10] = "slots 0 2=32769 3=32768".to_owned();
     assert_eq!(dump(&testbed), expected);
+    let key = FlowKey {
+        destination: model.config.services[0].vip.into(),
+        destination_port: 443_u16.to_be(),
+        protocol: u32::from(abi::TCP),
+        ..FlowKey::default()
+    };
     let flow = Flow {
         backend: 1,
         generation: testbed.actual().backends[&1].generation,
         tcp_state: TcpState::Established as u8,
         ..Flow::default()
     };
-    testbed
-        .datapath_mut()
-        .inner
-        .flows
-        .insert(FlowKey::default(), flow);
-    model.live_flows = testbed.sweep(1, &Default::default()).unwrap().live;
+    testbed.datapath_mut().inner.flows.insert(key, flow);
+    model.live_flows = swept(&mut testbed, 1).live;
     assert_eq!(settle(&mut testbed, &model), 0);
 
     // The flow ends, and with it the last trace of the backend.
     testbed.datapath_mut().inner.flows.clear();
-    model.live_flows = testbed.sweep(2, &Default::default()).unwrap().live;
+    model.live_flows = swept(&mut testbed, 2).live;
     assert_eq!(settle(&mut testbed, &model), 2);
     expected.remove(4);
     expected.remove(0);
@@ -264,8 +282,32 @@ fn check_invariants(contents: &Contents) -> Result<(), TestCaseError> {
         let roles = contents.addresses.get(&key.vip).copied().unwrap_or(0);
         prop_assert!(roles & ROLE_VIP != 0, "{} is not known as a VIP", key.vip);
     }
+    let any_port = contents.settings.flags & SettingsFlags::ANY_PORT != 0;
+    let has_any = contents.service_keys.keys().any(|key| key.port == 0);
+    prop_assert!(any_port || !has_any, "a service of all ports is not looked for");
+    for (id, service) in &contents.services {
+        let has_filters = service.flags & ServiceFlags::HAS_FILTERS != 0;
+        let filters: Vec<u32> = (contents.source_filters.iter())
+            .filter(|((key, _), _)| key.service == *id)
+            .map(|(_, value)| *value)
+            .collect();
+        let looks_in_vain =
+            has_filters && service.flags & ServiceFlags::DENIES_OTHERS == 0 && filters.is_empty();
+        prop_assert!(!looks_in_vain, "the filters of service {} are missing", id);
+    }
     for (service, table) in &contents.slots {
-        let ids: std::collections::BTreeSet<u32> = table.iter().copied().filter(|id| *id != 0).collect();
+        // Without a service no packet gets there.
+        let Some(entry) = contents.services.get(service) else {
+            continue;
+        };
+        let slots = contents.slots_in_use(*service);
+        let ids: std::collections::BTreeSet<u32> = slots.iter().copied().filter(|id| *id != 0).collect();
+        if abi::Strategy::is_sequence(entry.strategy) {
+            prop_assert_eq!(slots.len(), table[LENGTH_SLOT as usize] as usize);
+        } else {
+            let is_mixed = table.contains(&0) && !ids.is_empty();
+            prop_assert!(!is_mixed, "the table of service {} has holes", service);
+        }
         for id in ids {
             let backend = contents.backends.get(&id);
             prop_assert_eq!(backend.map(|backend| backend.service_plus_one), Some(service + 1));
@@ -376,7 +418,7 @@ proptest! {
             if backend.flags & BackendFlags::REMOVED != 0 {
                 let not = BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;
                 prop_assert_eq!(backend.flags & not, 0);
-                prop_assert!(desired.slots.values().all(|table| !table.contains(id)));
+                prop_assert!(desired.slots.keys().all(|service| !desired.slots_in_use(*service).contains(id)));
             }
         }
     }
