@@ -15,3 +15,4 @@ mod reload;
 mod restart;
 mod scene;
 mod vip;
+mod vlan;
