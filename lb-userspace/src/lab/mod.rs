@@ -29,7 +29,7 @@ use crate::{
 };
 
 pub use construct::{Route, VlanTag};
-pub use topology::Topology;
+pub use topology::{Family, Topology};
 
 /// A network namespace of our own; goes when this value, its children and the threads inside have gone.
 #[derive(Debug)]
@@ -288,6 +288,14 @@ impl Namespace {
         Ok(())
     }
 
+    /// Detaches the programs that [`Self::pass_all`] has attached, so that another one can be.
+    pub fn pass_no_longer(&self) {
+        self.passing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
     /// The name that it was made with.
     pub fn name(&self) -> &str {
         &self.name
@@ -520,7 +528,7 @@ mod tests {
         let again = left.pass_all("eth0").unwrap_err().to_string();
         assert!(again.contains("attach in driver mode failed"), "{again}");
         talk(&left, &right, "10.0.0.2");
-        left.passing.lock().unwrap().clear();
+        left.pass_no_longer();
         left.pass_all("eth0").unwrap();
     }
 
