@@ -10,6 +10,7 @@ mod attachment;
 mod command_line;
 mod failure;
 mod forwarding;
+mod matrix;
 mod next_hops;
 mod reload;
 mod restart;

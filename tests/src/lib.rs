@@ -1,6 +1,7 @@
 //! What the tests share: real servers, the real daemon, clients, and what the machine has to have.
 
 pub mod daemon;
+pub mod echo;
 pub mod http;
 pub mod load;
 pub mod machine;

@@ -52,6 +52,11 @@ pub fn has_vlan_devices() -> bool {
     }
 }
 
+/// CPUs that the kernel may run the program on.
+pub fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// So many, or a tenth of them on an emulated machine.
 pub fn count(full: usize) -> usize {
     if is_emulated() { full.div_ceil(10) } else { full }
