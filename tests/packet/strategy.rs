@@ -1,5 +1,7 @@
 //! Which backend a new flow gets, against slot tables that tell each slot apart.
 
+mod properties;
+
 use std::collections::BTreeSet;
 
 use lb_common::{

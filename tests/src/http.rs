@@ -45,12 +45,12 @@ impl Connection {
 
     /// Connects from the namespace of this thread, from `source` where one is given; its port 0 is any.
     pub fn dial(server: SocketAddr, source: Option<SocketAddr>) -> io::Result<Self> {
-        let socket = socket(
-            AddressFamily::Inet,
-            SockType::Stream,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
+        let family = if server.is_ipv4() {
+            AddressFamily::Inet
+        } else {
+            AddressFamily::Inet6
+        };
+        let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         if let Some(source) = source {
             setsockopt(&socket, IpBindAddressNoPort, &true)?;
             bind(socket.as_raw_fd(), &SockaddrStorage::from(source))?;

@@ -2,6 +2,7 @@
 
 pub mod daemon;
 pub mod decap;
+pub mod echo;
 pub mod encapsulation;
 pub mod http;
 pub mod load;

@@ -6,6 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use xlb::{
+    lab::{LabError, Namespace, VlanTag},
+    net::NetError,
+};
+
 /// Fails with the reason where a test could not run; it is never skipped.
 pub fn require_root_nginx_and_curl() {
     assert!(
@@ -26,6 +31,30 @@ pub const CURL: &str = "/usr/bin/curl";
 /// Whether this is an emulated machine, some twenty times slower: `XLB_TEST_VM=1`.
 pub fn is_emulated() -> bool {
     env::var_os("XLB_TEST_VM").is_some_and(|value| value == "1")
+}
+
+/// Whether this kernel has VLAN devices; those of the virtual machines must.
+///
+/// # Panics
+/// When one of those has none, or what it answers is neither.
+pub fn has_vlan_devices() -> bool {
+    let made = Namespace::new("vlan").and_then(|namespace| {
+        Namespace::connect(&namespace, "eth0", &namespace, "eth1")?;
+        namespace.add_vlan("vlan", "eth0", VlanTag::Customer(1))
+    });
+    match made {
+        Ok(()) => true,
+        Err(LabError::Net {
+            source: NetError::NoVlan,
+            ..
+        }) if !is_emulated() => false,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// CPUs that the kernel may run the program on.
+pub fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// So many, or a tenth of them on an emulated machine.

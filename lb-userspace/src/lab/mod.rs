@@ -28,7 +28,8 @@ use crate::{
     net::{self, NetError, construct},
 };
 
-pub use topology::Topology;
+pub use construct::{Route, VlanTag};
+pub use topology::{Family, Topology};
 
 /// A network namespace of our own; goes when this value, its children and the threads inside have gone.
 #[derive(Debug)]
@@ -123,6 +124,12 @@ impl Namespace {
         right.set_up(right_name)
     }
 
+    /// Adds a VLAN device on top of an interface, and sets it up.
+    pub fn add_vlan(&self, name: &str, lower: &str, tag: VlanTag) -> Result<(), LabError> {
+        self.net(construct::create_vlan(name, lower, tag))?;
+        self.set_up(name)
+    }
+
     /// Runs `work` on a thread inside, and returns its value; a panic in it goes on in the caller.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, LabError> {
         on_a_thread(|| self.enter().map(|()| work()))
@@ -187,7 +194,12 @@ impl Namespace {
 
     /// Adds several addresses with their prefixes.
     pub fn add_addresses(&self, interface: &str, addresses: &[IpNet]) -> Result<(), LabError> {
-        self.net(construct::add_addresses(interface, addresses))
+        self.net(construct::add_addresses(interface, addresses, false))
+    }
+
+    /// Adds an address that is not usable before the kernel has asked whether another host has it.
+    pub fn add_address_to_be_checked(&self, interface: &str, address: &str) -> Result<(), LabError> {
+        self.net(construct::add_addresses(interface, &[prefix(address)?], true))
     }
 
     /// Removes an address from whatever interface has it.
@@ -197,15 +209,17 @@ impl Namespace {
 
     /// Adds a route by a gateway, in place of one to the same prefix.
     pub fn add_route(&self, destination: &str, gateway: &str) -> Result<(), LabError> {
-        let gateway = gateway.parse().map_err(|_| LabError::Address {
-            text: gateway.to_owned(),
-        })?;
-        self.net(construct::set_route(prefix(destination)?, Some(gateway)))
+        self.set_route(&Route::by(prefix(destination)?, address(gateway)?))
+    }
+
+    /// Adds a route, in place of one to the same prefix.
+    pub fn set_route(&self, route: &Route) -> Result<(), LabError> {
+        self.net(construct::set_route(route))
     }
 
     /// Adds a route that answers "unreachable", in place of one to the same prefix.
     pub fn add_unreachable_route(&self, destination: &str) -> Result<(), LabError> {
-        self.net(construct::set_route(prefix(destination)?, None))
+        self.set_route(&Route::unreachable(prefix(destination)?))
     }
 
     /// Removes a route.
@@ -274,6 +288,14 @@ impl Namespace {
         Ok(())
     }
 
+    /// Detaches the programs that [`Self::pass_all`] has attached, so that another one can be.
+    pub fn pass_no_longer(&self) {
+        self.passing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
     /// The name that it was made with.
     pub fn name(&self) -> &str {
         &self.name
@@ -325,12 +347,13 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
 }
 
 fn prefix(text: &str) -> Result<IpNet, LabError> {
-    let address = || text.parse::<IpAddr>().map(IpNet::from);
-    text.parse()
-        .or_else(|_| address())
-        .map_err(|_| LabError::Address {
-            text: text.to_owned(),
-        })
+    text.parse().or_else(|_| address(text).map(IpNet::from))
+}
+
+fn address(text: &str) -> Result<IpAddr, LabError> {
+    text.parse().map_err(|_| LabError::Address {
+        text: text.to_owned(),
+    })
 }
 
 /// Runs a future to its end on this thread, and so in this thread's namespace.
@@ -505,7 +528,7 @@ mod tests {
         let again = left.pass_all("eth0").unwrap_err().to_string();
         assert!(again.contains("attach in driver mode failed"), "{again}");
         talk(&left, &right, "10.0.0.2");
-        left.passing.lock().unwrap().clear();
+        left.pass_no_longer();
         left.pass_all("eth0").unwrap();
     }
 

@@ -1,13 +1,15 @@
-//! The network of the demo and of the tests.
+//! The network of the demo and of the tests, with both families on every link.
 //!
 //! ```text
 //! client eth0 10.1.0.2/24 ──── eth0 10.1.0.1 balancer eth1 10.2.1.1 ──── eth0 10.2.1.2/24 backend 1
+//!        2001:db8:1::2/64           2001:db8:1::1          2001:db8:2:1::1    2001:db8:2:1::2/64
 //!                                                     eth2 10.2.2.1 ──── eth0 10.2.2.2/24 backend 2 …
+//!                                                          2001:db8:2:2::1    2001:db8:2:2::2/64
 //! ```
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{LabError, Namespace};
 
@@ -23,18 +25,33 @@ pub struct Topology {
     client_addresses: usize,
 }
 
+/// A family of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+}
+
 impl Topology {
     /// The address that the clients connect to; they have a route to it, and to the backends, by the balancer.
     pub const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+    /// The same of IPv6.
+    pub const VIP_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x10, 0, 0, 0, 0, 0x10);
     /// The balancer's address on the client's side.
     pub const BALANCER: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
 
-    /// Builds it with so many backends and one client address.
+    /// Builds it with so many backends and one client address of each family.
     pub fn routed(backends: usize) -> Result<Self, LabError> {
         Self::with_client_addresses(backends, 1)
     }
 
-    /// Builds it with so many backends and client addresses, up to 250 each, from 10.1.0.2 on.
+    /// Builds it with so many backends and client addresses of each family, up to 250 each, from 10.1.0.2 and
+    /// 2001:db8:1::2 on.
     pub fn with_client_addresses(backends: usize, client_addresses: usize) -> Result<Self, LabError> {
         const LIMIT: usize = 250;
         for (what, count) in [("backends", backends), ("client addresses", client_addresses)] {
@@ -52,7 +69,15 @@ impl Topology {
             backends: Vec::with_capacity(backends),
             client_addresses,
         };
-        topology.balancer.sysctl("net/ipv4/ip_forward", "1")?;
+        for (key, value) in [
+            ("ipv4/ip_forward", "1"),
+            ("ipv6/conf/all/forwarding", "1"),
+            // Backends that have the VIP answer clients from it, and the balancer has no route to it.
+            ("ipv4/conf/all/rp_filter", "0"),
+            ("ipv4/conf/default/rp_filter", "0"),
+        ] {
+            topology.balancer.sysctl(&format!("net/{key}"), value)?;
+        }
         topology.join_client()?;
         for index in 0..backends {
             topology.add_backend(index)?;
@@ -60,14 +85,32 @@ impl Topology {
         Ok(topology)
     }
 
-    /// Addresses of the client, from 10.1.0.2 on.
-    pub fn client_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
-        (0..self.client_addresses).map(|index| Ipv4Addr::new(10, 1, 0, index as u8 + 2).into())
+    /// [`Self::VIP`] or [`Self::VIP_V6`].
+    pub fn vip(family: Family) -> IpAddr {
+        match family {
+            Family::V4 => Self::VIP.into(),
+            Family::V6 => Self::VIP_V6.into(),
+        }
     }
 
-    /// Address of a backend, counted from 0: 10.2.1.2, 10.2.2.2, …
+    /// IPv4 addresses of the client, from 10.1.0.2 on.
+    pub fn client_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.client_addresses_of(Family::V4)
+    }
+
+    /// Addresses of the client.
+    pub fn client_addresses_of(&self, family: Family) -> impl Iterator<Item = IpAddr> + use<> {
+        (0..self.client_addresses).map(move |index| client_network(family, index as u8 + 2).addr())
+    }
+
+    /// IPv4 address of a backend, counted from 0: 10.2.1.2, 10.2.2.2, …
     pub fn backend_address(&self, index: usize) -> IpAddr {
-        backend_network(index, 2).addr().into()
+        self.backend_address_of(index, Family::V4)
+    }
+
+    /// Address of a backend, counted from 0.
+    pub fn backend_address_of(&self, index: usize, family: Family) -> IpAddr {
+        backend_network(family, index, 2).addr()
     }
 
     /// Interfaces of the balancer: `eth0` to the client, `eth1`, `eth2`, … to the backends.
@@ -84,16 +127,45 @@ impl Topology {
         Ok(index)
     }
 
+    /// Gives the backends the VIPs on their loopback interface, so that they take packets for them and answer the
+    /// clients from them; they do not answer ARP for them.
+    pub fn give_vips_to_backends(&self) -> Result<(), LabError> {
+        for backend in &self.backends {
+            for (key, value) in [("arp_ignore", "1"), ("arp_announce", "2")] {
+                backend.sysctl(&format!("net/ipv4/conf/all/{key}"), value)?;
+            }
+            let vips = Family::ALL.map(|family| Self::vip(family).into());
+            backend.add_addresses("lo", &vips)?;
+        }
+        Ok(())
+    }
+
+    /// Sets the MTU between the balancer and the backends, in bytes: what is encapsulated gets longer there.
+    pub fn set_backend_mtu(&self, mtu: u32) -> Result<(), LabError> {
+        for (index, backend) in self.backends.iter().enumerate() {
+            backend.set_mtu("eth0", mtu)?;
+            self.balancer.set_mtu(&format!("eth{}", index + 1), mtu)?;
+        }
+        Ok(())
+    }
+
     fn join_client(&self) -> Result<(), LabError> {
         Namespace::connect(&self.client, "eth0", &self.balancer, "eth0")?;
-        self.balancer.add_addresses("eth0", &[network(Self::BALANCER)])?;
-        let addresses: Vec<IpNet> = self
-            .client_addresses()
-            .filter_map(|address| IpNet::new(address, 24).ok())
-            .collect();
-        self.client.add_addresses("eth0", &addresses)?;
-        for destination in [&Self::VIP.to_string(), "10.2.0.0/16"] {
-            self.client.add_route(destination, &Self::BALANCER.to_string())?;
+        for family in Family::ALL {
+            let balancer = client_network(family, 1);
+            self.balancer.add_addresses("eth0", &[balancer])?;
+            let addresses: Vec<IpNet> = self
+                .client_addresses_of(family)
+                .filter_map(|address| IpNet::new(address, balancer.prefix_len()).ok())
+                .collect();
+            self.client.add_addresses("eth0", &addresses)?;
+            let backends = match family {
+                Family::V4 => "10.2.0.0/16",
+                Family::V6 => "2001:db8:2::/48",
+            };
+            for destination in [&Self::vip(family).to_string(), backends] {
+                self.client.add_route(destination, &balancer.addr().to_string())?;
+            }
         }
         for namespace in [&self.client, &self.balancer] {
             namespace.disable_offload("eth0")?;
@@ -105,11 +177,13 @@ impl Topology {
         let backend = Namespace::new(&format!("backend{}", index + 1))?;
         let interface = format!("eth{}", index + 1);
         Namespace::connect(&backend, "eth0", &self.balancer, &interface)?;
-        let balancer = backend_network(index, 1);
-        self.balancer.add_addresses(&interface, &[balancer.into()])?;
+        for (family, everything) in [(Family::V4, "0.0.0.0/0"), (Family::V6, "::/0")] {
+            let balancer = backend_network(family, index, 1);
+            self.balancer.add_addresses(&interface, &[balancer])?;
+            backend.add_addresses("eth0", &[backend_network(family, index, 2)])?;
+            backend.add_route(everything, &balancer.addr().to_string())?;
+        }
         self.balancer.disable_offload(&interface)?;
-        backend.add_addresses("eth0", &[backend_network(index, 2).into()])?;
-        backend.add_route("0.0.0.0/0", &balancer.addr().to_string())?;
         backend.disable_offload("eth0")?;
         backend.pass_all("eth0")?;
         self.backends.push(backend);
@@ -117,15 +191,28 @@ impl Topology {
     }
 }
 
-/// The host `last` in the network between the balancer and a backend.
-fn backend_network(index: usize, last: u8) -> Ipv4Net {
-    // 250 backends at most, so this neither truncates nor overflows.
-    let third = (index as u8).wrapping_add(1);
-    Ipv4Net::new_assert(Ipv4Addr::new(10, 2, third, last), 24)
+/// The host `last` in the network between the client and the balancer.
+fn client_network(family: Family, last: u8) -> IpNet {
+    match family {
+        Family::V4 => Ipv4Net::new_assert(Ipv4Addr::new(10, 1, 0, last), 24).into(),
+        Family::V6 => {
+            let address = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, last.into());
+            Ipv6Net::new_assert(address, 64).into()
+        }
+    }
 }
 
-fn network(address: Ipv4Addr) -> IpNet {
-    Ipv4Net::new_assert(address, 24).into()
+/// The host `last` in the network between the balancer and a backend.
+fn backend_network(family: Family, index: usize, last: u8) -> IpNet {
+    // 250 backends at most, so this neither truncates nor overflows.
+    let number = (index as u8).wrapping_add(1);
+    match family {
+        Family::V4 => Ipv4Net::new_assert(Ipv4Addr::new(10, 2, number, last), 24).into(),
+        Family::V6 => {
+            let address = Ipv6Addr::new(0x2001, 0xdb8, 2, number.into(), 0, 0, 0, last.into());
+            Ipv6Net::new_assert(address, 64).into()
+        }
+    }
 }
 
 #[cfg(test)]
@@ -139,18 +226,42 @@ mod tests {
     fn the_client_reaches_every_backend_through_the_balancer() {
         let topology = Topology::with_client_addresses(3, 3).unwrap();
         for (index, namespace) in topology.backends.iter().enumerate() {
-            let name = format!("backend-{index}");
-            let address = (topology.backend_address(index), 8080).into();
-            let _backend = HttpBackend::start(namespace, &name, address).unwrap();
-            for source in topology.client_addresses() {
-                // The backends know the way back to the client's network by the balancer alone.
-                let answer = topology
-                    .client
-                    .run(|| http_client::get(address, "/", Some(source), Duration::from_secs(10)))
-                    .unwrap()
-                    .unwrap();
-                assert_eq!((answer.status, answer.text()), (200, format!("{name}\n")));
+            for family in Family::ALL {
+                let name = format!("backend-{index}-{family:?}");
+                let address = (topology.backend_address_of(index, family), 8080).into();
+                let _backend = HttpBackend::start(namespace, &name, address).unwrap();
+                for source in topology.client_addresses_of(family) {
+                    // The backends know the way back to the client's network by the balancer alone.
+                    let answer = topology
+                        .client
+                        .run(|| http_client::get(address, "/", Some(source), Duration::from_secs(10)))
+                        .unwrap()
+                        .unwrap();
+                    assert_eq!((answer.status, answer.text()), (200, format!("{name}\n")));
+                }
             }
+        }
+    }
+
+    #[test]
+    fn backends_that_have_the_vips_answer_clients_from_them_through_the_balancer() {
+        let topology = Topology::routed(1).unwrap();
+        topology.give_vips_to_backends().unwrap();
+        topology.set_backend_mtu(1600).unwrap();
+        assert_eq!(topology.balancer.link("eth1").unwrap().mtu, 1600);
+        for family in Family::ALL {
+            // As if a balancer had sent the packets on.
+            let backend = topology.backend_address_of(0, family).to_string();
+            let vip = Topology::vip(family);
+            topology.balancer.add_route(&vip.to_string(), &backend).unwrap();
+            let address = (vip, 8080).into();
+            let _backend = HttpBackend::start(&topology.backends[0], "backend", address).unwrap();
+            let answer = topology
+                .client
+                .run(|| http_client::get(address, "/", None, Duration::from_secs(10)))
+                .unwrap()
+                .unwrap();
+            assert_eq!((answer.status, answer.text()), (200, "backend\n".to_owned()));
         }
     }
 

@@ -1,7 +1,12 @@
-//! Interfaces of this network namespace.
+//! Interfaces of this network namespace, and which tags a frame gets on its way down from a VLAN device.
+
+use std::collections::BTreeMap;
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use lb_common::abi::Tags;
+use rtnetlink::packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 
 use super::{NetError, Netlink};
 
@@ -14,10 +19,34 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// In bytes, without the Ethernet header.
     pub mtu: u32,
+    /// What IPv6 makes of it: routers may announce less, and `net.ipv6.conf` may set less.
+    pub mtu_v6: u32,
     /// Administratively up.
     pub up: bool,
     /// Has a carrier.
     pub running: bool,
+    /// Of a VLAN device alone.
+    pub vlan: Option<Vlan>,
+}
+
+/// What a VLAN device does to frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vlan {
+    /// The interface that it hands them to; `None` when that is in another network namespace.
+    pub lower: Option<u32>,
+    /// The tag that it gives them, as [`Tags`] has it.
+    pub tag: u32,
+}
+
+impl Link {
+    /// Largest packet of a family that it takes.
+    pub(super) fn mtu_of(&self, is_ipv4: bool) -> u32 {
+        if is_ipv4 {
+            self.mtu
+        } else {
+            self.mtu.min(self.mtu_v6)
+        }
+    }
 }
 
 /// Looks up interfaces by name, in the order of the names.
@@ -39,6 +68,34 @@ pub async fn links_named(names: &[impl AsRef<str>]) -> Result<Vec<Link>, NetErro
         .collect()
 }
 
+/// The interface that frames sent by `ifindex` leave by in the end, and the VLAN tags that they have there; or why
+/// there is none.
+pub(super) fn below_vlans(links: &BTreeMap<u32, Link>, ifindex: u32) -> Result<(u32, Tags), String> {
+    let mut tags = Tags::default();
+    let mut at = ifindex;
+    loop {
+        let link = links
+            .get(&at)
+            .ok_or_else(|| format!("interface {at} of its route has gone"))?;
+        let Some(vlan) = link.vlan else {
+            return Ok((at, tags));
+        };
+        let name = &link.name;
+        if tags.count() == 2 {
+            return Err(format!(
+                "its route leaves by more than two VLAN devices, the third of them {name}"
+            ));
+        }
+        // Whoever is further below puts its tag in front.
+        tags = Tags([vlan.tag, tags.0[0]]);
+        at = vlan.lower.ok_or_else(|| {
+            format!(
+                "its route leaves by the VLAN device {name}, whose lower interface is in another network namespace"
+            )
+        })?;
+    }
+}
+
 impl Netlink {
     /// All interfaces.
     pub(super) async fn links(&self) -> Result<Vec<Link>, NetError> {
@@ -51,23 +108,6 @@ impl Netlink {
             .await
             .map_err(|error| NetError::kernel("listing the interfaces", error))?;
         Ok(messages.iter().map(Link::from).collect())
-    }
-
-    /// The interface with that index; `None` when it has gone.
-    pub(super) async fn link(&self, ifindex: u32) -> Result<Option<Link>, NetError> {
-        let found = self
-            .handle
-            .link()
-            .get()
-            .match_index(ifindex)
-            .execute()
-            .try_next()
-            .await;
-        match found.map_err(|error| NetError::kernel(format!("looking up interface {ifindex}"), error)) {
-            Ok(message) => Ok(message.as_ref().map(Link::from)),
-            Err(NetError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-            Err(error) => Err(error),
-        }
     }
 
     /// Index of the interface with that name.
@@ -86,9 +126,12 @@ impl From<&LinkMessage> for Link {
             ifindex: message.header.index,
             mac: None,
             mtu: 0,
+            mtu_v6: u32::MAX,
             up: flags.contains(LinkFlags::Up),
             running: flags.contains(LinkFlags::LowerUp),
+            vlan: None,
         };
+        let (mut lower, mut is_elsewhere) = (None, false);
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
@@ -97,11 +140,55 @@ impl From<&LinkMessage> for Link {
                     link.mac = address.as_slice().try_into().ok().filter(|mac| *mac != [0; 6]);
                 }
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::AfSpecUnspec(families) => {
+                    // Absent where IPv6 is switched off on the interface.
+                    link.mtu_v6 = families.iter().find_map(mtu_v6).unwrap_or(u32::MAX);
+                }
+                LinkAttribute::Link(index) => lower = Some(*index),
+                LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
+                LinkAttribute::LinkInfo(infos) => link.vlan = vlan(infos),
                 _ => {}
             }
         }
+        if let Some(vlan) = &mut link.vlan {
+            vlan.lower = lower.filter(|_| !is_elsewhere);
+        }
         link
     }
+}
+
+fn mtu_v6(family: &AfSpecUnspec) -> Option<u32> {
+    let AfSpecUnspec::Inet6(attributes) = family else {
+        return None;
+    };
+    attributes.iter().find_map(|attribute| match attribute {
+        AfSpecInet6::DevConf(configuration) => u32::try_from(configuration.mtu6).ok(),
+        _ => None,
+    })
+}
+
+/// Its tag, if it is a VLAN device; which interface is below is told elsewhere in the message.
+fn vlan(infos: &[LinkInfo]) -> Option<Vlan> {
+    if !infos.contains(&LinkInfo::Kind(InfoKind::Vlan)) {
+        return None;
+    }
+    let (mut ethertype, mut id) = (0x8100, 0);
+    for info in infos {
+        let LinkInfo::Data(InfoData::Vlan(attributes)) = info else {
+            continue;
+        };
+        for attribute in attributes {
+            match attribute {
+                InfoVlan::Id(own) => id = *own,
+                InfoVlan::Protocol(protocol) => ethertype = (*protocol).into(),
+                _ => {}
+            }
+        }
+    }
+    Some(Vlan {
+        lower: None,
+        tag: Tags::tag(ethertype, id),
+    })
 }
 
 fn missing(name: &str, links: &[Link]) -> NetError {
@@ -128,6 +215,118 @@ mod tests {
         assert_eq!(eth0.mtu, 1500);
         assert_eq!(eth0.ifindex, left.ifindex("eth0").unwrap());
         assert!(eth0.up && eth0.running);
+    }
+
+    fn ethernet(ifindex: u32) -> Link {
+        Link {
+            name: format!("eth{ifindex}"),
+            ifindex,
+            mac: Some([2, 0, 0, 0, 0, ifindex as u8]),
+            mtu: 1500,
+            mtu_v6: 1500,
+            up: true,
+            running: true,
+            vlan: None,
+        }
+    }
+
+    fn vlan_over(lower: Option<u32>, ifindex: u32, ethertype: u16, id: u16) -> Link {
+        let tag = Tags::tag(ethertype, id);
+        Link {
+            name: format!("vlan{id}"),
+            vlan: Some(Vlan { lower, tag }),
+            ..ethernet(ifindex)
+        }
+    }
+
+    fn below(links: &[Link], ifindex: u32) -> Result<(u32, Tags), String> {
+        let links = links.iter().map(|link| (link.ifindex, link.clone())).collect();
+        below_vlans(&links, ifindex)
+    }
+
+    #[test]
+    fn frames_of_an_interface_that_is_no_vlan_have_no_tags() {
+        assert_eq!(below(&[ethernet(2), ethernet(3)], 3), Ok((3, Tags::default())));
+    }
+
+    #[test]
+    fn a_vlan_device_sends_by_the_interface_below_it_with_its_tag() {
+        let links = [ethernet(2), vlan_over(Some(2), 5, 0x8100, 100)];
+        assert_eq!(below(&links, 5), Ok((2, Tags([Tags::tag(0x8100, 100), 0]))));
+    }
+
+    #[test]
+    fn of_stacked_vlan_devices_the_lower_one_has_the_outer_tag() {
+        let links = [
+            vlan_over(Some(7), 3, 0x8100, 42),
+            vlan_over(Some(2), 7, 0x88a8, 4094),
+            ethernet(2),
+        ];
+        let tags = Tags([Tags::tag(0x88a8, 4094), Tags::tag(0x8100, 42)]);
+        assert_eq!(below(&links, 3), Ok((2, tags)));
+    }
+
+    #[test]
+    fn what_has_no_way_down_says_why() {
+        let links = [
+            ethernet(2),
+            vlan_over(Some(2), 3, 0x8100, 1),
+            vlan_over(Some(3), 4, 0x8100, 2),
+            vlan_over(Some(4), 5, 0x8100, 3),
+            vlan_over(None, 6, 0x8100, 6),
+            vlan_over(Some(99), 7, 0x8100, 7),
+            // No kernel makes a circle of them, but what it tells may be torn.
+            vlan_over(Some(8), 8, 0x8100, 8),
+        ];
+        let reasons = [
+            (
+                5,
+                "its route leaves by more than two VLAN devices, the third of them vlan1",
+            ),
+            (
+                6,
+                "its route leaves by the VLAN device vlan6, whose lower interface is in another network namespace",
+            ),
+            (7, "interface 99 of its route has gone"),
+            (
+                8,
+                "its route leaves by more than two VLAN devices, the third of them vlan8",
+            ),
+        ];
+        for (ifindex, reason) in reasons {
+            assert_eq!(below(&links, ifindex), Err(reason.to_owned()));
+        }
+        assert!(below(&links, 4).is_ok());
+    }
+
+    #[test]
+    fn what_the_kernel_tells_of_a_vlan_device_is_understood() {
+        let mut message = LinkMessage::default();
+        message.header.index = 9;
+        message.attributes = vec![
+            LinkAttribute::IfName("eth0.300".into()),
+            LinkAttribute::Link(4),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Vlan),
+                LinkInfo::Data(InfoData::Vlan(vec![
+                    InfoVlan::Protocol(rtnetlink::packet_route::link::VlanProtocol::Ieee8021Ad),
+                    InfoVlan::Id(300),
+                ])),
+            ]),
+        ];
+        let tag = Tags::tag(0x88a8, 300);
+        assert_eq!(Link::from(&message).vlan, Some(Vlan { lower: Some(4), tag }));
+        message.attributes.push(LinkAttribute::LinkNetNsId(0));
+        assert_eq!(Link::from(&message).vlan, Some(Vlan { lower: None, tag }));
+    }
+
+    #[test]
+    fn the_limit_of_ipv6_is_told_apart_from_that_of_the_interface() {
+        let (left, right) = (Namespace::new("left").unwrap(), Namespace::new("right").unwrap());
+        Namespace::connect(&left, "eth0", &right, "eth1").unwrap();
+        left.sysctl("net/ipv6/conf/eth0/mtu", "1400").unwrap();
+        let eth0 = left.link("eth0").unwrap();
+        assert_eq!((eth0.mtu_of(true), eth0.mtu_of(false)), (1500, 1400));
     }
 
     #[test]

@@ -41,6 +41,9 @@ pub enum NetError {
     /// The kernel cannot make veth interfaces.
     #[error("this kernel knows no veth interfaces; load their module: modprobe veth")]
     NoVeth,
+    /// The kernel cannot make VLAN devices.
+    #[error("this kernel knows no VLAN devices; load their module: modprobe 8021q")]
+    NoVlan,
     /// Anything else that the kernel answered.
     #[error("{action} failed: {source}")]
     Kernel {

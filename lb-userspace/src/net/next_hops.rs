@@ -12,17 +12,19 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use lb_common::abi::Tags;
 use rtnetlink::{
     MulticastGroup, RouteMessageBuilder,
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
+        address::{AddressHeaderFlags, AddressMessage},
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
             NeighbourState,
         },
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType, RouteVia},
+        route::{
+            RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteType, RouteVia,
+        },
     },
 };
 use tokio::{
@@ -32,7 +34,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{Link, NetError, Netlink, OWN_PROTOCOL};
+use super::{Link, NetError, Netlink, OWN_PROTOCOL, links::below_vlans};
 use crate::model::NextHop;
 
 /// Changes come in swarms: one look for all within this time.
@@ -143,7 +145,106 @@ struct Way {
 struct Route {
     ifindex: u32,
     gateway: Option<IpAddr>,
-    source: IpAddr,
+    /// As the route prescribes, or as the kernel chooses among this host's addresses that are usable.
+    source: Option<IpAddr>,
+    /// Where the route has one of its own, or the kernel has learned one.
+    mtu: Option<u32>,
+}
+
+/// What routes refer to.
+struct Host {
+    links: BTreeMap<u32, Link>,
+    addresses: Vec<(IpAddr, AddressMessage)>,
+}
+
+impl Host {
+    /// The way along a route, without the neighbour's MAC address; or why there is none.
+    fn way(&self, address: IpAddr, route: &Route) -> Result<Way, String> {
+        let link = self
+            .links
+            .get(&route.ifindex)
+            .ok_or_else(|| format!("interface {} of its route has gone", route.ifindex))?;
+        let name = &link.name;
+        let source_mac = link
+            .mac
+            .ok_or_else(|| format!("its route leaves by {name}, which is no Ethernet interface"))?;
+        let (ifindex, tags) = below_vlans(&self.links, route.ifindex)?;
+        let mtu = link.mtu_of(address.is_ipv4());
+        Ok(Way {
+            next_hop: NextHop {
+                ifindex,
+                source: self.source(address, route, name)?,
+                source_mac,
+                next_hop_mac: None,
+                tags,
+                mtu: route.mtu.map_or(mtu, |own| own.min(mtu)),
+            },
+            neighbour: (route.ifindex, route.gateway.unwrap_or(address)),
+            interface: name.clone(),
+        })
+    }
+
+    /// The address to send from to another one.
+    ///
+    /// While the kernel asks whether another host has an address of the interface (RFC 4862 section 5.4), it does not
+    /// answer for that address and chooses another one, which would be wrong in a second: there is none until then.
+    fn source(&self, address: IpAddr, route: &Route, interface: &str) -> Result<IpAddr, String> {
+        // Routers do not forward what comes from a link-local address (RFC 4291 section 2.5.6).
+        let is_fit = |own: IpAddr| match own {
+            IpAddr::V4(_) => address.is_ipv4(),
+            IpAddr::V6(own) => address.is_ipv6() && !own.is_unicast_link_local(),
+        };
+        let chosen = route.source.filter(|source| is_fit(*source));
+        let on_interface: Vec<(IpAddr, Detection)> = self
+            .addresses
+            .iter()
+            .filter(|(own, message)| message.header.index == route.ifindex && is_fit(*own))
+            .map(|(own, message)| (*own, Detection::of(message)))
+            .collect();
+        let with = |wanted| on_interface.iter().find(|(_, state)| *state == wanted);
+        if let Some(source) = chosen
+            && on_interface.contains(&(source, Detection::Done))
+        {
+            return Ok(source);
+        }
+        if let Some((own, _)) = with(Detection::Asking) {
+            return Err(format!(
+                "this host's address {own} on {interface} is not usable yet: it asks whether another host has it"
+            ));
+        }
+        match (chosen, with(Detection::Taken)) {
+            // Of another interface.
+            (Some(source), taken) if taken.is_none_or(|(own, _)| *own != source) => Ok(source),
+            (_, Some((own, _))) => Err(format!(
+                "this host's address {own} on {interface} is another host's, too"
+            )),
+            _ => Err("this host has no address to send from on its route".to_owned()),
+        }
+    }
+}
+
+/// How far duplicate address detection has come with an address.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Detection {
+    Asking,
+    Taken,
+    Done,
+}
+
+impl Detection {
+    fn of(message: &AddressMessage) -> Self {
+        // The header has room for the first eight flags alone, but these are among them.
+        let flags = message.header.flags;
+        if flags.contains(AddressHeaderFlags::Dadfailed) {
+            Self::Taken
+        } else if flags.contains(AddressHeaderFlags::Tentative)
+            && !flags.contains(AddressHeaderFlags::Optimistic)
+        {
+            Self::Asking
+        } else {
+            Self::Done
+        }
+    }
 }
 
 struct Watch {
@@ -227,11 +328,16 @@ impl Watch {
             return Ok(());
         };
         let neighbours = self.netlink.neighbours().await?;
-        let mut links = BTreeMap::new();
+        let host = Host {
+            links: (self.netlink.links().await?.into_iter())
+                .map(|link| (link.ifindex, link))
+                .collect(),
+            addresses: self.netlink.addresses().await?,
+        };
         let mut ways = BTreeMap::new();
         let mut unresolved = BTreeMap::new();
         for &address in addresses {
-            match self.netlink.way(address, &mut links).await? {
+            match self.netlink.way(address, &host).await? {
                 Ok(mut way) => {
                     way.next_hop.next_hop_mac = neighbours.get(&way.neighbour).and_then(Neighbour::mac);
                     if way.next_hop.next_hop_mac.is_none() {
@@ -270,39 +376,14 @@ fn replace<T: PartialEq>(published: &watch::Sender<T>, new: T) {
 
 impl Netlink {
     /// The way to an address without its neighbour's MAC address, or why there is none.
-    async fn way(
-        &self,
-        address: IpAddr,
-        links: &mut BTreeMap<u32, Option<Link>>,
-    ) -> Result<Result<Way, String>, NetError> {
-        let route = match self.route(address).await? {
-            Ok(route) => route,
-            Err(reason) => return Ok(Err(reason)),
-        };
-        if let std::collections::btree_map::Entry::Vacant(entry) = links.entry(route.ifindex) {
-            entry.insert(self.link(route.ifindex).await?);
+    async fn way(&self, address: IpAddr, host: &Host) -> Result<Result<Way, String>, NetError> {
+        if let IpAddr::V6(address) = address
+            && address.is_unicast_link_local()
+        {
+            return Ok(Err("a link-local address does not tell on which link".to_owned()));
         }
-        let Some(link) = links.get(&route.ifindex).and_then(Option::as_ref) else {
-            return Ok(Err(format!("interface {} of its route has gone", route.ifindex)));
-        };
-        let Some(source_mac) = link.mac else {
-            return Ok(Err(format!(
-                "its route leaves by {}, which is no Ethernet interface",
-                link.name
-            )));
-        };
-        Ok(Ok(Way {
-            next_hop: NextHop {
-                ifindex: route.ifindex,
-                source: route.source,
-                source_mac,
-                next_hop_mac: None,
-                tags: Tags::default(),
-                mtu: 0,
-            },
-            neighbour: (route.ifindex, route.gateway.unwrap_or(address)),
-            interface: link.name.clone(),
-        }))
+        let route = self.route(address).await?;
+        Ok(route.and_then(|route| host.way(address, &route)))
     }
 
     /// How the kernel would route to an address, or why not.
@@ -411,7 +492,7 @@ fn parse_route(message: &RouteMessage) -> Result<Route, String> {
         RouteType::Prohibit => return Err("its route says prohibit".to_owned()),
         other => return Err(format!("its route is of the type {other:?}")),
     }
-    let (mut ifindex, mut gateway, mut source) = (None, None, None);
+    let (mut ifindex, mut gateway, mut source, mut mtu) = (None, None, None, None);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => ifindex = Some(*index),
@@ -421,15 +502,20 @@ fn parse_route(message: &RouteMessage) -> Result<Route, String> {
             RouteAttribute::Via(RouteVia::Inet6(address)) => gateway = Some(IpAddr::V6(*address)),
             RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(IpAddr::V4(*address)),
             RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => source = Some(IpAddr::V6(*address)),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
             _ => {}
         }
     }
-    let ifindex = ifindex.ok_or("its route names no interface")?;
-    let source = source.ok_or("this host has no address to send from on its route")?;
     Ok(Route {
-        ifindex,
+        ifindex: ifindex.ok_or("its route names no interface")?,
         gateway,
         source,
+        mtu,
     })
 }
 
@@ -519,6 +605,7 @@ impl Events {
             MulticastGroup::Link,
             MulticastGroup::Ipv4Ifaddr,
             MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv6Ifinfo,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
             MulticastGroup::Ipv4Rule,
@@ -568,8 +655,10 @@ impl Drop for Events {
 
 #[cfg(test)]
 mod tests {
+    use lb_common::abi::Tags;
+
     use super::*;
-    use crate::lab::{Namespace, block_on};
+    use crate::lab::{Namespace, Route, block_on};
 
     const FIRST: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
     const SECOND: [u8; 6] = [2, 0, 0, 0, 0, 0x12];
@@ -579,7 +668,7 @@ mod tests {
     struct Net {
         host: Namespace,
         first: Namespace,
-        _second: Namespace,
+        second: Namespace,
     }
 
     impl Net {
@@ -600,8 +689,8 @@ mod tests {
                 }
                 peer
             };
-            let (first, _second) = (peer(1, FIRST), peer(2, SECOND));
-            Self { host, first, _second }
+            let (first, second) = (peer(1, FIRST), peer(2, SECOND));
+            Self { host, first, second }
         }
 
         /// Runs a test inside the host.
@@ -619,8 +708,52 @@ mod tests {
                 source_mac: link.mac.unwrap(),
                 next_hop_mac,
                 tags: Tags::default(),
-                mtu: 0,
+                mtu: 1500,
             }
+        }
+    }
+
+    /// The addresses of a test in one of the families.
+    #[derive(Clone, Copy)]
+    struct Family {
+        /// As in the paths below `/proc/sys/net`.
+        name: &'static str,
+        /// Has a peer announce itself when its address changes.
+        notify: &'static str,
+        /// This host's on eth0 and on eth1.
+        host: [&'static str; 2],
+        peer: [&'static str; 2],
+        length: u8,
+        /// A host behind the peers, and prefixes that it is in, the shorter one last.
+        far: &'static str,
+        prefixes: [&'static str; 2],
+    }
+
+    const FAMILIES: [Family; 2] = [
+        Family {
+            name: "ipv4",
+            notify: "arp_notify",
+            host: ["10.0.1.1", "10.0.2.1"],
+            peer: ["10.0.1.2", "10.0.2.2"],
+            length: 24,
+            far: "192.0.2.1",
+            prefixes: ["192.0.2.0/24", "192.0.0.0/16"],
+        },
+        Family {
+            name: "ipv6",
+            notify: "ndisc_notify",
+            host: ["2001:db8:1::1", "2001:db8:2::1"],
+            peer: ["2001:db8:1::2", "2001:db8:2::2"],
+            length: 64,
+            far: "2001:db8:9::1",
+            prefixes: ["2001:db8:9::/48", "2001:db8:8::/45"],
+        },
+    ];
+
+    /// Runs a test in both families, each in a network of its own.
+    fn in_both_families(test: impl Fn(Net, Family)) {
+        for family in FAMILIES {
+            test(Net::new(), family);
         }
     }
 
@@ -672,114 +805,242 @@ mod tests {
 
     #[test]
     fn the_way_behind_a_gateway_follows_the_route() {
-        let net = Net::new();
-        let by_first = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
-        let by_second = net.next_hop("eth1", "10.0.2.1", Some(SECOND));
-        net.host.add_route("192.0.2.0/24", "10.0.1.2").unwrap();
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["192.0.2.1"])).await;
-            becomes(&watcher, "192.0.2.1", Some(&by_first)).await;
-            net.host.add_route("192.0.2.0/24", "10.0.2.2").unwrap();
-            becomes(&watcher, "192.0.2.1", Some(&by_second)).await;
-            net.host.remove_route("192.0.2.0/24").unwrap();
-            becomes(&watcher, "192.0.2.1", None).await;
-            net.host.add_route("192.0.0.0/16", "10.0.1.2").unwrap();
-            becomes(&watcher, "192.0.2.1", Some(&by_first)).await;
+        in_both_families(|net, family| {
+            let by_first = net.next_hop("eth0", family.host[0], Some(FIRST));
+            let bysecond = net.next_hop("eth1", family.host[1], Some(SECOND));
+            let [prefix, shorter] = family.prefixes;
+            net.host.add_route(prefix, family.peer[0]).unwrap();
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[family.far])).await;
+                becomes(&watcher, family.far, Some(&by_first)).await;
+                net.host.add_route(prefix, family.peer[1]).unwrap();
+                becomes(&watcher, family.far, Some(&bysecond)).await;
+                net.host.remove_route(prefix).unwrap();
+                becomes(&watcher, family.far, None).await;
+                net.host.add_route(shorter, family.peer[0]).unwrap();
+                becomes(&watcher, family.far, Some(&by_first)).await;
+            });
         });
     }
 
     #[test]
-    fn an_ipv6_gateway_is_followed_too() {
+    fn a_link_local_gateway_is_resolved_on_the_interface_of_the_route() {
         let net = Net::new();
-        let way = net.next_hop("eth0", "2001:db8:1::1", Some(FIRST));
-        net.host.add_route("2001:db8:9::/48", "2001:db8:1::2").unwrap();
+        // Both peers have the same one.
+        net.first.add_address("eth0", "fe80::2/64").unwrap();
+        net.second.add_address("eth0", "fe80::2/64").unwrap();
+        let far = FAMILIES[1].far;
+        for (interface, source, mac) in [
+            ("eth0", "2001:db8:1::1", FIRST),
+            ("eth1", "2001:db8:2::1", SECOND),
+        ] {
+            let way = net.next_hop(interface, source, Some(mac));
+            let route = Route {
+                interface: Some(interface.to_owned()),
+                ..Route::by("2001:db8:9::/48".parse().unwrap(), ip("fe80::2"))
+            };
+            net.host.set_route(&route).unwrap();
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[far])).await;
+                becomes(&watcher, far, Some(&way)).await;
+            });
+        }
+    }
+
+    #[test]
+    fn the_source_that_a_route_prescribes_is_taken() {
+        in_both_families(|net, family| {
+            // The address of the other interface.
+            let way = net.next_hop("eth0", family.host[1], Some(FIRST));
+            let route = Route {
+                source: Some(ip(family.host[1])),
+                ..Route::by(family.prefixes[0].parse().unwrap(), ip(family.peer[0]))
+            };
+            net.host.set_route(&route).unwrap();
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[family.far])).await;
+                becomes(&watcher, family.far, Some(&way)).await;
+            });
+        });
+    }
+
+    #[test]
+    fn the_mtu_is_that_of_the_route_or_else_of_the_interface_and_followed() {
+        in_both_families(|net, family| {
+            let way = |mtu| NextHop {
+                mtu,
+                ..net.next_hop("eth0", family.host[0], Some(FIRST))
+            };
+            let by = |mtu| Route {
+                mtu: Some(mtu),
+                ..Route::by(family.prefixes[0].parse().unwrap(), ip(family.peer[0]))
+            };
+            net.host.set_route(&by(1400)).unwrap();
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[family.far, family.peer[0]])).await;
+                becomes(&watcher, family.far, Some(&way(1400))).await;
+                becomes(&watcher, family.peer[0], Some(&way(1500))).await;
+                net.host.set_route(&by(1390)).unwrap();
+                becomes(&watcher, family.far, Some(&way(1390))).await;
+                net.host.set_mtu("eth0", 1380).unwrap();
+                becomes(&watcher, family.peer[0], Some(&way(1380))).await;
+                // A route cannot make the interface larger.
+                net.host.set_route(&by(9000)).unwrap();
+                becomes(&watcher, family.far, Some(&way(1380))).await;
+                net.host.set_mtu("eth0", 1500).unwrap();
+                becomes(&watcher, family.peer[0], Some(&way(1500))).await;
+            });
+        });
+    }
+
+    #[test]
+    fn an_address_is_no_source_before_duplicate_address_detection_is_done() {
+        let net = Net::new();
+        net.host.remove_address(ip("2001:db8:1::1")).unwrap();
+        net.first.add_address("eth0", "2001:db8:7::2/64").unwrap();
+        for (key, value) in [("accept_dad", "1"), ("dad_transmits", "3")] {
+            net.host
+                .sysctl(&format!("net/ipv6/conf/eth0/{key}"), value)
+                .unwrap();
+        }
+        net.host
+            .add_address_to_be_checked("eth0", "2001:db8:7::1/64")
+            .unwrap();
+        let way = net.next_hop("eth0", "2001:db8:7::1", Some(FIRST));
         net.host(async |watcher| {
-            watcher.set_addresses(set(&["2001:db8:9::1"])).await;
-            becomes(&watcher, "2001:db8:9::1", Some(&way)).await;
+            let mut published = watcher.next_hops();
+            watcher.set_addresses(set(&["2001:db8:7::2"])).await;
+            assert_eq!(
+                watcher.unresolved()[&ip("2001:db8:7::2")],
+                "this host's address 2001:db8:7::1 on eth0 is not usable yet: it asks whether another host has it"
+            );
+            // The address of eth1, which the kernel would choose until then, is never published.
+            let first = published.wait_for(|next_hops| !next_hops.is_empty());
+            let first = timeout(Duration::from_secs(20), first).await.unwrap().unwrap()[&ip("2001:db8:7::2")].clone();
+            assert_eq!(first.source, way.source);
+            becomes(&watcher, "2001:db8:7::2", Some(&way)).await;
+        });
+    }
+
+    #[test]
+    fn an_address_that_another_host_has_is_no_source() {
+        let net = Net::new();
+        net.host.remove_address(ip("2001:db8:1::1")).unwrap();
+        net.host.remove_address(ip("2001:db8:2::1")).unwrap();
+        net.host.sysctl("net/ipv6/conf/eth0/accept_dad", "1").unwrap();
+        for address in ["2001:db8:7::1/64", "2001:db8:7::2/64"] {
+            net.first.add_address("eth0", address).unwrap();
+        }
+        net.host
+            .add_address_to_be_checked("eth0", "2001:db8:7::1/64")
+            .unwrap();
+        net.host(async |watcher| {
+            let reason = || watcher.unresolved().remove(&ip("2001:db8:7::2"));
+            watcher.set_addresses(set(&["2001:db8:7::2"])).await;
+            let expected = "this host's address 2001:db8:7::1 on eth0 is another host's, too";
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while reason().as_deref() != Some(expected) {
+                assert!(Instant::now() < deadline, "{:?}", reason());
+                tokio::time::sleep(DEBOUNCE).await;
+            }
+            assert_eq!(*watcher.next_hops().borrow(), BTreeMap::new());
         });
     }
 
     #[test]
     fn a_neighbour_that_announces_another_mac_is_followed() {
-        let net = Net::new();
-        let mut way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
-        // A gratuitous ARP with each change of the address, as a virtual machine sends it when it has moved.
-        net.first.sysctl("net/ipv4/conf/eth0/arp_notify", "1").unwrap();
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["10.0.1.2"])).await;
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
-            way.next_hop_mac = Some([2, 0, 0, 0, 0, 0x77]);
-            net.first.set_mac("eth0", [2, 0, 0, 0, 0, 0x77]).unwrap();
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+        in_both_families(|net, family| {
+            let mut way = net.next_hop("eth0", family.host[0], Some(FIRST));
+            // It announces itself with each change of the address, as a virtual machine does when it has moved.
+            let key = format!("net/{}/conf/eth0/{}", family.name, family.notify);
+            net.first.sysctl(&key, "1").unwrap();
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[family.peer[0]])).await;
+                becomes(&watcher, family.peer[0], Some(&way)).await;
+                way.next_hop_mac = Some([2, 0, 0, 0, 0, 0x77]);
+                net.first.set_mac("eth0", [2, 0, 0, 0, 0, 0x77]).unwrap();
+                becomes(&watcher, family.peer[0], Some(&way)).await;
+            });
         });
     }
 
     #[test]
     fn the_own_interface_s_mac_is_followed() {
-        let net = Net::new();
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["10.0.1.2"])).await;
-            net.host.set_mac("eth0", [2, 0, 0, 0, 0, 0x99]).unwrap();
-            let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
-            assert_eq!(way.source_mac, [2, 0, 0, 0, 0, 0x99]);
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+        in_both_families(|net, family| {
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[family.peer[0]])).await;
+                net.host.set_mac("eth0", [2, 0, 0, 0, 0, 0x99]).unwrap();
+                let way = net.next_hop("eth0", family.host[0], Some(FIRST));
+                assert_eq!(way.source_mac, [2, 0, 0, 0, 0, 0x99]);
+                becomes(&watcher, family.peer[0], Some(&way)).await;
+            });
         });
     }
 
     #[test]
     fn a_neighbour_that_stops_answering_loses_its_mac_and_gets_it_back() {
-        let net = Net::new();
-        let there = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
-        let gone = NextHop {
-            next_hop_mac: None,
-            ..there
-        };
-        // So that the kernel doubts a neighbour within seconds instead of half a minute.
-        for (key, value) in [
-            ("base_reachable_time_ms", "500"),
-            ("delay_first_probe_time", "1"),
-            ("retrans_time_ms", "100"),
-            ("interval_probe_time_ms", "500"),
-        ] {
-            net.host
-                .sysctl(&format!("net/ipv4/neigh/eth0/{key}"), value)
-                .unwrap();
-        }
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["10.0.1.2"])).await;
-            becomes(&watcher, "10.0.1.2", Some(&there)).await;
-            net.first.remove_address(ip("10.0.1.2")).unwrap();
-            becomes(&watcher, "10.0.1.2", Some(&gone)).await;
-            assert_eq!(
-                watcher.unresolved()[&ip("10.0.1.2")],
-                "neighbour 10.0.1.2 on eth0 does not answer"
-            );
-            net.first.add_address("eth0", "10.0.1.2/24").unwrap();
-            becomes(&watcher, "10.0.1.2", Some(&there)).await;
+        in_both_families(|net, family| {
+            let there = net.next_hop("eth0", family.host[0], Some(FIRST));
+            let gone = NextHop {
+                next_hop_mac: None,
+                ..there
+            };
+            // So that the kernel doubts a neighbour within seconds instead of half a minute.
+            for (key, value) in [
+                ("base_reachable_time_ms", "500"),
+                ("delay_first_probe_time", "1"),
+                ("retrans_time_ms", "100"),
+                ("interval_probe_time_ms", "500"),
+            ] {
+                let key = format!("net/{}/neigh/eth0/{key}", family.name);
+                net.host.sysctl(&key, value).unwrap();
+            }
+            let peer = family.peer[0];
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[peer])).await;
+                becomes(&watcher, peer, Some(&there)).await;
+                net.first.remove_address(ip(peer)).unwrap();
+                becomes(&watcher, peer, Some(&gone)).await;
+                assert_eq!(
+                    watcher.unresolved()[&ip(peer)],
+                    format!("neighbour {peer} on eth0 does not answer")
+                );
+                let address = format!("{peer}/{}", family.length);
+                net.first.add_address("eth0", &address).unwrap();
+                becomes(&watcher, peer, Some(&there)).await;
+            });
         });
     }
 
     #[test]
     fn a_link_that_goes_down_and_comes_up_is_followed() {
-        let net = Net::new();
-        let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
-        let silent = NextHop {
-            next_hop_mac: None,
-            ..way
-        };
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["10.0.1.2"])).await;
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
-            net.host.set_down("eth0").unwrap();
-            becomes(&watcher, "10.0.1.2", None).await;
-            assert_eq!(watcher.unresolved()[&ip("10.0.1.2")], "there is no route to it");
-            net.host.set_up("eth0").unwrap();
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
-            // The peer's end down takes the carrier away.
-            net.first.set_down("eth0").unwrap();
-            becomes(&watcher, "10.0.1.2", Some(&silent)).await;
-            net.first.set_up("eth0").unwrap();
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
+        in_both_families(|net, family| {
+            for namespace in [&net.host, &net.first] {
+                // As IPv4 does anyway.
+                namespace
+                    .sysctl("net/ipv6/conf/all/keep_addr_on_down", "1")
+                    .unwrap();
+            }
+            let way = net.next_hop("eth0", family.host[0], Some(FIRST));
+            let silent = NextHop {
+                next_hop_mac: None,
+                ..way
+            };
+            let peer = family.peer[0];
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[peer])).await;
+                becomes(&watcher, peer, Some(&way)).await;
+                net.host.set_down("eth0").unwrap();
+                becomes(&watcher, peer, None).await;
+                assert_eq!(watcher.unresolved()[&ip(peer)], "there is no route to it");
+                net.host.set_up("eth0").unwrap();
+                becomes(&watcher, peer, Some(&way)).await;
+                // The peer's end down takes the carrier away.
+                net.first.set_down("eth0").unwrap();
+                becomes(&watcher, peer, Some(&silent)).await;
+                net.first.set_up("eth0").unwrap();
+                becomes(&watcher, peer, Some(&way)).await;
+            });
         });
     }
 
@@ -797,6 +1058,8 @@ mod tests {
             ("2001:db8:5::1", "its route says unreachable"),
             ("192.0.2.1", "there is no route to it"),
             ("2001:db8:9::1", "there is no route to it"),
+            ("fe80::2", "a link-local address does not tell on which link"),
+            ("ff02::1", "it is not the address of one host"),
         ];
         net.host(async |watcher| {
             watcher
@@ -829,57 +1092,63 @@ mod tests {
 
     #[test]
     fn the_kernel_keeps_what_is_watched_resolved_and_only_that() {
-        let net = Net::new();
-        let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
-        let eth0 = way.ifindex;
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["10.0.1.2", "10.0.1.3"])).await;
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
-            for address in ["10.0.1.2", "10.0.1.3"] {
-                let entry = neighbour(eth0, address).await.unwrap();
-                assert!(entry.own && entry.managed, "{entry:?}");
-            }
-            watcher.set_addresses(set(&["10.0.1.2"])).await;
-            assert!(neighbour(eth0, "10.0.1.3").await.is_none());
-            // It outlives its daemon, until it is released.
-            drop(watcher);
-            assert!(neighbour(eth0, "10.0.1.2").await.unwrap().own);
-            assert_eq!(release_neighbours().await.unwrap(), 1);
-            assert!(neighbour(eth0, "10.0.1.2").await.is_none_or(|entry| !entry.own));
+        in_both_families(|net, family| {
+            let way = net.next_hop("eth0", family.host[0], Some(FIRST));
+            let eth0 = way.ifindex;
+            let there = family.peer[0];
+            let nobody = &format!("{}3", there.trim_end_matches('2'));
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[there, nobody])).await;
+                becomes(&watcher, there, Some(&way)).await;
+                for address in [there, nobody] {
+                    let entry = neighbour(eth0, address).await.unwrap();
+                    assert!(entry.own && entry.managed, "{entry:?}");
+                }
+                watcher.set_addresses(set(&[there])).await;
+                assert!(neighbour(eth0, nobody).await.is_none());
+                // It outlives its daemon, until it is released.
+                drop(watcher);
+                assert!(neighbour(eth0, there).await.unwrap().own);
+                assert_eq!(release_neighbours().await.unwrap(), 1);
+                assert!(neighbour(eth0, there).await.is_none_or(|entry| !entry.own));
+            });
         });
     }
 
     #[test]
     fn a_daemon_that_restarts_finds_its_neighbours_resolved() {
-        let net = Net::new();
-        let way = net.next_hop("eth0", "10.0.1.1", Some(FIRST));
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["10.0.1.2"])).await;
-            becomes(&watcher, "10.0.1.2", Some(&way)).await;
-            drop(watcher);
-            let successor = NextHopWatcher::start().unwrap();
-            successor.set_addresses(set(&["10.0.1.2"])).await;
-            assert_eq!(successor.next_hops().borrow().get(&ip("10.0.1.2")), Some(&way));
+        in_both_families(|net, family| {
+            let way = net.next_hop("eth0", family.host[0], Some(FIRST));
+            let peer = family.peer[0];
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[peer])).await;
+                becomes(&watcher, peer, Some(&way)).await;
+                drop(watcher);
+                let successor = NextHopWatcher::start().unwrap();
+                successor.set_addresses(set(&[peer])).await;
+                assert_eq!(successor.next_hops().borrow().get(&ip(peer)), Some(&way));
+            });
         });
     }
 
     #[test]
     fn a_permanent_neighbour_is_used_and_left_alone() {
-        let net = Net::new();
-        let way = net.next_hop("eth0", "10.0.1.1", Some([2, 0, 0, 0, 0, 0x55]));
-        net.host
-            .add_neighbour("eth0", ip("10.0.1.9"), [2, 0, 0, 0, 0, 0x55])
-            .unwrap();
-        net.host(async |watcher| {
-            watcher.set_addresses(set(&["10.0.1.9"])).await;
-            becomes(&watcher, "10.0.1.9", Some(&way)).await;
-            watcher.set_addresses(set(&[])).await;
-            assert_eq!(release_neighbours().await.unwrap(), 0);
-            let entry = neighbour(way.ifindex, "10.0.1.9").await.unwrap();
-            assert_eq!(
-                (entry.state, entry.own, entry.managed),
-                (NeighbourState::Permanent, false, false)
-            );
+        in_both_families(|net, family| {
+            let mac = [2, 0, 0, 0, 0, 0x55];
+            let way = net.next_hop("eth0", family.host[0], Some(mac));
+            let address = &format!("{}9", family.peer[0].trim_end_matches('2'));
+            net.host.add_neighbour("eth0", ip(address), mac).unwrap();
+            net.host(async |watcher| {
+                watcher.set_addresses(set(&[address])).await;
+                becomes(&watcher, address, Some(&way)).await;
+                watcher.set_addresses(set(&[])).await;
+                assert_eq!(release_neighbours().await.unwrap(), 0);
+                let entry = neighbour(way.ifindex, address).await.unwrap();
+                assert_eq!(
+                    (entry.state, entry.own, entry.managed),
+                    (NeighbourState::Permanent, false, false)
+                );
+            });
         });
     }
 }

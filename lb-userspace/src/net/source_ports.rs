@@ -1,4 +1,4 @@
-//! The source ports that xlb may use: those which the host's own connections do not.
+//! The source ports that xlb may use: those which the host's own connections, of both families, do not.
 
 use std::{fs, io};
 

@@ -7,7 +7,9 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressProtocol};
+use rtnetlink::packet_route::address::{
+    AddressAttribute, AddressFlags, AddressMessage, AddressProtocol, CacheInfo,
+};
 
 use super::{NetError, Netlink, OWN_PROTOCOL};
 
@@ -112,6 +114,13 @@ impl Netlink {
         let attributes = &mut request.message_mut().attributes;
         attributes.push(AddressAttribute::Flags(flags));
         attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(OWN_PROTOCOL)));
+        if vip.is_ipv6() {
+            // Deprecated, which for ever it may be: as a source it is the last choice (RFC 6724 section 5, rule 3). By
+            // its long prefix it would be the first where others are on its network (rule 8).
+            let mut lifetimes = CacheInfo::default();
+            lifetimes.ifa_valid = u32::MAX;
+            attributes.push(AddressAttribute::CacheInfo(lifetimes));
+        }
         request
             .execute()
             .await
@@ -141,6 +150,8 @@ fn local_address(message: &AddressMessage) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use std::{net::UdpSocket, time::Duration};
+
     use super::*;
     use crate::lab::{Namespace, block_on};
 
@@ -161,13 +172,15 @@ mod tests {
             .unwrap()
     }
 
-    /// Addresses with their interface's index and prefix length.
+    /// Addresses with their interface's index and prefix length, but for those that the kernel gives an interface when
+    /// its other end comes up.
     fn present(host: &Namespace) -> BTreeSet<(IpAddr, u32, u8)> {
         host.run(|| {
             block_on(async {
                 let listed = Netlink::open().unwrap().addresses().await.unwrap();
                 listed
                     .iter()
+                    .filter(|(a, _)| !matches!(a, IpAddr::V6(v6) if v6.is_unicast_link_local()))
                     .map(|(a, m)| (*a, m.header.index, m.header.prefix_len))
                     .collect()
             })
@@ -194,6 +207,45 @@ mod tests {
             set(&["203.0.113.10"])
         );
         assert_eq!(present(&host), before);
+    }
+
+    #[test]
+    fn a_vip_is_usable_at_once_where_others_wait_for_duplicate_address_detection() {
+        let (host, other) = pair();
+        for scope in ["all", "eth0"] {
+            host.sysctl(&format!("net/ipv6/conf/{scope}/accept_dad"), "1")
+                .unwrap();
+        }
+        reconcile(&host, &set(&["2001:db8::10"]), "eth0");
+        other.add_address("eth0", "2001:db8::2/64").unwrap();
+        host.add_address("eth0", "2001:db8::1/64").unwrap();
+        // The kernel refuses to bind to an address that is not usable yet.
+        let bound = host.run(|| UdpSocket::bind("[2001:db8::10]:53")).unwrap();
+        let vip = bound.unwrap();
+        let asked = other.run(|| UdpSocket::bind("[2001:db8::2]:0")).unwrap().unwrap();
+        asked.send_to(b"question", "[2001:db8::10]:53").unwrap();
+        let timeout = Some(Duration::from_secs(10));
+        vip.set_read_timeout(timeout).unwrap();
+        let (length, from) = vip.recv_from(&mut [0; 16]).unwrap();
+        assert_eq!((length, from), (8, asked.local_addr().unwrap()));
+    }
+
+    #[test]
+    fn the_host_sends_from_its_own_address_and_not_from_a_vip_on_the_same_network() {
+        let (host, other) = pair();
+        host.add_address("eth0", "2001:db8::1/64").unwrap();
+        other.add_address("eth0", "2001:db8::12/64").unwrap();
+        // Has more bits in common with the other's address than the host's own.
+        reconcile(&host, &set(&["2001:db8::10"]), "eth0");
+        let source = || {
+            let socket = UdpSocket::bind("[::]:0").unwrap();
+            socket.connect("[2001:db8::12]:53").unwrap();
+            socket.local_addr().unwrap().ip()
+        };
+        assert_eq!(
+            host.run(source).unwrap(),
+            "2001:db8::1".parse::<IpAddr>().unwrap()
+        );
     }
 
     #[test]

@@ -1,0 +1,472 @@
+//! Every family with every protocol, forward and strategy: real data over real sockets, and nothing left behind.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use tests::{
+    daemon::Daemon,
+    echo::{self, Answer, Conversation, Echo},
+    machine::{self, eventually},
+    maps,
+    nginx::big_file,
+    services::Service,
+};
+use xlb::lab::{Family, Topology};
+
+/// Client addresses, so that `ip-hash` has something to tell apart.
+const CLIENTS: usize = 8;
+/// TCP connections of each client address, each with [`MEBIBYTE`] in both directions.
+const CONNECTIONS: usize = 2;
+const MEBIBYTE: usize = 1 << 20;
+/// UDP sockets of each client address, and how many datagrams each sends: 1,000 together.
+const SOCKETS: usize = 5;
+const DATAGRAMS: usize = 25;
+const PORT: u16 = 7007;
+/// Where the servers listen if the forward changes the port.
+const BACKEND_PORT: u16 = 8007;
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Protocol {
+    Tcp,
+    Udp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Strategy {
+    ConsistentHash,
+    IpHash,
+    RoundRobin,
+    LeastConnections,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Forward {
+    Nat,
+    FullNat,
+    Dsr,
+    IpIp,
+    Gue,
+    Local,
+}
+
+impl Protocol {
+    const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+impl Strategy {
+    const ALL: [Self; 4] = [
+        Self::ConsistentHash,
+        Self::IpHash,
+        Self::RoundRobin,
+        Self::LeastConnections,
+    ];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::ConsistentHash => "consistent-hash",
+            Self::IpHash => "ip-hash",
+            Self::RoundRobin => "round-robin",
+            Self::LeastConnections => "least-connections",
+        }
+    }
+}
+
+impl Forward {
+    const ALL: [Self; 6] = [
+        Self::Nat,
+        Self::FullNat,
+        Self::Dsr,
+        Self::IpIp,
+        Self::Gue,
+        Self::Local,
+    ];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Nat => "nat",
+            Self::FullNat => "full-nat",
+            Self::Dsr => "dsr",
+            Self::IpIp => "ipip",
+            Self::Gue => "gue",
+            Self::Local => "local",
+        }
+    }
+
+    fn encapsulates(self) -> bool {
+        matches!(self, Self::IpIp | Self::Gue)
+    }
+
+    /// Packets get to the backends with the VIP as their destination.
+    fn keeps_destination(self) -> bool {
+        self == Self::Dsr || self.encapsulates()
+    }
+
+    /// Replies come back through the program, which translates them.
+    fn translates(self) -> bool {
+        matches!(self, Self::Nat | Self::FullNat)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Cell {
+    group: Group,
+    protocol: Protocol,
+    strategy: Strategy,
+}
+
+/// Cells that share a lab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Group {
+    forward: Forward,
+    vip: Family,
+    backends: Family,
+}
+
+/// What is to be expected of a cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expectation {
+    /// It balances.
+    Runs,
+    /// It cannot exist: `xlb check` refuses it with these words.
+    Refused(&'static str),
+}
+
+impl Cell {
+    /// The one place that says which cells there are, and why the others are not.
+    fn expectation(self) -> Expectation {
+        let Group {
+            forward,
+            vip,
+            backends,
+        } = self.group;
+        match (vip, backends) {
+            // What a client sends to an address of one family cannot be rewritten to the other.
+            (Family::V4, Family::V6) | (Family::V6, Family::V4) if !forward.encapsulates() => {
+                Expectation::Refused("address family")
+            }
+            (Family::V4, Family::V6) => Expectation::Refused("is not built yet"),
+            _ if vip == Family::V6 => Expectation::Refused("IPv6 is not built yet"),
+            _ if !forward.translates() => Expectation::Refused("is not built yet"),
+            _ if matches!(self.strategy, Strategy::RoundRobin | Strategy::LeastConnections) => {
+                Expectation::Refused("is not built yet")
+            }
+            _ => Expectation::Runs,
+        }
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Group {
+            forward,
+            vip,
+            backends,
+        } = self.group;
+        write!(
+            f,
+            "{}-{vip:?}-over-{backends:?}-{}-{}",
+            forward.word(),
+            self.protocol.word(),
+            self.strategy.word()
+        )
+    }
+}
+
+impl Group {
+    fn all() -> impl Iterator<Item = Self> {
+        let families = || Family::ALL.into_iter().flat_map(|v| Family::ALL.map(|b| (v, b)));
+        let with = move |forward| {
+            families().map(move |(vip, backends)| Self {
+                forward,
+                vip,
+                backends,
+            })
+        };
+        Forward::ALL.into_iter().flat_map(with)
+    }
+
+    fn cells(self) -> impl Iterator<Item = Cell> {
+        let with = move |protocol| {
+            Strategy::ALL.map(|strategy| Cell {
+                group: self,
+                protocol,
+                strategy,
+            })
+        };
+        Protocol::ALL.into_iter().flat_map(with)
+    }
+
+    fn server(self) -> SocketAddr {
+        SocketAddr::new(Topology::vip(self.vip), PORT)
+    }
+}
+
+/// A test for each group, and the list of them.
+macro_rules! groups {
+    ($($name:ident: $forward:ident, $vip:ident, $backends:ident;)*) => {
+        const TESTED: &[Group] = &[$(Group {
+            forward: Forward::$forward,
+            vip: Family::$vip,
+            backends: Family::$backends,
+        }),*];
+
+        $(#[test]
+        fn $name() {
+            balance(Group {
+                forward: Forward::$forward,
+                vip: Family::$vip,
+                backends: Family::$backends,
+            });
+        })*
+    };
+}
+
+groups! {
+    nat_balances_ipv4: Nat, V4, V4;
+    full_nat_balances_ipv4: FullNat, V4, V4;
+}
+
+#[test]
+fn every_cell_has_a_test_or_is_refused() {
+    let expected: BTreeSet<Group> = Group::all()
+        .filter(|group| group.cells().any(|cell| cell.expectation() == Expectation::Runs))
+        .collect();
+    assert_eq!(TESTED.iter().copied().collect::<BTreeSet<_>>(), expected);
+    assert_eq!(TESTED.len(), expected.len());
+
+    machine::require_root_nginx_and_curl();
+    let topology = Topology::routed(0).unwrap();
+    let daemon = Daemon::new(&topology.balancer);
+    let (mut runs, mut refused) = (0, 0);
+    for cell in Group::all().flat_map(Group::cells) {
+        daemon.configure(&["eth0"], &[service(cell)]);
+        let file = daemon.config();
+        let outcome = daemon.xlb(&["check", "-c", file.to_str().unwrap()]);
+        match cell.expectation() {
+            Expectation::Runs => {
+                assert_eq!(outcome.code, 0, "{cell}: {}", outcome.stderr);
+                runs += 1;
+            }
+            Expectation::Refused(why) => {
+                assert_eq!(outcome.code, 78, "{cell}: {}", outcome.stdout);
+                assert!(outcome.stderr.contains(why), "{cell}: {}", outcome.stderr);
+                refused += 1;
+            }
+        }
+    }
+    assert_eq!(runs + refused, 2 * 2 * 2 * 6 * 4);
+}
+
+/// The service of a cell, over the three backends of the lab.
+fn service(cell: Cell) -> Service {
+    let Group {
+        forward,
+        vip,
+        backends,
+    } = cell.group;
+    let service = match cell.protocol {
+        Protocol::Tcp => Service::tcp(&cell.to_string()),
+        Protocol::Udp => Service::udp(&cell.to_string()),
+    };
+    let mut service = service
+        .text("vip", &Topology::vip(vip).to_string())
+        .with("port", PORT)
+        .text("forward", forward.word())
+        .text("strategy", cell.strategy.word())
+        .health("type = \"none\"");
+    if forward == Forward::Local {
+        service = service.with("assign-vip", true);
+    }
+    for (index, name) in NAMES.iter().enumerate() {
+        let listen = listen_address(cell.group, index);
+        let address = if forward.keeps_destination() {
+            backend_address(index, backends).to_string()
+        } else {
+            listen.to_string()
+        };
+        service = service.backend(name, &address);
+    }
+    service
+}
+
+/// As [`Topology::backend_address_of`], without one.
+fn backend_address(index: usize, family: Family) -> IpAddr {
+    let number = index + 1;
+    match family {
+        Family::V4 => format!("10.2.{number}.2"),
+        Family::V6 => format!("2001:db8:2:{number}::2"),
+    }
+    .parse()
+    .unwrap()
+}
+
+/// Where a backend's server listens.
+fn listen_address(group: Group, index: usize) -> SocketAddr {
+    match group.forward {
+        Forward::Nat | Forward::FullNat => {
+            SocketAddr::new(backend_address(index, group.backends), BACKEND_PORT)
+        }
+        Forward::Dsr | Forward::IpIp | Forward::Gue => group.server(),
+        // Processes on the balancer itself.
+        Forward::Local => SocketAddr::new(Topology::vip(group.backends), BACKEND_PORT + index as u16),
+    }
+}
+
+/// Runs all cells of a group.
+fn balance(group: Group) {
+    machine::require_root_nginx_and_curl();
+    let topology = Topology::with_client_addresses(NAMES.len(), CLIENTS).unwrap();
+    let interfaces = topology.balancer_interfaces();
+    let interfaces: Vec<&str> = interfaces.iter().map(String::as_str).collect();
+    let _servers: Vec<Echo> = (NAMES.iter().enumerate())
+        .map(|(index, name)| Echo::start(&topology.backends[index], name, listen_address(group, index)))
+        .collect();
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure(&interfaces, &[]);
+    daemon.start();
+
+    let cells = group.cells();
+    for cell in cells.filter(|cell| cell.expectation() == Expectation::Runs) {
+        daemon.configure(&interfaces, &[service(cell)]);
+        daemon.done(&["reload"]);
+        daemon.wait_for("the next hops are known", |status| {
+            let backends = &status.services[0].backends;
+            backends.iter().all(|backend| backend.next_hop_problem.is_none())
+        });
+        let answers = match cell.protocol {
+            Protocol::Tcp => exchange_over_tcp(&topology, cell),
+            Protocol::Udp => exchange_over_udp(&topology, cell),
+        };
+        check_answers(cell, &answers);
+        check_counters(cell, &daemon, answers.len());
+
+        daemon.configure(&interfaces, &[]);
+        daemon.done(&["reload"]);
+        eventually("the tables are empty", Duration::from_secs(10), || {
+            maps::flows(&daemon.pins()).is_empty() && maps::replies(&daemon.pins()) == 0
+        });
+        let contents = maps::contents(&daemon.pins());
+        assert!(
+            contents.services.is_empty() && contents.backends.is_empty(),
+            "{cell}"
+        );
+    }
+}
+
+/// Who has answered each flow, by the client's address and port.
+type Answers = BTreeMap<SocketAddr, Answer>;
+
+fn exchange_over_tcp(topology: &Topology, cell: Cell) -> Answers {
+    let data = &big_file()[..MEBIBYTE];
+    let server = cell.group.server();
+    let mut answers = Answers::new();
+    let all = || {
+        // At once, so that there is a number of live flows for `least-connections` to compare.
+        let open = |source| {
+            let connection = Conversation::open(source, server);
+            let connection = connection.unwrap_or_else(|error| panic!("{cell}, from {source}: {error}"));
+            (source, connection)
+        };
+        let connections: Vec<_> = sources(topology, cell, CONNECTIONS).map(open).collect();
+        for (source, connection) in connections {
+            let answer = connection.exchange(data);
+            let answer = answer.unwrap_or_else(|error| panic!("{cell}, from {source}: {error}"));
+            answers.insert(source, answer);
+        }
+    };
+    topology.client.run(all).unwrap();
+    answers
+}
+
+fn exchange_over_udp(topology: &Topology, cell: Cell) -> Answers {
+    let data = big_file();
+    let server = cell.group.server();
+    let mut answers = Answers::new();
+    let all = || {
+        for (number, source) in sources(topology, cell, SOCKETS).enumerate() {
+            let socket = echo::udp_socket(source).unwrap();
+            for datagram in 0..machine::count(DATAGRAMS) {
+                // All lengths up to what an Ethernet frame holds beside the longest headers.
+                let length = (number * DATAGRAMS + datagram) * 7 % 1360;
+                let payload = &data[number..number + length];
+                let answer = echo::ask(&socket, server, payload);
+                let answer = answer.unwrap_or_else(|error| {
+                    panic!("{cell}, datagram {datagram} of {length} bytes from {source}: {error}")
+                });
+                let first = answers.entry(source).or_insert_with(|| answer.clone());
+                assert_eq!(*first, answer, "{cell}: a flow has moved");
+            }
+        }
+    };
+    topology.client.run(all).unwrap();
+    answers
+}
+
+/// So many ports of each of the client's addresses; others for each cell, so that no connection meets what is left
+/// of the one before at a server.
+fn sources(topology: &Topology, cell: Cell, each: usize) -> impl Iterator<Item = SocketAddr> + use<> {
+    let number = cell.group.cells().position(|other| other == cell).unwrap();
+    let first = 20_000 + 100 * number as u16;
+    let addresses = topology.client_addresses_of(cell.group.vip);
+    addresses
+        .flat_map(move |address| (0..each).map(move |port| SocketAddr::new(address, first + port as u16)))
+}
+
+fn check_answers(cell: Cell, answers: &Answers) {
+    let mut by_client = BTreeMap::<IpAddr, BTreeSet<&str>>::new();
+    for (source, answer) in answers {
+        by_client.entry(source.ip()).or_default().insert(&answer.name);
+        let is_of_the_client = answer.peer == source.ip();
+        // Each backend is reached by another interface, and so from another address of the balancer.
+        let expected = cell.group.forward != Forward::FullNat;
+        assert_eq!(
+            is_of_the_client, expected,
+            "{cell}: {source} is seen as {}",
+            answer.peer
+        );
+    }
+    let used: BTreeSet<&str> = by_client.values().flatten().copied().collect();
+    assert_eq!(used, BTreeSet::from(NAMES), "{cell}: {answers:?}");
+    if cell.strategy == Strategy::IpHash {
+        assert!(
+            by_client.values().all(|names| names.len() == 1),
+            "{cell}: a client is split: {answers:?}"
+        );
+    }
+    if matches!(cell.strategy, Strategy::RoundRobin | Strategy::LeastConnections) {
+        let with = |name: &str| answers.values().filter(|answer| answer.name == name).count();
+        let counts = NAMES.map(with);
+        // One after the other, and on as many CPUs as there are.
+        let spread = counts.iter().max().unwrap() - counts.iter().min().unwrap();
+        assert!(spread <= machine::cpus(), "{cell}: {counts:?}");
+    }
+}
+
+/// The program has done all of it: no packet was left to the host's stack, and none dropped.
+fn check_counters(cell: Cell, daemon: &Daemon<'_>, flows: usize) {
+    let status = daemon.status();
+    let service = &status.services[0];
+    let mut expected = vec!["forwarded"];
+    if cell.group.forward.translates() {
+        expected.push("returned");
+    }
+    assert_eq!(service.reasons.keys().collect::<Vec<_>>(), expected, "{cell}");
+    let counted: u64 = service.backends.iter().map(|backend| backend.flows_total).sum();
+    assert_eq!(
+        counted, flows as u64,
+        "{cell}: each connection and each socket is one flow"
+    );
+    assert_eq!(status.packets.dropped, 0, "{cell}: {:?}", status.reasons);
+}

@@ -1,0 +1,204 @@
+//! What users expect of each strategy, over ten thousand flows and what the daemon compiles.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, SocketAddrV4},
+};
+
+use lb_common::abi::{Address, Tags};
+use xlb::{
+    compile::{SlotTables, compile},
+    config,
+    datapath::Datapath,
+    model::{Model, NextHop},
+    reconcile::plan,
+};
+
+use crate::{
+    fixture::{Fixture, SETTINGS, WEB},
+    frame::{Frame, SYN, tcp},
+};
+
+const FLOWS: usize = 10_000;
+
+/// One service as the daemon would put it into the maps.
+struct Balancer {
+    fixture: Fixture,
+    tables: SlotTables,
+    strategy: &'static str,
+}
+
+impl Balancer {
+    fn new(strategy: &'static str, weights: &[(u8, u32)]) -> Self {
+        let mut balancer = Self {
+            fixture: Fixture::empty(65_536),
+            tables: SlotTables::default(),
+            strategy,
+        };
+        balancer.set_backends(weights);
+        balancer
+    }
+
+    /// Balances over these hosts of 10.0.0.0/24 by these weights.
+    fn set_backends(&mut self, weights: &[(u8, u32)]) {
+        let mut text = format!(
+            "interfaces = [\"eth0\"]\n[[service]]\nname = \"web\"\nvip = \"{}\"\nport = {}\nprotocol = \"tcp\"\n\
+             strategy = \"{}\"\n[service.health]\ntype = \"none\"\n",
+            WEB.vip.ip(),
+            WEB.vip.port(),
+            self.strategy,
+        );
+        for (host, weight) in weights {
+            text += &format!(
+                "[[service.backend]]\nname = \"host-{host}\"\naddress = \"10.0.0.{host}:8080\"\nweight = {weight}\n"
+            );
+        }
+        let way = |host: u8| NextHop {
+            ifindex: 1,
+            source: Ipv4Addr::new(10, 0, 0, 254).into(),
+            source_mac: [2, 0, 0, 0, 0, 254],
+            next_hop_mac: Some([2, 0, 0, 0, 0, host]),
+            tags: Tags::default(),
+            mtu: 1500,
+        };
+        let model = Model {
+            config: config::parse(&text, "xlb.toml")
+                .unwrap_or_else(|error| panic!("{}", error.render(false))),
+            seed: SETTINGS.seed,
+            source_ports: (SETTINGS.source_port_first, SETTINGS.source_port_count),
+            health: BTreeMap::new(),
+            administrative: BTreeMap::new(),
+            next_hops: weights
+                .iter()
+                .map(|(host, _)| (IpAddr::from([10, 0, 0, *host]), way(*host)))
+                .collect(),
+            ramps: Default::default(),
+            live_flows: BTreeMap::new(),
+        };
+        let actual = self.fixture.datapath().read().unwrap();
+        let desired = compile(&mut self.tables, &model, &actual).unwrap().contents;
+        for operation in plan(&actual, &desired) {
+            self.fixture.apply(operation);
+        }
+    }
+
+    /// Has all flows begin anew, and tells by client which host each was put on.
+    fn spread(&mut self) -> BTreeMap<SocketAddrV4, u8> {
+        let keys: Vec<_> = self.fixture.flows().into_keys().collect();
+        self.fixture.datapath().remove_flows(&keys, u64::MAX).unwrap();
+        for syn in flows() {
+            self.fixture.run(&syn.bytes());
+        }
+        let backends = self.fixture.datapath().read().unwrap().backends;
+        let table = self.fixture.flows();
+        let host = |syn: &Frame| {
+            let flow = table
+                .get(&syn.key())
+                .unwrap_or_else(|| panic!("no flow of {}", syn.source));
+            host(backends[&flow.backend].address)
+        };
+        flows().map(|syn| (syn.source, host(&syn))).collect()
+    }
+}
+
+/// The first segments of all flows: twenty of each of five hundred clients.
+fn flows() -> impl Iterator<Item = Frame> {
+    const OF_A_CLIENT: usize = 20;
+    (0..FLOWS).map(|number| {
+        let (client, port) = (number / OF_A_CLIENT, number % OF_A_CLIENT);
+        let (third, fourth) = (client / 250, client % 250 + 1);
+        // The ports of a client are far apart, as those of a busy one are.
+        let port = 1024 + port * 3001 + client;
+        tcp(&format!("198.51.{third}.{fourth}:{port}"), WEB.vip, SYN)
+    })
+}
+
+fn host(address: Address) -> u8 {
+    match IpAddr::from(address) {
+        IpAddr::V4(address) => address.octets()[3],
+        IpAddr::V6(address) => panic!("{address} is no backend"),
+    }
+}
+
+/// Hosts with equal weights.
+fn equal(hosts: impl IntoIterator<Item = u8>) -> Vec<(u8, u32)> {
+    hosts.into_iter().map(|host| (host, 100)).collect()
+}
+
+/// Flows that have moved from a host that stays to another one that was there before: nothing forced them to.
+fn moved_without_need(before: &BTreeMap<SocketAddrV4, u8>, after: &BTreeMap<SocketAddrV4, u8>) -> usize {
+    let used = |flows: &BTreeMap<SocketAddrV4, u8>| flows.values().copied().collect::<BTreeSet<u8>>();
+    let (old, new) = (used(before), used(after));
+    let pairs = before.iter().map(|(client, from)| (*from, after[client]));
+    pairs
+        .filter(|(from, to)| from != to && new.contains(from) && old.contains(to))
+        .count()
+}
+
+#[test]
+fn consistent_hash_moves_hardly_a_flow_without_need_when_a_backend_leaves_or_joins() {
+    for hosts in [3, 10, 50] {
+        let mut balancer = Balancer::new("consistent-hash", &equal(1..=hosts));
+        let all = balancer.spread();
+        balancer.set_backends(&equal((1..=hosts).filter(|host| *host != 2)));
+        let without = balancer.spread();
+        assert!(!without.values().any(|host| *host == 2));
+        balancer.set_backends(&equal(1..=hosts));
+        // Back to where it was, and so as if the backend had joined.
+        assert_eq!(balancer.spread(), all, "{hosts} hosts");
+        for (change, moved) in [
+            ("leaves", moved_without_need(&all, &without)),
+            ("joins", moved_without_need(&without, &all)),
+        ] {
+            assert!(
+                moved <= FLOWS / 100,
+                "of {hosts} hosts one {change}: {moved} of {FLOWS} flows moved"
+            );
+        }
+    }
+}
+
+#[test]
+fn consistent_hash_gives_each_backend_its_share_of_the_flows() {
+    let weights = [(1, 100), (2, 200), (3, 300)];
+    let spread = Balancer::new("consistent-hash", &weights).spread();
+    for (host, weight) in weights {
+        let flows = spread.values().filter(|backend| **backend == host).count();
+        let expected = FLOWS * weight as usize / 600;
+        // Five standard deviations of a fair draw are 250 at most.
+        assert!(
+            flows.abs_diff(expected) <= 250,
+            "host {host}: {flows}, not {expected}"
+        );
+    }
+}
+
+#[test]
+fn ip_hash_splits_no_client_and_shares_the_clients() {
+    let spread = Balancer::new("ip-hash", &equal(1..=3)).spread();
+    let mut by_client = BTreeMap::<Ipv4Addr, BTreeSet<u8>>::new();
+    for (client, host) in &spread {
+        by_client.entry(*client.ip()).or_default().insert(*host);
+    }
+    assert_eq!(by_client.len(), 500);
+    let split: Vec<_> = by_client.iter().filter(|(_, hosts)| hosts.len() > 1).collect();
+    assert!(split.is_empty(), "{split:?}");
+    for host in 1..=3 {
+        let clients = by_client.values().filter(|hosts| hosts.contains(&host)).count();
+        // Five standard deviations of a fair draw are 53.
+        assert!(
+            clients.abs_diff(167) <= 53,
+            "host {host} has {clients} clients of 500"
+        );
+    }
+}
+
+#[test]
+fn ip_hash_moves_hardly_a_client_without_need_when_a_backend_leaves() {
+    let mut balancer = Balancer::new("ip-hash", &equal(1..=10));
+    let all = balancer.spread();
+    balancer.set_backends(&equal(1..=9));
+    let moved = moved_without_need(&all, &balancer.spread());
+    // Five hundred clients are few: five of them, with all their flows.
+    assert!(moved <= FLOWS / 100, "{moved} of {FLOWS} flows moved");
+}
