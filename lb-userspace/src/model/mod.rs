@@ -47,13 +47,19 @@ impl Model {
         self.health.get(&name).copied().unwrap_or_default()
     }
 
-    /// Backends that get new flows or stand by to: up, enabled and with a weight.
+    /// Tells whether a backend is enabled and has a weight.
+    pub fn is_enabled(&self, service: &Service, backend: &Backend) -> bool {
+        backend.weight > 0 && self.administrative_of(service, &backend.name) == Administrative::Enabled
+    }
+
+    /// Tells whether a backend gets new flows or stands by to: it is enabled, has a weight and is up.
+    pub fn is_usable(&self, service: &Service, backend: &Backend) -> bool {
+        self.is_enabled(service, backend) && self.health_of(service, &backend.name) == Health::Up
+    }
+
+    /// How many backends of a service are usable.
     pub fn usable_backends(&self, service: &Service) -> usize {
-        let is_usable = |backend: &&Backend| {
-            backend.weight > 0
-                && self.administrative_of(service, &backend.name) == Administrative::Enabled
-                && self.health_of(service, &backend.name) == Health::Up
-        };
+        let is_usable = |backend: &&Backend| self.is_usable(service, backend);
         service.backends.iter().filter(is_usable).count()
     }
 
