@@ -8,9 +8,13 @@ use std::{
 };
 
 use ipnet::IpNet;
+use rustls::pki_types::ServerName;
 use toml::de::DeValue;
 
-use super::validated::{Forward, PortRange, Protocol, Strategy, XdpMode};
+use super::{
+    trust::Trust,
+    validated::{Command, Forward, PortRange, Protocol, Strategy, XdpMode},
+};
 
 /// What a value means, or what is wrong with it.
 pub(super) type Parsed<T> = Result<T, Problem>;
@@ -54,6 +58,32 @@ pub(super) enum ProbeType {
     None,
     Tcp,
     Http,
+    Https,
+    Grpc,
+    Udp,
+    Icmp,
+    Exec,
+}
+
+impl ProbeType {
+    /// Every type, under the word that is written.
+    const WORDS: [(&'static str, Self); 8] = [
+        ("tcp", Self::Tcp),
+        ("http", Self::Http),
+        ("https", Self::Https),
+        ("grpc", Self::Grpc),
+        ("udp", Self::Udp),
+        ("icmp", Self::Icmp),
+        ("exec", Self::Exec),
+        ("none", Self::None),
+    ];
+
+    pub(super) fn word(self) -> &'static str {
+        Self::WORDS
+            .iter()
+            .find(|(_, probe_type)| *probe_type == self)
+            .map_or("", |(word, _)| word)
+    }
 }
 
 /// Entries of the flow table.
@@ -71,6 +101,15 @@ const LONGEST_NAME: usize = 63;
 const LONGEST_INTERFACE: usize = 15;
 /// Bytes of a unix socket's path (`sun_path` without the final NUL).
 const LONGEST_SOCKET: usize = 107;
+/// Bytes that probe `udp` sends or expects: with its headers a datagram fits into the smallest MTU of IPv6, 1280.
+const LONGEST_PAYLOAD: usize = 1200;
+/// Bytes of the name of a gRPC service.
+const LONGEST_GRPC_SERVICE: usize = 255;
+/// What a command looks like.
+pub(super) const COMMAND: &str =
+    "the program and its arguments as a list, such as command = [\"/usr/lib/xlb/check\", \"--fast\"]";
+/// Bytes of one argument of a program.
+const LONGEST_ARGUMENT: usize = 4096;
 
 pub(super) fn interface(value: &DeValue<'_>) -> Parsed<String> {
     let name = text(value, "the name of an interface", "eth0")?;
@@ -277,17 +316,7 @@ pub(super) fn forward(value: &DeValue<'_>) -> Parsed<Forward> {
 }
 
 pub(super) fn probe_type(value: &DeValue<'_>) -> Parsed<ProbeType> {
-    let built = [
-        ("tcp", ProbeType::Tcp),
-        ("http", ProbeType::Http),
-        ("none", ProbeType::None),
-    ];
-    choice(
-        value,
-        "health type",
-        &built,
-        &["https", "grpc", "udp", "icmp", "exec"],
-    )
+    choice(value, "health type", &ProbeType::WORDS, &[])
 }
 
 /// A duration of at least `shortest`.
@@ -380,6 +409,134 @@ pub(super) fn host(value: &DeValue<'_>) -> Parsed<String> {
         ));
     }
     Ok(host.to_owned())
+}
+
+/// Name that a certificate has to be for.
+pub(super) fn server_name(value: &DeValue<'_>) -> Parsed<ServerName<'static>> {
+    let name = text(value, "a name", "www.example.com")?;
+    ServerName::try_from(name.to_owned()).map_err(|_| {
+        Problem::new(
+            format!("{} cannot be the name in a certificate", quoted(name)),
+            "write a name or an address without a port, such as \"www.example.com\"",
+        )
+    })
+}
+
+/// File with the certificates of the authorities that are trusted; read at once.
+pub(super) fn ca_file(value: &DeValue<'_>) -> Parsed<Trust> {
+    let path = file(value, "/etc/xlb/ca.pem")?;
+    Trust::in_file(&path).map_err(|error| {
+        Problem::new(
+            format!("{} {error}", path.display()),
+            "write the path of a PEM file with the authorities' certificates, from \"-----BEGIN CERTIFICATE-----\" on",
+        )
+    })
+}
+
+/// Name of the gRPC service whose health is asked for.
+pub(super) fn grpc_service(value: &DeValue<'_>) -> Parsed<String> {
+    let name = text(value, "the name of a gRPC service", "orders.v1.Orders")?;
+    if name.len() > LONGEST_GRPC_SERVICE || name.contains(char::is_control) {
+        return Err(Problem::new(
+            format!("{} cannot be the name of a gRPC service", quoted(name)),
+            format!(
+                "write at most {LONGEST_GRPC_SERVICE} bytes without control characters, such as \"orders.v1.Orders\""
+            ),
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+/// What probe `udp` sends.
+pub(super) fn payload(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    short_enough(text(value, "a text", "ping")?.as_bytes().to_vec())
+}
+
+/// The same as hexadecimal digits, with spaces as one likes.
+pub(super) fn payload_in_hex(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    let written = text(value, "bytes in hexadecimal", "00 01 ff")?;
+    let digits: Option<Vec<u32>> = written
+        .chars()
+        .filter(|character| *character != ' ')
+        .map(|character| character.to_digit(16))
+        .collect();
+    let digits = digits
+        .filter(|digits| digits.len().is_multiple_of(2))
+        .ok_or_else(|| {
+            Problem::new(
+                format!("{} is not a number of bytes in hexadecimal", quoted(written)),
+                "write two digits of 0-9 and a-f for each byte, such as \"00 01 ff\"",
+            )
+        })?;
+    short_enough(
+        digits
+            .chunks(2)
+            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+            .collect(),
+    )
+}
+
+/// What the answer to probe `udp` has to contain.
+pub(super) fn expected(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    not_empty(payload(value)?)
+}
+
+pub(super) fn expected_in_hex(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    not_empty(payload_in_hex(value)?)
+}
+
+fn not_empty(bytes: Vec<u8>) -> Parsed<Vec<u8>> {
+    if bytes.is_empty() {
+        return Err(Problem::new(
+            "every answer contains nothing",
+            "write what the answer has to contain, or leave the key out and write `send`: then any answer is enough",
+        ));
+    }
+    Ok(bytes)
+}
+
+fn short_enough(bytes: Vec<u8>) -> Parsed<Vec<u8>> {
+    if bytes.len() > LONGEST_PAYLOAD {
+        return Err(Problem::new(
+            format!("these are {} bytes", bytes.len()),
+            format!("write at most {LONGEST_PAYLOAD}: more may not fit into one packet"),
+        ));
+    }
+    Ok(bytes)
+}
+
+/// A program and its arguments.
+pub(super) fn command(value: &DeValue<'_>) -> Parsed<Command> {
+    let help = format!("write {COMMAND}");
+    let DeValue::Array(items) = value else {
+        return Err(mismatch("a list", value, &help));
+    };
+    let mut words = Vec::new();
+    for item in items.iter() {
+        let word = text(
+            item.get_ref(),
+            "a program or an argument in quotes",
+            "/usr/lib/xlb/check",
+        )?;
+        if word.len() > LONGEST_ARGUMENT || word.contains('\0') {
+            return Err(Problem::new(
+                format!("{} cannot be an argument", quoted(word)),
+                format!("write at most {LONGEST_ARGUMENT} bytes without the character NUL"),
+            ));
+        }
+        words.push(word.to_owned());
+    }
+    match words.split_first() {
+        None => Err(Problem::new("this names no program", help)),
+        Some((program, _)) if !program.starts_with('/') || program.ends_with('/') => Err(Problem::new(
+            format!("{} is not the absolute path of a program", quoted(program)),
+            "write the whole path from `/` on, such as \"/usr/lib/xlb/check\": no shell looks for it",
+        )),
+        Some((program, arguments)) => Ok(Command {
+            program: PathBuf::from(program),
+            arguments: arguments.to_vec(),
+        }),
+    }
 }
 
 pub(super) fn boolean(value: &DeValue<'_>) -> Parsed<bool> {
@@ -624,7 +781,8 @@ fn shown(value: &DeValue<'_>) -> String {
     }
 }
 
-fn alternatives(words: &[&str]) -> String {
+/// The words in quotes, with "or" before the last.
+pub(super) fn alternatives(words: &[&str]) -> String {
     match words {
         [] => String::new(),
         [word] => format!("\"{word}\""),

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
+    mem,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -16,7 +17,9 @@ use tokio::{
     time::{Instant, Interval, MissedTickBehavior, interval_at},
 };
 
-use super::{Attempt, Outcome, ProbeError, State, probe};
+use tracing::warn;
+
+use super::{Attempt, Outcome, ProbeError, SocketOptions, State, Turn, probe};
 use crate::{
     config::{HealthCheck, Probe},
     model::{BackendName, Health},
@@ -46,6 +49,8 @@ pub struct Target {
     /// Where the probes go.
     pub address: SocketAddr,
     pub check: HealthCheck,
+    /// How the sockets of its probes are made.
+    pub socket: SocketOptions,
     /// What is known already when the target is new.
     pub initial: Health,
 }
@@ -103,7 +108,7 @@ impl Driver {
         table.watched.retain(|name, _| wanted.contains_key(name));
         for (name, target) in wanted {
             let former = match table.watched.remove(&name) {
-                Some(same) if same.address == target.address && same.check == target.check => {
+                Some(same) if same.is_probed_as(&target) => {
                     table.watched.insert(name, same);
                     continue;
                 }
@@ -168,6 +173,9 @@ struct Table {
 struct Watched {
     address: SocketAddr,
     check: HealthCheck,
+    socket: SocketOptions,
+    /// Passed on from each probing task to the next.
+    turn: Turn,
     state: State,
     /// The health that the receiver of transitions knows of.
     announced: Health,
@@ -175,6 +183,8 @@ struct Watched {
     cause: String,
     last_result: String,
     last_probe: Option<SystemTime>,
+    /// The last probe could not even be tried, for a reason that lies with this host.
+    hindered: bool,
     run: u64,
     /// `None` where nothing is probed.
     _probing: Option<Task>,
@@ -188,12 +198,8 @@ impl Watched {
         shared: &Arc<Shared>,
         run: u64,
     ) -> Self {
-        let Target {
-            address,
-            check,
-            initial,
-            ..
-        } = target;
+        let (address, check) = (target.address, target.check.clone());
+        let turn = former.as_ref().map(|former| Arc::clone(&former.turn));
         let mut watched = match former.filter(|former| former.is_same_server(address, &check)) {
             Some(mut former) => {
                 former.state.set_thresholds(check.rise, check.fall);
@@ -205,17 +211,21 @@ impl Watched {
             None => Watched {
                 address,
                 check: check.clone(),
-                state: State::new(initial, check.rise, check.fall),
-                announced: initial,
+                socket: target.socket,
+                turn: turn.unwrap_or_default(),
+                state: State::new(target.initial, check.rise, check.fall),
+                announced: target.initial,
                 cause: String::new(),
                 last_result: String::new(),
                 last_probe: None,
+                hindered: false,
                 run,
                 _probing: None,
             },
         };
         watched.address = address;
         watched.check = check.clone();
+        watched.socket = target.socket;
         watched.run = run;
         watched._probing = match check.probe {
             Probe::None => {
@@ -225,11 +235,16 @@ impl Watched {
                 watched.cause = watched.last_result.clone();
                 None
             }
-            Probe::Tcp { .. } | Probe::Http { .. } => {
-                Some(Task::start(Arc::clone(shared).watch(name, run, address, check)))
+            _ => {
+                let turn = Arc::clone(&watched.turn);
+                Some(Task::start(Arc::clone(shared).watch(name, run, target, turn)))
             }
         };
         watched
+    }
+
+    fn is_probed_as(&self, target: &Target) -> bool {
+        (self.address, self.socket) == (target.address, target.socket) && self.check == target.check
     }
 
     /// Whether the health found so far is about the server at `address`: it is if only the probe went elsewhere on it.
@@ -243,12 +258,21 @@ impl Watched {
             Ok(()) => format!("{} succeeded", Attempt::of(self.address, &self.check.probe)),
             Err(error) => error.to_string(),
         };
-        let transition = self.state.record(match result {
-            Ok(()) => Outcome::Success,
+        let outcome = match result {
+            Ok(()) => Some(Outcome::Success),
             // A host that has run out of sockets does not take its backends out of service.
-            Err(ProbeError::Socket { .. }) => return None,
-            Err(ProbeError::Connect { .. } | ProbeError::Get { .. }) => Outcome::Failure,
-        })?;
+            Err(ProbeError::Socket { .. } | ProbeError::Start { .. }) => None,
+            Err(ProbeError::Failed { .. }) => Some(Outcome::Failure),
+        };
+        let was_hindered = mem::replace(&mut self.hindered, outcome.is_none());
+        if self.hindered && !was_hindered {
+            // Nothing else tells of it: health stays as it is, and that may be `up`.
+            warn!(
+                "a backend cannot be probed, its health stays as it is: {}",
+                self.last_result
+            );
+        }
+        let transition = self.state.record(outcome?)?;
         self.cause = format!("{} ({} in a row)", self.last_result, self.state.in_a_row());
         Some(transition)
     }
@@ -271,10 +295,10 @@ impl Shared {
     }
 
     /// Probes one target for ever.
-    async fn watch(self: Arc<Self>, name: BackendName, run: u64, address: SocketAddr, check: HealthCheck) {
-        let mut starts = starts(&name, check.interval);
+    async fn watch(self: Arc<Self>, name: BackendName, run: u64, target: Target, turn: Turn) {
+        let mut starts = starts(&name, target.check.interval);
         loop {
-            let result = probe(address, &check).await;
+            let result = probe(&target, &turn).await;
             self.record(&name, run, &result);
             starts.tick().await;
         }
@@ -514,6 +538,41 @@ mod tests {
     }
 
     #[test]
+    fn the_turn_is_passed_on_whatever_changes_of_a_backend() {
+        with_paused_clock(async {
+            let driver = Driver::new(mpsc::channel(1).0);
+            let mut target = Target {
+                service: "web".into(),
+                backend: "a".into(),
+                address: ([10, 0, 0, 11], 8080).into(),
+                check: HealthCheck {
+                    probe: Probe::None,
+                    interval: Duration::from_secs(1),
+                    timeout: Duration::from_secs(1),
+                    rise: 1,
+                    fall: 1,
+                },
+                socket: SocketOptions::default(),
+                initial: Health::Up,
+            };
+            let turn_with = |target: &Target| {
+                driver.set_targets(vec![target.clone()]);
+                let table = driver.shared.lock();
+                table
+                    .watched
+                    .values()
+                    .map(|watched| Arc::clone(&watched.turn))
+                    .next()
+            };
+            let first = turn_with(&target).unwrap();
+            target.check.fall = 2;
+            assert!(Arc::ptr_eq(&first, &turn_with(&target).unwrap()));
+            target.address.set_ip([10, 0, 0, 12].into());
+            assert!(Arc::ptr_eq(&first, &turn_with(&target).unwrap()));
+        });
+    }
+
+    #[test]
     fn intervals_beyond_the_clock_are_no_panic() {
         with_paused_clock(async {
             starts(&name(0), Duration::ZERO).tick().await;
@@ -535,10 +594,13 @@ mod tests {
             address,
             state: State::new(Health::Up, check.rise, check.fall),
             check,
+            socket: SocketOptions::default(),
+            turn: Turn::default(),
             announced: Health::Up,
             cause: String::new(),
             last_result: String::new(),
             last_probe: None,
+            hindered: false,
             run: 0,
             _probing: None,
         };
