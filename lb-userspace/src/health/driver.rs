@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, mpsc},
     task::AbortHandle,
-    time::{Instant, Interval, MissedTickBehavior, interval_at},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep},
 };
 
 use tracing::warn;
@@ -29,6 +29,9 @@ use crate::{
 pub(super) const LONGEST_INTERVAL: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 /// Shortest interval: the resolution of the clock.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
+/// Between the first probes of targets that begin together: a thousand at once would get in each other's way, on this
+/// host, in the tables of neighbours and where servers share a queue, and be late for no fault of the servers.
+const PACE: Duration = Duration::from_millis(1);
 /// The part of the interval over which the probes of many backends are spread.
 const SPREAD: f64 = 0.1;
 
@@ -96,7 +99,7 @@ impl Driver {
 
     /// Makes `targets` the ones that are probed; to be called within a tokio runtime.
     ///
-    /// New ones are probed at once, vanished ones no more, and unchanged ones go on undisturbed. Where the check has
+    /// New ones are probed at once, many of them a millisecond after each other, vanished ones no more, and unchanged ones go on undisturbed. Where the check has
     /// changed, probing begins anew but health stays. Another address is another server: it starts with its
     /// `initial` health. Of two targets of one name the last counts.
     pub fn set_targets(&self, targets: Vec<Target>) {
@@ -106,6 +109,7 @@ impl Driver {
             .collect();
         let mut table = self.shared.lock();
         table.watched.retain(|name, _| wanted.contains_key(name));
+        let mut begun = 0;
         for (name, target) in wanted {
             let former = match table.watched.remove(&name) {
                 Some(same) if same.is_probed_as(&target) => {
@@ -115,7 +119,9 @@ impl Driver {
                 former => former,
             };
             table.runs += 1;
-            let watched = Watched::start(former, name.clone(), target, &self.shared, table.runs);
+            let delay = paced(begun, target.check.interval);
+            begun += u32::from(target.check.probe != Probe::None);
+            let watched = Watched::start(former, name.clone(), target, &self.shared, table.runs, delay);
             table.watched.insert(name, watched);
         }
         drop(table);
@@ -197,6 +203,7 @@ impl Watched {
         target: Target,
         shared: &Arc<Shared>,
         run: u64,
+        delay: Duration,
     ) -> Self {
         let (address, check) = (target.address, target.check.clone());
         let turn = former.as_ref().map(|former| Arc::clone(&former.turn));
@@ -237,7 +244,9 @@ impl Watched {
             }
             _ => {
                 let turn = Arc::clone(&watched.turn);
-                Some(Task::start(Arc::clone(shared).watch(name, run, target, turn)))
+                Some(Task::start(
+                    Arc::clone(shared).watch(name, run, target, turn, delay),
+                ))
             }
         };
         watched
@@ -294,8 +303,16 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Probes one target for ever.
-    async fn watch(self: Arc<Self>, name: BackendName, run: u64, target: Target, turn: Turn) {
+    /// Probes one target for ever, from `delay` on.
+    async fn watch(
+        self: Arc<Self>,
+        name: BackendName,
+        run: u64,
+        target: Target,
+        turn: Turn,
+        delay: Duration,
+    ) {
+        sleep(delay).await;
         let mut starts = starts(&name, target.check.interval);
         loop {
             let result = probe(&target, &turn).await;
@@ -371,6 +388,11 @@ impl Drop for Task {
     }
 }
 
+/// How long after they begin together the first probe of a target starts that has `before` others before it.
+fn paced(before: u32, interval: Duration) -> Duration {
+    PACE.saturating_mul(before).min(interval)
+}
+
 /// When the probes that follow the first one start, which starts now.
 ///
 /// The second comes up to a tenth of the interval early, each backend by its own share, so that probes which began
@@ -418,7 +440,6 @@ mod rfc3339 {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tokio::time::sleep;
 
     use super::*;
 
@@ -529,6 +550,16 @@ mod tests {
             parts[((at.as_millis() - 9_000) / 100).min(9) as usize] += 1;
         }
         assert!(parts.iter().all(|&part| part > 50), "{parts:?}");
+    }
+
+    #[test]
+    fn the_first_probe_starts_at_once_and_those_of_many_targets_one_after_another_within_an_interval() {
+        let interval = Duration::from_secs(2);
+        assert_eq!(paced(0, interval), Duration::ZERO);
+        let times: Vec<_> = (0..1000).map(|before| paced(before, interval)).collect();
+        assert!(times.windows(2).all(|pair| pair[1] - pair[0] == PACE));
+        assert_eq!(paced(16_383, interval), interval);
+        assert_eq!(paced(u32::MAX, Duration::MAX), PACE * u32::MAX);
     }
 
     #[test]
