@@ -99,9 +99,9 @@ impl Driver {
 
     /// Makes `targets` the ones that are probed; to be called within a tokio runtime.
     ///
-    /// New ones are probed at once, many of them a millisecond after each other, vanished ones no more, and unchanged ones go on undisturbed. Where the check has
-    /// changed, probing begins anew but health stays. Another address is another server: it starts with its
-    /// `initial` health. Of two targets of one name the last counts.
+    /// New ones are probed at once, many of them a millisecond after each other, vanished ones no more, and unchanged
+    /// ones go on undisturbed. Where the check has changed, probing begins anew but health stays. Another address is
+    /// another server: it starts with its `initial` health. Of two targets of one name the last counts.
     pub fn set_targets(&self, targets: Vec<Target>) {
         let wanted: BTreeMap<BackendName, Target> = targets
             .into_iter()
@@ -261,7 +261,11 @@ impl Watched {
         self.address == address || (self.address.ip() == address.ip() && self.check.probe != check.probe)
     }
 
-    fn record(&mut self, result: &Result<(), ProbeError>) -> Option<Health> {
+    fn record(
+        &mut self,
+        (service, backend): &BackendName,
+        result: &Result<(), ProbeError>,
+    ) -> Option<Health> {
         self.last_probe = Some(SystemTime::now());
         self.last_result = match result {
             Ok(()) => format!("{} succeeded", Attempt::of(self.address, &self.check.probe)),
@@ -276,9 +280,10 @@ impl Watched {
         let was_hindered = mem::replace(&mut self.hindered, outcome.is_none());
         if self.hindered && !was_hindered {
             // Nothing else tells of it: health stays as it is, and that may be `up`.
+            let cause = &self.last_result;
             warn!(
-                "a backend cannot be probed, its health stays as it is: {}",
-                self.last_result
+                service,
+                backend, cause, "backend cannot be probed, its health stays as it is"
             );
         }
         let transition = self.state.record(outcome?)?;
@@ -325,7 +330,7 @@ impl Shared {
         let mut table = self.lock();
         // A task that was replaced a moment ago may still come up with a result.
         let watched = table.watched.get_mut(name).filter(|watched| watched.run == run);
-        if watched.and_then(|watched| watched.record(result)).is_some() {
+        if watched.and_then(|watched| watched.record(name, result)).is_some() {
             self.changed.notify_one();
         }
     }
@@ -636,7 +641,10 @@ mod tests {
             _probing: None,
         };
         let source = std::io::Error::from_raw_os_error(nix::libc::EMFILE);
-        assert_eq!(watched.record(&Err(ProbeError::Socket { address, source })), None);
+        assert_eq!(
+            watched.record(&name(0), &Err(ProbeError::Socket { address, source })),
+            None
+        );
         assert_eq!(
             watched.last_result,
             "open a socket towards 10.0.0.11:8080: too many open files"

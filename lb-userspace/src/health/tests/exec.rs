@@ -152,7 +152,7 @@ async fn a_program_that_hangs_is_killed_with_all_that_it_has_started() {
         words.await.unwrap(),
         "run /bin/sh: timed out after 1s: waiting for the database"
     );
-    // Waited for, too: a zombie would still be there. Who starts an orphan's parent is not ours to wait for.
+    // Waited for, too: a zombie would still be there.
     wait_until(|| !pids.iter().any(exists)).await;
 }
 
