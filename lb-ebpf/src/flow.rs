@@ -13,7 +13,7 @@ use lb_common::{
         ageing,
         headers::Packet,
         source_port::{TRIES, candidate, first_choice},
-        tcp_state::{Sender, first, flags, is_live, next, next_of_client_alone, opens},
+        tcp_state::{Sender, first, flags, next, next_of_client_alone, opens},
     },
 };
 
@@ -165,7 +165,7 @@ fn try_begin(
     if let Some(counters) = maps::backend_counters(backend_id) {
         counters.flows += 1;
     }
-    if is_live(TcpState::from_number(scratch.flow.tcp_state), forward) {
+    if !ageing::has_ended(forward, TcpState::from_number(scratch.flow.tcp_state)) {
         maps::count_opened(backend_id);
     }
     Ok(Known {
@@ -283,7 +283,7 @@ fn advance(flow: &mut Flow, sender: Sender, tcp_flags: u8) {
     };
     if state as u8 != former as u8 {
         flow.tcp_state = state as u8;
-        if is_live(former, flow.forward) && !is_live(state, flow.forward) {
+        if !ageing::has_ended(flow.forward, former) && ageing::has_ended(flow.forward, state) {
             maps::count_ended(flow.backend);
         }
     }
@@ -292,7 +292,7 @@ fn advance(flow: &mut Flow, sender: Sender, tcp_flags: u8) {
 /// Counts the end of a flow that another takes the place of.
 #[inline(always)]
 fn count_end(flow: &Flow) {
-    if is_live(TcpState::from_number(flow.tcp_state), flow.forward) {
+    if !ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state)) {
         maps::count_ended(flow.backend);
     }
 }

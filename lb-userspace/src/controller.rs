@@ -27,7 +27,7 @@ use crate::{
         Datapath, Live,
         kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
     },
-    health::{Driver, Target, Transition},
+    health::{Driver, SocketOptions, Target, Transition},
     instance::Instance,
     model::{Administrative, BackendName, Health, Model, NextHop},
     net::{self, NextHopWatcher, Unresolved, poke::Poker},
@@ -562,7 +562,7 @@ fn targets(model: &Model) -> Vec<Target> {
     for service in &model.config.services {
         let probe_port = match &service.health.probe {
             Probe::None => continue,
-            Probe::Tcp { port } | Probe::Http { port, .. } => *port,
+            probe => probe.port(),
         };
         let client_port = service.ports.first().map_or(0, |range| range.first);
         for backend in &service.backends {
@@ -572,6 +572,7 @@ fn targets(model: &Model) -> Vec<Target> {
                 backend: backend.name.clone(),
                 address: SocketAddr::new(backend.address, port),
                 check: service.health.clone(),
+                socket: SocketOptions::default(),
                 initial: model.health_of(service, &backend.name),
             });
         }

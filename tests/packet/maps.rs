@@ -2,13 +2,23 @@
 
 use std::net::Ipv4Addr;
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{
+    Array, HashMap, Map, MapData, PerCpuArray,
+    lpm_trie::{Key, LpmTrie},
+};
 use lb_common::abi::{
     Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FILTER_ALLOW, FILTER_DENY, FilterKey, Flow,
     FlowKey, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS,
-    REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceKey, Settings, TCP, Tags, Totals, UDP,
+    REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceFlags, ServiceKey, Settings, TCP, Tags,
+    Totals, UDP,
 };
-use xlb::datapath::{Contents, Datapath, Live, Operation, Pins, contents_dump, kernel::KernelDatapath};
+use xlb::{
+    compile::SourceFilters,
+    datapath::{
+        Contents, Datapath, Live, Operation, Pins, contents_dump,
+        kernel::{KernelDatapath, Raw},
+    },
+};
 
 use crate::{
     fixture::{Expected, Fixture, SETTINGS, WEB, unique_pins},
@@ -254,6 +264,69 @@ fn what_does_not_fit_is_refused_with_the_map_and_the_key() {
         assert_eq!(error.object, object, "{error}");
     }
     assert_eq!(fixture.datapath().read().unwrap(), Contents::default());
+}
+
+/// The daemon ends flows of denied sources by its own reading of the filters.
+#[test]
+fn the_daemon_judges_sources_as_the_kernels_trie_does() {
+    let mut fixture = Fixture::empty(1024);
+    let v4 = |text: &str| Address::from(text.parse::<Ipv4Addr>().unwrap());
+    let v6 = |text: &str| {
+        Address::from(std::net::IpAddr::from(
+            text.parse::<std::net::Ipv6Addr>().unwrap(),
+        ))
+    };
+    let filters = [
+        (0, v4("10.0.0.0"), 32 + 96 + 8, FILTER_ALLOW),
+        (0, v4("10.1.0.0"), 32 + 96 + 16, FILTER_DENY),
+        (0, v4("10.1.2.3"), 32 + 128, FILTER_ALLOW),
+        (1, v4("0.0.0.0"), 32 + 96, FILTER_DENY),
+        (1, v6("2001:db8::"), 32 + 33, FILTER_ALLOW),
+        (256, v4("10.0.0.0"), 32 + 96 + 7, FILTER_DENY),
+    ];
+    let mut contents = Contents::default();
+    for (service, address, length, value) in filters {
+        let entry = Service {
+            flags: ServiceFlags::HAS_FILTERS,
+            ..Service::default()
+        };
+        contents.services.insert(service, entry);
+        contents
+            .source_filters
+            .insert((filter_key(service, address), length), value);
+    }
+    for operation in put_operations(&contents) {
+        fixture.apply(operation);
+    }
+    let data = MapData::from_pin(fixture.pins().map("SOURCE_FILTERS")).unwrap();
+    let trie: LpmTrie<MapData, Raw<FilterKey>, u32> = LpmTrie::try_from(Map::LpmTrie(data)).unwrap();
+    let judged = SourceFilters::new(&contents);
+    let mut seen = std::collections::BTreeSet::new();
+    for service in [0, 1, 2, 256] {
+        for address in [
+            v4("10.0.0.1"),
+            v4("10.1.0.1"),
+            v4("10.1.2.3"),
+            v4("10.1.2.2"),
+            v4("11.0.0.1"),
+            v4("12.0.0.1"),
+            v6("2001:db8::1"),
+            v6("2001:db8:7fff::1"),
+            v6("2001:db8:8000::1"),
+            v6("::a00:1"),
+        ] {
+            let key = Key::new(32 + 128, Raw(filter_key(service, address)));
+            let found = trie.get(&key, 0).ok();
+            let expected = found != Some(FILTER_DENY);
+            assert_eq!(
+                judged.allow(service, address),
+                expected,
+                "{service} {address} {found:?}"
+            );
+            seen.insert(found);
+        }
+    }
+    assert_eq!(seen, [None, Some(FILTER_ALLOW), Some(FILTER_DENY)].into());
 }
 
 #[test]

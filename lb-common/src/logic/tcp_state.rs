@@ -1,7 +1,7 @@
 //! The state of a TCP flow as it is seen from between the two ends (RFC 9293 section 3.3.2, observed, not
 //! enforced: sequence numbers are the ends' own business).
 
-use crate::abi::{Forward, TcpState};
+use crate::abi::TcpState;
 
 /// The flags of a TCP header as they stand in its fourteenth byte.
 pub mod flags {
@@ -61,17 +61,6 @@ pub const fn next_of_client_alone(state: TcpState, tcp_flags: u8) -> TcpState {
     match next(state, Sender::Client, tcp_flags) {
         TcpState::SynSent if tcp_flags & (SYN | ACK) == ACK => TcpState::Established,
         state => state,
-    }
-}
-
-/// Tells whether a flow in a state counts as one of its backend's live ones; `forward` is that of the flow. Where only
-/// the client's segments are seen, its FIN is the last sign of the end.
-#[inline(always)]
-pub const fn is_live(state: TcpState, forward: u8) -> bool {
-    match state {
-        TcpState::Closed => false,
-        TcpState::FinClient => Forward::translates(forward),
-        _ => true,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::maglev;
 use crate::{
     config::{Backend, Service, WhenAllDown},
-    model::{Administrative, Health, Model},
+    model::Model,
 };
 
 /// A backend that new flows may be put on.
@@ -40,24 +40,18 @@ pub(super) struct Share {
 /// Backups take part only while no other backend is up, and what is down only if nothing is up and the service says
 /// so. While a candidate starts slowly, all weights are in hundredths, so that a tenth of a weight of 1 is one too.
 pub(super) fn shares(model: &Model, service: &Service) -> Vec<Share> {
-    let is_enabled = |backend: &Backend| {
-        backend.weight > 0 && model.administrative_of(service, &backend.name) == Administrative::Enabled
-    };
-    let is_up = |backend: &Backend| model.health_of(service, &backend.name) == Health::Up;
-    let mut usable = service
+    let is_usable = |backend: &Backend| model.is_usable(service, backend);
+    let none_is_up = !service.backends.iter().any(is_usable);
+    let primary_is_up = service
         .backends
         .iter()
-        .filter(|backend| is_enabled(backend) && is_up(backend))
-        .peekable();
-    let none_is_up = usable.peek().is_none();
-    let primary_is_up = usable.any(|backend| !backend.backup);
+        .any(|backend| !backend.backup && is_usable(backend));
     let is_candidate = |backend: &Backend| {
-        let is_chosen = if none_is_up {
-            service.when_all_down == WhenAllDown::TryAll
+        if none_is_up {
+            service.when_all_down == WhenAllDown::TryAll && model.is_enabled(service, backend)
         } else {
-            is_up(backend) && !(backend.backup && primary_is_up)
-        };
-        is_chosen && is_enabled(backend)
+            is_usable(backend) && !(backend.backup && primary_is_up)
+        }
     };
     let percent = |backend: &Backend| {
         let name = (service.name.clone(), backend.name.clone());

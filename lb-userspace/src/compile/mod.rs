@@ -74,8 +74,8 @@ pub enum CompileError {
 
 /// Says what the maps shall hold, given what they hold; compiling again from the result gives the same.
 ///
-/// A backend that has left its service stays, marked as removed, until its last flow has ended, if the service wants
-/// that by a reset; those of a service that is gone leave at once.
+/// A backend that has left its service stays, marked as removed, until its last flow has ended; the mark says too whether
+/// the service wants that by a reset. Those of a service that is gone leave at once.
 ///
 /// # Errors
 /// When something does not fit into the maps, also together with what has to leave them first.

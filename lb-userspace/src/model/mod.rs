@@ -9,7 +9,7 @@ use std::{
 use lb_common::abi::Tags;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Probe, Service};
+use crate::config::{Backend, Config, Probe, Service};
 
 pub mod slow_start;
 
@@ -47,16 +47,20 @@ impl Model {
         self.health.get(&name).copied().unwrap_or_default()
     }
 
-    /// Backends of a service that are up, enabled and of a weight above 0, backup ones included: with `min-healthy` of
-    /// them it is healthy.
+    /// Tells whether a backend is enabled and has a weight.
+    pub fn is_enabled(&self, service: &Service, backend: &Backend) -> bool {
+        backend.weight > 0 && self.administrative_of(service, &backend.name) == Administrative::Enabled
+    }
+
+    /// Tells whether a backend gets new flows or stands by to: it is enabled, has a weight and is up.
+    pub fn is_usable(&self, service: &Service, backend: &Backend) -> bool {
+        self.is_enabled(service, backend) && self.health_of(service, &backend.name) == Health::Up
+    }
+
+    /// How many backends of a service are usable, backup ones included: with `min-healthy` of them it is healthy.
     pub fn healthy_backends(&self, service: &Service) -> u32 {
-        let backends = service.backends.iter();
-        let healthy = backends.filter(|backend| {
-            backend.weight > 0
-                && self.health_of(service, &backend.name) == Health::Up
-                && self.administrative_of(service, &backend.name) == Administrative::Enabled
-        });
-        healthy.count() as u32
+        let is_usable = |backend: &&Backend| self.is_usable(service, backend);
+        service.backends.iter().filter(is_usable).count() as u32
     }
 
     /// Administrative state of a backend.
