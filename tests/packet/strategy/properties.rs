@@ -125,7 +125,7 @@ impl Balancer {
     }
 
     /// By client, the host that each flow is on.
-    fn hosts(&mut self) -> BTreeMap<SocketAddrV4, u8> {
+    fn hosts(&mut self) -> BTreeMap<SocketAddr, u8> {
         let table = self.fixture.flows();
         let host = |syn: Frame| {
             let flow = table.get(&syn.key())?;
