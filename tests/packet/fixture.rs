@@ -343,14 +343,6 @@ impl Fixture {
         self.apply(Operation::PutService(service.id, entry));
     }
 
-    /// Gives a service these slots from slot 1 on, as the strategies by position have them.
-    pub(crate) fn sequence(&mut self, service: &TestService, backends: &[u32]) {
-        let mut slots = vec![0; SLOT_COUNT as usize];
-        slots[LENGTH_SLOT as usize] = backends.len() as u32;
-        slots[LENGTH_SLOT as usize + 1..][..backends.len()].copy_from_slice(backends);
-        self.apply(Operation::PutSlots(service.id, slots.into()));
-    }
-
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
         let mut settings = SETTINGS;
         change(&mut settings);
