@@ -39,6 +39,18 @@ pub struct Known {
     pub forward: u8,
     /// Source port that the backend sees, network byte order.
     pub source_port: u16,
+    pub reset: Reset,
+}
+
+/// Who is to be told that a flow's backend was removed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reset {
+    /// Nobody: it was not, or the segment is a reset itself.
+    None,
+    /// The backend, by a reset in place of the client's segment: its own segments do not come by to be answered.
+    OfBackend,
+    /// The sender of the segment.
+    OfSender,
 }
 
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
@@ -55,7 +67,15 @@ pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> 
         return None;
     }
     flow.last_seen = now;
-    if packet.tcp_flags != 0 {
+    let reset = reset(backend, packet);
+    let reset = if reset == Reset::OfSender && !Forward::translates(flow.forward) && !is_closed(flow) {
+        Reset::OfBackend
+    } else {
+        reset
+    };
+    if reset != Reset::None {
+        advance(flow, Sender::Client, flags::RST);
+    } else if packet.tcp_flags != 0 {
         advance(flow, Sender::Client, packet.tcp_flags);
     }
     remember_client_link(frame, packet, flow);
@@ -63,6 +83,7 @@ pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> 
         backend_id: flow.backend,
         forward: flow.forward,
         source_port: flow.source_port,
+        reset,
     })
 }
 
@@ -105,6 +126,7 @@ impl Known {
             backend_id: bits as u32,
             forward: (bits >> 48) as u8,
             source_port: (bits >> 32) as u16,
+            reset: Reset::None,
         })
     }
 }
@@ -172,6 +194,7 @@ fn try_begin(
         backend_id,
         forward,
         source_port,
+        reset: Reset::None,
     })
 }
 
@@ -186,17 +209,36 @@ fn forward_of(service: &Service, key: &FlowKey) -> u8 {
     }
 }
 
-/// The flow of a backend's packet, brought up to date; the client's 5-tuple of it is put into [`Scratch::client`].
-/// Nothing where the packet answers none.
+/// The flow of a backend's packet, brought up to date, and whether the packet is to be answered with a reset; the
+/// client's 5-tuple of it is put into [`Scratch::client`]. Nothing where the packet answers none.
 #[inline(always)]
-pub fn of_reply(scratch: &mut Scratch) -> Option<&'static mut Flow> {
+pub fn of_reply(scratch: &mut Scratch) -> Option<(&'static mut Flow, Reset)> {
     scratch.reply = scratch.packet.key.by_words();
-    let flow = replied(scratch)?;
+    let (flow, backend) = replied(scratch)?;
     flow.last_seen = now();
-    if scratch.packet.tcp_flags != 0 {
+    let reset = reset(backend, &scratch.packet);
+    if reset != Reset::None {
+        advance(flow, Sender::Backend, flags::RST);
+    } else if scratch.packet.tcp_flags != 0 {
         advance(flow, Sender::Backend, scratch.packet.tcp_flags);
     }
-    Some(flow)
+    Some((flow, reset))
+}
+
+/// Whether a flow's packet is to be answered with a reset.
+#[inline(always)]
+fn reset(backend: &Backend, packet: &Packet) -> Reset {
+    let resets = backend.flags & BackendFlags::RESETS != 0 && packet.key.protocol == TCP as u32;
+    if resets && packet.tcp_flags & flags::RST == 0 {
+        Reset::OfSender
+    } else {
+        Reset::None
+    }
+}
+
+#[inline(always)]
+fn is_closed(flow: &Flow) -> bool {
+    flow.tcp_state == TcpState::Closed as u8
 }
 
 /// Tells whether a 5-tuple is, or was lately, that of a flow's replies.
@@ -205,10 +247,10 @@ pub fn is_reply(key: &FlowKey) -> bool {
     REPLIES.get_ptr(key).is_some()
 }
 
-/// The flow that [`Scratch::reply`] leads to, unless it has ended or gone to another backend; the client's 5-tuple of
-/// it is put into [`Scratch::client`].
+/// The flow that [`Scratch::reply`] leads to, and its backend, unless it has ended or gone to another one; the client's
+/// 5-tuple of it is put into [`Scratch::client`].
 #[inline(always)]
-pub fn replied(scratch: &mut Scratch) -> Option<&'static mut Flow> {
+pub fn replied(scratch: &mut Scratch) -> Option<(&'static mut Flow, &'static Backend)> {
     let client = REPLIES.get_ptr(&scratch.reply)?;
     // SAFETY: an entry may be recycled under its reader; what was read is checked against the flow below.
     scratch.client = unsafe { &*client }.by_words();
@@ -221,7 +263,7 @@ pub fn replied(scratch: &mut Scratch) -> Option<&'static mut Flow> {
     {
         return None;
     }
-    Some(flow)
+    Some((flow, backend))
 }
 
 /// The flow that [`Scratch::client`] is the client's 5-tuple of, unless its backend has gone.

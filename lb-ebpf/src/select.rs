@@ -8,7 +8,7 @@ use lb_common::{
 use crate::maps::{self, LIVE, LIVE_BASE, SLOT_TABLES};
 
 /// Slots that are tried until a backend takes the flow.
-const TRIES: u32 = 16;
+const TRIES: u32 = 128;
 /// Backends that `least-connections` compares: all of a service that has no more, else some that the flow's hash says.
 const COMPARED: u32 = 32;
 

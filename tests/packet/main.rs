@@ -10,11 +10,17 @@
 )]
 
 mod decap;
+mod dsr;
+mod encapsulation;
 mod fixture;
 mod flows;
+mod fragments;
 mod frame;
 mod full_nat;
+mod icmp;
 mod invariants;
+mod ipv6;
+mod local;
 mod malformed;
 mod maps;
 mod nat;
@@ -23,3 +29,4 @@ mod pass;
 mod strategy;
 mod tcp_state;
 mod udp;
+mod vlan;

@@ -1,6 +1,6 @@
 //! Malformed packets: dropped with their reason where they are for a VIP, left alone where they are not.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use lb_common::{
     abi::Reason::{
@@ -118,7 +118,7 @@ fn a_source_address_that_no_host_may_use_is_dropped() {
         "203.0.113.10",
     ] {
         for mut frame in [web(), dns()] {
-            frame.source = SocketAddrV4::new(source.parse().unwrap(), 5000);
+            frame.source = SocketAddr::new(source.parse().unwrap(), 5000);
             expect(&mut fixture, source, &frame.bytes(), BadSourceAddress);
         }
     }
@@ -129,7 +129,7 @@ fn the_addresses_next_to_those_that_no_host_may_use_are_served() {
     let mut fixture = Fixture::new();
     for source in ["1.0.0.0", "126.255.255.255", "128.0.0.0", "223.255.255.255"] {
         let mut frame = web();
-        frame.source = SocketAddrV4::new(source.parse().unwrap(), 5000);
+        frame.source = SocketAddr::new(source.parse().unwrap(), 5000);
         let expected = Expected::to_backend(&WEB, 0, &frame, frame.source).new_flow();
         fixture.expect(source, &frame.bytes(), expected);
     }
@@ -289,7 +289,7 @@ fn a_time_to_live_that_is_used_up_is_dropped_and_counted_for_the_service() {
 #[test]
 fn a_malformed_packet_for_a_vip_is_dropped_on_any_port_of_it() {
     let mut fixture = Fixture::new();
-    let other = tcp(CLIENT, SocketAddrV4::new(*WEB.vip.ip(), 22), SYN);
+    let other = tcp(CLIENT, SocketAddr::new(WEB.vip.ip(), 22), SYN);
     let bytes = changed(&other, |bytes| bytes[TRANSPORT + 13] = 0);
     expect(&mut fixture, "no flags", &bytes, BadTcpFlags);
 }

@@ -49,19 +49,21 @@ const MORE_FRAGMENTS: u16 = 0x2000_u16.to_be();
 const FRAGMENT_OFFSET: u16 = 0x1fff_u16.to_be();
 /// "Don't fragment", in network byte order.
 pub const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
-/// The offset of a fragment of IPv6 (RFC 8200 section 4.5), in network byte order.
-const FRAGMENT_OFFSET_V6: u16 = 0xfff8_u16.to_be();
 const MORE_FRAGMENTS_V6: u16 = 0x0001_u16.to_be();
 
 /// Extension headers of IPv6 that are walked at most: RFC 8200 section 4.1 recommends an order of six.
 const MAX_EXTENSION_HEADERS: usize = 6;
 /// Numbers of extension headers (RFC 8200 section 4, RFC 4302).
-mod extension {
+pub mod extension {
     pub const HOP_BY_HOP: u8 = 0;
     pub const ROUTING: u8 = 43;
     pub const FRAGMENT: u8 = 44;
     pub const AUTHENTICATION: u8 = 51;
     pub const DESTINATION_OPTIONS: u8 = 60;
+    /// Length of a fragment header in bytes.
+    pub const FRAGMENT_LEN: usize = 8;
+    /// The offset in bytes in the second word of a fragment header, in network byte order.
+    pub const FRAGMENT_OFFSET: u16 = 0xfff8_u16.to_be();
 }
 
 /// A packet, decoded as far as a balancer looks.
@@ -285,7 +287,7 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
                 return malformed(Reason::BadFragment);
             }
             let word = header.u16(2);
-            fragment_offset = u16::from_be(word & FRAGMENT_OFFSET_V6) as usize;
+            fragment_offset = u16::from_be(word & extension::FRAGMENT_OFFSET) as usize;
             packet.identification = header.u32(4);
             packet.fragment = if fragment_offset != 0 {
                 Fragment::Later as u8
@@ -295,7 +297,7 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
                 // An atomic fragment (RFC 6946) is a whole packet.
                 Fragment::Whole as u8
             };
-            offset += 8;
+            offset += extension::FRAGMENT_LEN;
         } else if next == extension::AUTHENTICATION {
             offset += (header.u8(1) as usize + 2) * 4;
         } else {

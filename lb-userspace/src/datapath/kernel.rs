@@ -652,17 +652,11 @@ impl Datapath for KernelDatapath {
             totals: totals.iter().map(|Raw(totals)| *totals).collect(),
             ..Counters::default()
         };
-        for reason in 0..REASON_COUNT {
-            let count = sum(&self.reasons, reason).map_err(|error| failed("read", "COUNTERS", error))?;
-            result.reasons.push(count);
-        }
+        result.reasons =
+            by_reason(&self.reasons, 0).map_err(|error| DatapathError::new("read", "COUNTERS", error))?;
         for service in services {
-            let mut counts = Vec::with_capacity(REASON_COUNT as usize);
-            for reason in 0..REASON_COUNT {
-                let count = sum(&self.service_counters, service * REASON_COUNT + reason)
-                    .map_err(|error| failed("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
-                counts.push(count);
-            }
+            let counts = by_reason(&self.service_counters, service * REASON_COUNT)
+                .map_err(|error| DatapathError::new("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
             result.services.insert(*service, counts);
         }
         for backend in backends {
@@ -693,6 +687,20 @@ fn remove_present<V: Pod>(
         Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         Err(error) => Err(failed("delete", name, error)),
     }
+}
+
+/// The counters of all reasons from an index on, those of all CPUs together.
+fn by_reason(map: &PerCpuArray<MapData, Raw<Count>>, first: u32) -> io::Result<Vec<Count>> {
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    let counts: Vec<Count> =
+        syscall::some_per_cpu(map.map().fd().as_fd(), first, REASON_COUNT as usize, cpus)?;
+    Ok((counts.chunks(cpus))
+        .map(|of_cpus| {
+            let mut total = Count::default();
+            of_cpus.iter().for_each(|count| counters::add(&mut total, count));
+            total
+        })
+        .collect())
 }
 
 /// A counter of all CPUs together.
