@@ -17,6 +17,10 @@ pub trait Frame {
     /// Bytes of a frame that are known to be there.
     type View: View;
 
+    /// Whether a source that no host may use makes a packet malformed. A host's own packets to itself have loopback
+    /// addresses, or the same one at both ends.
+    const CHECKS_SOURCE: bool = true;
+
     /// Tells whether the frame has at least so many bytes, whether or not all of them can be viewed.
     fn reaches(&self, end: usize) -> bool;
 
@@ -209,7 +213,7 @@ fn decode_ipv4<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Re
     if protocol != TCP && protocol != UDP && protocol != ICMP {
         return Err(Undecodable::NotTransport(Reason::NotForService));
     }
-    if !may_be_source(source) || source == destination {
+    if F::CHECKS_SOURCE && (!may_be_source(source) || source == destination) {
         return malformed(Reason::BadSourceAddress);
     }
     let fragment_word = ip.u16(offset_of!(Ipv4Hdr, frags));
@@ -319,7 +323,9 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
     if next != TCP && next != UDP && next != ICMPV6 {
         return Err(Undecodable::NotTransport(Reason::NotForService));
     }
-    if !may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0 {
+    if F::CHECKS_SOURCE
+        && (!may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0)
+    {
         return malformed(Reason::BadSourceAddress);
     }
     decode_transport(frame, packet, next, offset, fragment_offset)

@@ -6,6 +6,7 @@
 pub mod backend_host;
 pub mod construct;
 pub mod links;
+pub mod local_addresses;
 pub mod next_hops;
 pub mod poke;
 pub mod source_ports;
@@ -17,6 +18,7 @@ use rtnetlink::Handle;
 use tokio::task::JoinHandle;
 
 pub use links::{Link, links_named};
+pub use local_addresses::not_local;
 pub use next_hops::{NextHopWatcher, release_neighbours};
 pub use source_ports::source_ports;
 pub use vips::{VipChanges, reconcile_vips, remove_vips};
