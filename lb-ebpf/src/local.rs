@@ -6,9 +6,7 @@
 //! rewritten, and so are their answers.
 
 use aya_ebpf::{
-    bindings::{
-        __sk_buff, BPF_TCP_LISTEN, BPF_TCP_TIME_WAIT, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple,
-    },
+    bindings::{__sk_buff, BPF_TCP_LISTEN, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple},
     helpers::generated::{bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
     macros::classifier,
     programs::TcContext,
@@ -105,8 +103,7 @@ fn over_tcp(context: *mut __sk_buff, scratch: &Scratch, settings: &Settings, ser
     let opens = opens(packet.tcp_flags);
     let occupied = match Socket::of(context, &packet.key) {
         Some(socket) if socket.state() == BPF_TCP_LISTEN => true,
-        // The same client port as that of a connection that has just ended (as `nf_tproxy_handle_time_wait4`).
-        Some(socket) if socket.state() == BPF_TCP_TIME_WAIT && opens => false,
+        // Also one that has just ended (TIME_WAIT): its answer to a SYN has the client reset it and try again at once.
         Some(_) => {
             if let Some(flow) = flow::seen(&packet.key, Sender::Client, packet.tcp_flags) {
                 count_forwarded(context, flow.backend);
@@ -182,12 +179,7 @@ fn refused(reason: Reason, occupied: bool) -> Reason {
 
 /// Nothing where the packet answers no flow of this forward.
 #[inline(always)]
-fn give_back(
-    context: *mut __sk_buff,
-    kind: Kind,
-    scratch: &mut Scratch,
-    settings: &Settings,
-) -> Option<u32> {
+fn give_back(context: *mut __sk_buff, kind: Kind, scratch: &mut Scratch, settings: &Settings) -> Option<u32> {
     if kind == Kind::LaterFragment {
         fragment::follow(scratch)?;
     }
@@ -306,7 +298,11 @@ impl Socket {
             };
             lookup(context, &tuple, key.protocol)
         };
-        if socket.is_null() { None } else { Some(Self(socket)) }
+        if socket.is_null() {
+            None
+        } else {
+            Some(Self(socket))
+        }
     }
 
     #[inline(always)]
@@ -346,7 +342,10 @@ struct TupleV6 {
 
 #[inline(always)]
 fn lookup<T>(context: *mut __sk_buff, tuple: &T, protocol: u32) -> *mut bpf_sock {
-    let (tuple, size) = ((&raw const *tuple).cast_mut().cast::<bpf_sock_tuple>(), size_of::<T>() as u32);
+    let (tuple, size) = (
+        (&raw const *tuple).cast_mut().cast::<bpf_sock_tuple>(),
+        size_of::<T>() as u32,
+    );
     // SAFETY: the tuple is one of a family, told by its size, and only read.
     unsafe {
         if protocol == UDP as u32 {

@@ -51,8 +51,6 @@ impl Linear {
 impl Frame for Linear {
     type View = Checked;
 
-    const CHECKS_SOURCE: bool = false;
-
     #[inline(always)]
     fn reaches(&self, end: usize) -> bool {
         end <= self.length
@@ -61,6 +59,11 @@ impl Frame for Linear {
     #[inline(always)]
     fn view<const N: usize>(&self, offset: usize) -> Option<Checked> {
         Checked::between::<N>(self.data, self.data_end, offset)
+    }
+
+    #[inline(always)]
+    fn length_in_stack(&self) -> Option<usize> {
+        Some(self.length)
     }
 }
 
@@ -158,6 +161,7 @@ fn change(context: *mut __sk_buff, at: u32, difference: u32, flags: u64) -> Opti
 #[inline(always)]
 fn store<T>(context: *mut __sk_buff, at: u32, value: &T) -> Option<()> {
     // SAFETY: the pointer is to a live value of that size; the helper checks the offset.
-    let result = unsafe { bpf_skb_store_bytes(context, at, (&raw const *value).cast(), size_of::<T>() as u32, 0) };
+    let result =
+        unsafe { bpf_skb_store_bytes(context, at, (&raw const *value).cast(), size_of::<T>() as u32, 0) };
     (result == 0).then_some(())
 }

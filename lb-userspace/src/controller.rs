@@ -500,7 +500,8 @@ impl Controller {
             Ok(not_local) => self.not_local = not_local,
             Err(error) => return self.problem(LOCAL_ADDRESSES, &error.into()),
         }
-        let missing = local_services(&self.model.config).filter(|service| self.not_local.contains(&service.vip));
+        let missing =
+            local_services(&self.model.config).filter(|service| self.not_local.contains(&service.vip));
         let problems: Vec<String> = missing.map(vip_not_local).collect();
         if problems.is_empty() {
             self.problems.remove(LOCAL_ADDRESSES);
@@ -572,7 +573,7 @@ impl Controller {
 }
 
 /// Services that are delivered to processes on this host.
-fn local_services(config: &Config) -> impl Iterator<Item = &Service> {
+pub fn local_services(config: &Config) -> impl Iterator<Item = &Service> {
     let services = config.services.iter();
     services.filter(|service| service.forward == Forward::Local)
 }

@@ -11,6 +11,7 @@ mod command_line;
 mod decap;
 mod failure;
 mod forwarding;
+mod local;
 mod matrix;
 mod next_hops;
 mod reload;

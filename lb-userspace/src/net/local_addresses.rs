@@ -39,10 +39,19 @@ mod tests {
         Namespace::connect(&host, "eth0", &other, "eth0").unwrap();
         host.add_address("eth0", "10.1.0.1/24").unwrap();
         host.add_address("lo", "2001:db8::1/128").unwrap();
-        let asked = ["10.1.0.1", "127.0.0.9", "::1", "2001:db8::1", "10.1.0.2", "192.0.2.1"];
+        let asked = [
+            "10.1.0.1",
+            "127.0.0.9",
+            "::1",
+            "2001:db8::1",
+            "10.1.0.2",
+            "192.0.2.1",
+        ];
         let asked = asked.iter().map(|address| address.parse().unwrap()).collect();
         let others = host.run(|| block_on(not_local(&asked))).unwrap().unwrap();
-        let expected: Vec<IpAddr> = ["10.1.0.2", "192.0.2.1"].map(|address| address.parse().unwrap()).into();
+        let expected: Vec<IpAddr> = ["10.1.0.2", "192.0.2.1"]
+            .map(|address| address.parse().unwrap())
+            .into();
         assert_eq!(others.into_iter().collect::<Vec<_>>(), expected);
     }
 }

@@ -4,6 +4,7 @@
 //! namespace calls from a thread inside it.
 
 pub mod backend_host;
+pub mod close;
 pub mod construct;
 pub mod links;
 pub mod local_addresses;

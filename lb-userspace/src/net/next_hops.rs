@@ -413,7 +413,10 @@ impl Netlink {
         let request = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(address, prefix_length)
             .map_err(|error| {
-                NetError::kernel(format!("asking for a route to {address}"), io::Error::other(error))
+                NetError::kernel(
+                    format!("asking for a route to {address}"),
+                    io::Error::other(error),
+                )
             })?
             .build();
         Ok(self.handle.route().get(request).execute().try_next().await)
