@@ -13,6 +13,7 @@ mod failure;
 mod forwarding;
 mod fragments;
 mod hairpin;
+mod local;
 mod matrix;
 mod next_hops;
 mod pmtu;
