@@ -118,18 +118,16 @@ pub fn leaves_host(key: &FlowKey) -> bool {
 /// number, see [`Known::from_bits`].
 #[unsafe(no_mangle)]
 pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
-    let (Some(scratch), Some(settings), Some(service)) =
-        (scratch(), maps::settings(), maps::service(service_id))
-    else {
+    let (Some(scratch), Some(service)) = (scratch(), maps::service(service_id)) else {
         return FAILED | Reason::Internal.index() as u64;
     };
-    match try_begin(client_ifindex, scratch, settings, service, service_id) {
+    match try_begin(client_ifindex, scratch, service, service_id) {
         Ok(known) => known.into_bits(),
         Err(reason) => FAILED | reason.index() as u64,
     }
 }
 
-/// In a number of [`begin`]: not a flow but a reason.
+/// In a number of [`begin`] or [`claim`]: not what was asked for but a reason.
 const FAILED: u64 = 1 << 63;
 
 impl Known {
@@ -170,7 +168,6 @@ impl Known {
 fn try_begin(
     client_ifindex: u32,
     scratch: &mut Scratch,
-    settings: &Settings,
     service: &Service,
     service_id: u32,
 ) -> Result<Known, Reason> {
@@ -182,14 +179,14 @@ fn try_begin(
         return Err(Reason::NoFlow);
     }
     source::admit(service, service_id, &packet.key, now)?;
-    let backend_id = select::backend(settings, service, service_id, &packet.key)?;
+    let backend_id = select::backend(service_id)?;
     let Some(backend) = maps::backend(backend_id) else {
         return Err(Reason::Internal);
     };
     let forward = forward_of(service, &packet.key);
     let has_reply_key = Forward::has_reply_key(forward, packet.key.protocol);
     let source_port = if has_reply_key {
-        claim_source_port(settings, scratch, forward, backend, now)?
+        claimed_source_port(forward, backend_id)?
     } else {
         packet.key.source_port
     };
@@ -428,6 +425,34 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
         client.destination_port
     } else {
         backend.port
+    }
+}
+
+/// The source port of a new flow, network byte order.
+///
+/// # Errors
+/// [`Reason::NoSourceAddress`], [`Reason::NoSourcePort`].
+#[inline(always)]
+fn claimed_source_port(forward: u8, backend_id: u32) -> Result<u16, Reason> {
+    let claimed = claim(forward as u32, backend_id);
+    if claimed & FAILED != 0 {
+        Err(Reason::from_index(claimed as u32))
+    } else {
+        Ok(claimed as u16)
+    }
+}
+
+/// A function that the verifier checks for itself, once for all that follows its loop. Gives the port.
+#[unsafe(no_mangle)]
+extern "C" fn claim(forward: u32, backend_id: u32) -> u64 {
+    let (Some(scratch), Some(settings), Some(backend)) =
+        (scratch(), maps::settings(), maps::backend(backend_id))
+    else {
+        return FAILED | Reason::Internal.index() as u64;
+    };
+    match claim_source_port(settings, scratch, forward as u8, backend, now()) {
+        Ok(port) => port as u64,
+        Err(reason) => FAILED | reason.index() as u64,
     }
 }
 

@@ -343,6 +343,14 @@ impl Fixture {
         self.apply(Operation::PutService(service.id, entry));
     }
 
+    /// Gives a service these slots from slot 1 on, as the strategies by position have them.
+    pub(crate) fn sequence(&mut self, service: &TestService, backends: &[u32]) {
+        let mut slots = vec![0; SLOT_COUNT as usize];
+        slots[LENGTH_SLOT as usize] = backends.len() as u32;
+        slots[LENGTH_SLOT as usize + 1..][..backends.len()].copy_from_slice(backends);
+        self.apply(Operation::PutSlots(service.id, slots.into()));
+    }
+
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
         let mut settings = SETTINGS;
         change(&mut settings);
@@ -424,6 +432,20 @@ impl Fixture {
             reasons,
             backends: counters.backends,
         }
+    }
+
+    /// Live flows of a backend.
+    pub(crate) fn live(&mut self, backend: u32) -> u64 {
+        self.datapath().live_counts(&[backend]).unwrap()[&backend].flows()
+    }
+
+    /// What the daemon has made of the live flows of a backend.
+    pub(crate) fn live_base(&mut self, backend: u32) -> u64 {
+        self.datapath().live_counts(&[backend]).unwrap()[&backend].base
+    }
+
+    pub(crate) fn set_live_base(&mut self, backend: u32, base: u64) {
+        self.datapath().set_live_base(backend, base).unwrap();
     }
 
     pub(crate) fn flows(&mut self) -> BTreeMap<FlowKey, Flow> {
