@@ -435,15 +435,14 @@ impl Controller {
     async fn follow_configuration(&mut self) {
         self.driver.set_targets(targets(&self.model));
         self.follow_health();
-        let addresses = self
-            .model
-            .config
-            .services
-            .iter()
-            .flat_map(|service| &service.backends);
-        self.watcher
-            .set_addresses(addresses.map(|backend| backend.address).collect())
-            .await;
+        let services = self.model.config.services.iter();
+        let configured = services.flat_map(|service| &service.backends);
+        // Those that have left may still have flows: what the maps hold is watched until the next configuration.
+        let held = self.reconciler.actual().backends.values();
+        let addresses = configured
+            .map(|backend| backend.address)
+            .chain(held.map(|backend| backend.address.into()));
+        self.watcher.set_addresses(addresses.collect()).await;
         self.model.next_hops = self.watcher.next_hops().borrow().clone();
     }
 

@@ -18,6 +18,7 @@ mod matrix;
 mod next_hops;
 mod pmtu;
 mod reload;
+mod resets;
 mod restart;
 mod scene;
 mod sources;
