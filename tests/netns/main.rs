@@ -7,6 +7,7 @@
 mod administration;
 mod ageing;
 mod attachment;
+mod candidates;
 mod command_line;
 mod decap;
 mod failure;
