@@ -14,6 +14,7 @@ mod failure;
 mod forwarding;
 mod fragments;
 mod hairpin;
+mod local;
 mod loops;
 mod matrix;
 mod next_hops;

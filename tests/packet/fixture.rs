@@ -434,6 +434,20 @@ impl Fixture {
         }
     }
 
+    /// Live flows of a backend.
+    pub(crate) fn live(&mut self, backend: u32) -> u64 {
+        self.datapath().live_counts(&[backend]).unwrap()[&backend].flows()
+    }
+
+    /// What the daemon has made of the live flows of a backend.
+    pub(crate) fn live_base(&mut self, backend: u32) -> u64 {
+        self.datapath().live_counts(&[backend]).unwrap()[&backend].base
+    }
+
+    pub(crate) fn set_live_base(&mut self, backend: u32, base: u64) {
+        self.datapath().set_live_base(backend, base).unwrap();
+    }
+
     pub(crate) fn flows(&mut self) -> BTreeMap<FlowKey, Flow> {
         let mut flows = BTreeMap::new();
         self.datapath()
