@@ -321,7 +321,9 @@ impl Controller {
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
                     next_hop_problem: if service.forward == config::Forward::Local {
                         let is_missing = self.not_local.contains(&backend.address);
-                        is_missing.then(|| "it is no address of this host".to_owned())
+                        is_missing.then(|| {
+                            "it is no address of this host, to which forward \"local\" delivers".to_owned()
+                        })
                     } else {
                         next_hop_problem(&self.model, &unresolved, &attached, backend.address)
                     },

@@ -696,7 +696,10 @@ fn a_vip_that_is_not_the_hosts_is_told() {
         status.problems
     );
     let problem = status.services[0].backends[0].next_hop_problem.clone();
-    assert_eq!(problem.as_deref(), Some("it is no address of this host"));
+    assert_eq!(
+        problem.as_deref(),
+        Some("it is no address of this host, to which forward \"local\" delivers")
+    );
     let config = daemon.config();
     let check = daemon.xlb(&["check", "-c", config.to_str().unwrap()]);
     assert_eq!(check.code, 0);

@@ -9,7 +9,8 @@ use std::{
 use aya::programs::{TestRun, TestRunOptions, Xdp};
 use lb_common::abi::{
     Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, LENGTH_SLOT, Link,
-    ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, Strategy, TCP, Totals, UDP,
+    ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, Strategy, TCP,
+    Totals, UDP,
 };
 use xlb::datapath::{
     Datapath, Operation, Pins,
@@ -163,7 +164,7 @@ pub(crate) const SETTINGS: Settings = Settings {
     udp_idle: LONG,
     source_port_first: 1024,
     source_port_count: 31744,
-    flags: 0,
+    flags: SettingsFlags::LOCAL,
     ipip_source_v4: Address::from_v4_word(u32::from_ne_bytes([172, 16, 0, 0])),
     ipip_source_v6: Address([0x100_0000_u32.to_be(), 0, 0, 0]),
     ipip_varying_v4: 0xffff_u32.to_be(),
@@ -599,14 +600,6 @@ impl Expected {
             which,
             frame.sent(link, frame.source, frame.destination).bytes(),
         )
-    }
-
-    /// Left to a process on this host, as it came.
-    pub(crate) fn local(service: &TestService, which: usize) -> Self {
-        Self {
-            backend: Some(service.backends[which].id),
-            ..Self::passed(Reason::Local).of(service)
-        }
     }
 
     /// Sent to a client the way that its packets come.
