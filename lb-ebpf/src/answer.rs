@@ -20,7 +20,7 @@ use network_types::{
 
 use crate::{
     cursor::{Checked, Cursor},
-    flow::reversed,
+    client_link::reversed,
     forward::write_ethernet,
     scratch::{Scratch, scratch},
     verdict::Verdict,

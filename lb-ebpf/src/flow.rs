@@ -1,16 +1,13 @@
-//! The flow table: what holds a connection on its backend. The kernel maps behind it are seen nowhere else.
+//! What holds a connection on its backend: the stage that finds a packet's flow, brings it up to date or begins it.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::generated::bpf_ktime_get_coarse_ns,
-};
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use lb_common::{
     abi::{
-        Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason, Service, Settings, TCP, Tags,
-        TcpState,
+        Address, Backend, BackendFlags, FlowKey, Forward, Kind, Meta, Reason, Service, Settings, TCP, TcpState,
     },
     logic::{
         ageing,
+        flow_table::{alias_key, long_key, short_key, worth},
         headers::Packet,
         source_port::{TRIES, candidate, first_choice},
         tcp_state::{Sender, first, flags, next, next_of_client_alone, opens},
@@ -18,8 +15,14 @@ use lb_common::{
 };
 
 use crate::{
+    client_link,
     cursor::Cursor,
-    maps::{self, FLOWS, REPLIES},
+    flow_table::{
+        self, Entry, LEFT, NOWHERE, count_end, find_client, find_reply, free, hash_of_client, hash_of_reply,
+        hash_of_scratch_reply, make_room,
+        of, put,
+    },
+    maps,
     scratch::{Scratch, scratch},
     select, service, source,
 };
@@ -31,14 +34,17 @@ pub fn now() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// What a packet of a client's flow needs of it.
+/// What a packet of a flow needs of it.
 #[derive(Clone, Copy)]
 pub struct Known {
     pub backend_id: u32,
+    pub service_id: u32,
     /// The [`Forward`] of the flow as its number.
     pub forward: u8,
     /// Source port that the backend sees, network byte order.
     pub source_port: u16,
+    /// Index of the link to the client.
+    pub link: u32,
     pub reset: Reset,
 }
 
@@ -55,61 +61,120 @@ pub enum Reset {
 
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
-pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> Option<Known> {
-    let (flow, reset) = going_on(settings, packet, now)?;
-    remember_client_link(frame, packet, flow);
-    Some(Known::of(flow, reset))
-}
-
-/// As [`known`], where replies need no way back to the client.
-#[inline(always)]
-pub fn known_local(settings: &Settings, packet: &Packet, now: u64) -> Option<Known> {
-    going_on(settings, packet, now).map(|(flow, reset)| Known::of(flow, reset))
-}
-
-#[inline(always)]
-fn going_on(settings: &Settings, packet: &Packet, now: u64) -> Option<(&'static mut Flow, Reset)> {
-    let flow = get(&packet.key)?;
-    let backend = maps::backend(flow.backend)?;
-    // The key of the old one's replies stays: another flow may have it by now, and while it leads here, a late
-    // reply is known as such. The daemon removes it.
-    if is_over(settings, flow, now) || !stays(flow, backend, packet) {
-        if backend.generation == flow.generation {
-            count_end(flow);
-        }
+pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
+    let now = now();
+    let hash = hash_of_client(settings, &scratch.packet.key);
+    let location = find_client(hash, service_id, of::PACKET);
+    if location == NOWHERE {
         return None;
     }
-    flow.last_seen = now;
+    let mut entry = Entry::found(scratch, location);
+    let known = going_on(settings, &mut entry, &scratch.packet, now)?;
+    if Forward::translates(known.forward) && !client_link::is(entry.meta.link(), frame, &scratch.packet) {
+        let link = client_link::remember(frame.ingress_ifindex());
+        entry.update(entry.meta.with_link(link));
+    }
+    Some(known)
+}
+
+/// As [`known`], where replies need no way back to the client. A function that the verifier checks for itself; gives the
+/// flow as a number, see [`Known::from_bits`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn known_local(service_id: u32) -> u64 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => in_bits(try_known_local(settings, scratch, service_id)),
+        _ => FAILED | Reason::Internal.index() as u64,
+    }
+}
+
+#[inline(always)]
+fn in_bits(known: Option<Known>) -> u64 {
+    match known {
+        Some(known) => known.into_bits(),
+        None => FAILED | Reason::NoFlow.index() as u64,
+    }
+}
+
+#[inline(always)]
+fn try_known_local(settings: &Settings, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
+    let hash = hash_of_client(settings, &scratch.packet.key);
+    let location = find_client(hash, service_id, of::PACKET);
+    if location == NOWHERE {
+        return None;
+    }
+    going_on(settings, &mut Entry::found(scratch, location), &scratch.packet, now())
+}
+
+#[inline(always)]
+fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -> Option<Known> {
+    let backend = maps::backend(entry.meta.backend())?;
+    if ageing::is_over(settings, entry.meta, now) || !stays(entry, backend, packet) {
+        end(entry);
+        return None;
+    }
     let reset = reset(backend, packet);
-    let reset = if reset == Reset::OfSender && !Forward::translates(flow.forward) && !is_closed(flow) {
+    let forward = entry.meta.forward();
+    let reset = if reset == Reset::OfSender && !Forward::translates(forward) && !is_closed(entry.meta) {
         Reset::OfBackend
     } else {
         reset
     };
-    if reset != Reset::None {
-        advance(flow, Sender::Client, flags::RST);
-    } else if packet.tcp_flags != 0 {
-        advance(flow, Sender::Client, packet.tcp_flags);
-    }
-    Some((flow, reset))
+    let tcp_flags = if reset == Reset::None { packet.tcp_flags } else { flags::RST };
+    advance(settings, entry, Sender::Client, tcp_flags, now);
+    Some(Known::of(entry, packet.key.source_port, reset))
 }
 
-/// Brings the flow of a connection up to date that the kernel has a socket for, however long it was idle.
+/// Ends a flow whose client's packet starts another. Where late replies of its backend can be told, they are to be.
 #[inline(always)]
-pub fn seen(key: &FlowKey, sender: Sender, tcp_flags: u8) -> Option<&'static mut Flow> {
-    let flow = get(key)?;
-    if maps::backend(flow.backend)?.generation != flow.generation {
+fn end(entry: &mut Entry) {
+    let meta = entry.meta;
+    let ended = if Forward::sees_replies(meta.forward()) {
+        let state = if meta.is_udp() { TcpState::None } else { TcpState::Closed };
+        entry.update(meta.with_state(state).left())
+    } else {
+        entry.remove()
+    };
+    // Else another CPU has ended it, or it has just gone on.
+    if ended {
+        count_end(meta);
+    }
+}
+
+/// Brings the flow of a connection up to date that the kernel has a socket for, however long it was idle; its client's
+/// 5-tuple is that of the packet or the one in [`Scratch::client`]. A function that the verifier checks for itself; gives
+/// the flow as a number, see [`Known::from_bits`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn seen(service_id: u32, which: u32) -> u64 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => in_bits(try_seen(settings, scratch, service_id, which)),
+        _ => FAILED | Reason::Internal.index() as u64,
+    }
+}
+
+#[inline(always)]
+fn try_seen(settings: &Settings, scratch: &mut Scratch, service_id: u32, which: u32) -> Option<Known> {
+    let (key, sender) = if which == of::PACKET {
+        (&scratch.packet.key, Sender::Client)
+    } else {
+        (&scratch.client, Sender::Backend)
+    };
+    let port = key.source_port;
+    let location = find_client(hash_of_client(settings, key), service_id, which);
+    if location == NOWHERE {
         return None;
     }
-    flow.last_seen = now();
-    advance(flow, sender, tcp_flags);
-    Some(flow)
+    let mut entry = Entry::found(scratch, location);
+    advance(settings, &mut entry, sender, scratch.packet.tcp_flags, now());
+    Some(Known::of(&entry, port, Reset::None))
 }
 
 /// Tells whether packets of a client go to another host: where its service has become `local` since the flow began.
 #[inline(always)]
-pub fn leaves_host(key: &FlowKey) -> bool {
-    get(key).is_some_and(|flow| flow.forward != Forward::Local.number())
+pub fn leaves_host(settings: &Settings, scratch: &Scratch, service_id: u32) -> bool {
+    let location = find_client(hash_of_client(settings, &scratch.packet.key), service_id, of::PACKET);
+    location != NOWHERE && Entry::found(scratch, location).meta.forward() != Forward::Local.number()
 }
 
 /// Puts a client's packet that belongs to no flow on a backend and records the flow.
@@ -117,6 +182,7 @@ pub fn leaves_host(key: &FlowKey) -> bool {
 /// A function that the verifier checks for itself: it is the longest way, and few packets take it. Gives the flow as a
 /// number, see [`Known::from_bits`].
 #[unsafe(no_mangle)]
+#[inline(never)]
 pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
     let (Some(scratch), Some(service)) = (scratch(), maps::service(service_id)) else {
         return FAILED | Reason::Internal.index() as u64;
@@ -132,11 +198,14 @@ const FAILED: u64 = 1 << 63;
 
 impl Known {
     #[inline(always)]
-    fn of(flow: &Flow, reset: Reset) -> Self {
+    fn of(entry: &Entry, client_port: u16, reset: Reset) -> Self {
+        let meta = entry.meta;
         Self {
-            backend_id: flow.backend,
-            forward: flow.forward,
-            source_port: flow.source_port,
+            backend_id: meta.backend(),
+            service_id: meta.service(),
+            forward: meta.forward(),
+            source_port: entry.source_port(client_port),
+            link: meta.link(),
             reset,
         }
     }
@@ -151,14 +220,16 @@ impl Known {
     /// # Errors
     /// Why there is no flow.
     #[inline(always)]
-    pub fn from_bits(bits: u64) -> Result<Self, Reason> {
+    pub fn from_bits(bits: u64, service_id: u32) -> Result<Self, Reason> {
         if bits & FAILED != 0 {
             return Err(Reason::from_index(bits as u32));
         }
         Ok(Self {
             backend_id: bits as u32,
+            service_id,
             forward: (bits >> 48) as u8,
             source_port: (bits >> 32) as u16,
+            link: 0,
             reset: Reset::None,
         })
     }
@@ -171,6 +242,9 @@ fn try_begin(
     service: &Service,
     service_id: u32,
 ) -> Result<Known, Reason> {
+    let Some(settings) = maps::settings() else {
+        return Err(Reason::Internal);
+    };
     let now = now();
     let packet = &scratch.packet;
     let is_tcp = packet.key.protocol == TCP as u32;
@@ -184,49 +258,65 @@ fn try_begin(
         return Err(Reason::Internal);
     };
     let forward = forward_of(service, &packet.key);
-    let has_reply_key = Forward::has_reply_key(forward, packet.key.protocol);
-    let source_port = if has_reply_key {
-        claimed_source_port(forward, backend_id)?
+    let state = if is_tcp { first(packet.tcp_flags) } else { TcpState::None };
+    // What is opening takes no place of what is open.
+    let limit = if is_tcp && !opens(packet.tcp_flags) {
+        worth::OPEN + 1
     } else {
-        packet.key.source_port
+        worth::CLOSING
     };
-    let packet = &scratch.packet;
-    scratch.flow = Flow {
-        last_seen: now,
-        created: now,
-        backend: backend_id,
-        generation: backend.generation,
-        service: service_id,
-        client_ifindex,
-        client_link: reversed(&packet.link),
-        client_tags: Tags([packet.tags.0[0], packet.tags.0[1]]),
-        source_port,
-        tcp_state: if is_tcp {
-            first(packet.tcp_flags) as u8
-        } else {
-            TcpState::None as u8
-        },
-        forward,
+    let is_translated = Forward::has_reply_key(forward, packet.key.protocol)
+        && needs_source_port(scratch, forward, backend, now)?;
+    let link = if Forward::translates(forward) {
+        client_link::remember(client_ifindex)
+    } else {
+        0
     };
-    if FLOWS
-        .insert(&scratch.packet.key, &scratch.flow, BPF_ANY as u64)
-        .is_err()
-    {
-        if has_reply_key {
-            let _ = REPLIES.remove(&scratch.reply);
+    let key = &scratch.packet.key;
+    let kind = if key.source.is_v4() && !is_translated {
+        Kind::Short
+    } else {
+        Kind::Long
+    };
+    let meta = Meta::new(kind, service_id, backend_id, forward)
+        .with_state(state)
+        .with_age(ageing::ticks(settings, state, now))
+        .with_link(link);
+    let location = make_room(hash_of_client(settings, key), kind as u32, limit);
+    let source_port = if location == NOWHERE {
+        // Without a record the flow's next packets are selected anew: hashes select the same.
+        if Forward::has_reply_key(forward, key.protocol) {
+            return Err(Reason::FlowTableFull);
         }
-        return Err(Reason::FlowTableFull);
-    }
+        key.source_port
+    } else if is_translated {
+        scratch.began_meta = meta.0;
+        let claimed = claim(location, backend_id, limit);
+        if claimed & FAILED != 0 {
+            return Err(Reason::from_index(claimed as u32));
+        }
+        claimed as u16
+    } else if matches!(kind, Kind::Short) {
+        let short = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+        put(location, short, meta.0);
+        key.source_port
+    } else {
+        let long = long_key(key.source_port, key.destination_port, key.source_port, backend.generation);
+        put(location, long, meta.0);
+        key.source_port
+    };
     if let Some(counters) = maps::backend_counters(backend_id) {
         counters.flows += 1;
     }
-    if !ageing::has_ended(forward, TcpState::from_number(scratch.flow.tcp_state)) {
+    if location != NOWHERE && !ageing::has_ended(forward, state) {
         maps::count_opened(backend_id);
     }
     Ok(Known {
         backend_id,
+        service_id,
         forward,
         source_port,
+        link,
         reset: Reset::None,
     })
 }
@@ -242,22 +332,6 @@ fn forward_of(service: &Service, key: &FlowKey) -> u8 {
     }
 }
 
-/// The flow of a backend's packet, brought up to date, and whether the packet is to be answered with a reset; the
-/// client's 5-tuple of it is put into [`Scratch::client`]. Nothing where the packet answers none.
-#[inline(always)]
-pub fn of_reply(scratch: &mut Scratch) -> Option<(&'static mut Flow, Reset)> {
-    scratch.reply = scratch.packet.key.by_words();
-    let (flow, backend) = replied(scratch)?;
-    flow.last_seen = now();
-    let reset = reset(backend, &scratch.packet);
-    if reset != Reset::None {
-        advance(flow, Sender::Backend, flags::RST);
-    } else if scratch.packet.tcp_flags != 0 {
-        advance(flow, Sender::Backend, scratch.packet.tcp_flags);
-    }
-    Some((flow, reset))
-}
-
 /// Whether a flow's packet is to be answered with a reset.
 #[inline(always)]
 fn reset(backend: &Backend, packet: &Packet) -> Reset {
@@ -270,122 +344,138 @@ fn reset(backend: &Backend, packet: &Packet) -> Reset {
 }
 
 #[inline(always)]
-fn is_closed(flow: &Flow) -> bool {
-    flow.tcp_state == TcpState::Closed as u8
+fn is_closed(meta: Meta) -> bool {
+    meta.state() as u8 == TcpState::Closed as u8
 }
 
-/// Tells whether a 5-tuple is, or was lately, that of a flow's replies.
-#[inline(always)]
-pub fn is_reply(key: &FlowKey) -> bool {
-    REPLIES.get_ptr(key).is_some()
+/// What is known of the flow that a 5-tuple is that of replies of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reply<T> {
+    /// Nothing.
+    None,
+    /// Its client has left that backend.
+    Late,
+    Of(T),
 }
 
-/// The flow that [`Scratch::reply`] leads to, and its backend, unless it has ended or gone to another one; the client's
-/// 5-tuple of it is put into [`Scratch::client`].
+/// The flow of a backend's packet, brought up to date, and whether the packet is to be answered with a reset; the
+/// client's 5-tuple of it is put into [`Scratch::client`].
 #[inline(always)]
-pub fn replied(scratch: &mut Scratch) -> Option<(&'static mut Flow, &'static Backend)> {
-    let client = REPLIES.get_ptr(&scratch.reply)?;
-    // SAFETY: an entry may be recycled under its reader; what was read is checked against the flow below.
-    scratch.client = unsafe { &*client }.by_words();
-    let flow = get(&scratch.client)?;
-    let backend = maps::backend(flow.backend)?;
-    if backend.generation != flow.generation
-        || reply_source(flow.forward, backend).0 != scratch.reply.source.0
-        || backend_port(&scratch.client, backend) != scratch.reply.source_port
-        || flow.source_port != scratch.reply.destination_port
-    {
-        return None;
-    }
-    Some((flow, backend))
-}
-
-/// The flow that [`Scratch::client`] is the client's 5-tuple of, unless its backend has gone.
-#[inline(always)]
-pub fn of_client(scratch: &Scratch) -> Option<&'static mut Flow> {
-    let flow = get(&scratch.client)?;
-    let backend = maps::backend(flow.backend)?;
-    if backend.generation != flow.generation {
-        return None;
-    }
-    Some(flow)
-}
-
-/// Replies go back the way that the client's packets come, so that the path needs no lookup; written only when it
-/// has changed, to leave the cache line clean.
-#[inline(always)]
-fn remember_client_link(frame: &Cursor, packet: &Packet, flow: &mut Flow) {
-    let link = reversed(&packet.link);
-    if flow.client_link.0[0] != link.0[0]
-        || flow.client_link.0[1] != link.0[1]
-        || flow.client_link.0[2] != link.0[2]
-        || flow.client_ifindex != frame.ingress_ifindex()
-        || flow.client_tags.0[0] != packet.tags.0[0]
-        || flow.client_tags.0[1] != packet.tags.0[1]
-    {
-        flow.client_link = link;
-        flow.client_ifindex = frame.ingress_ifindex();
-        flow.client_tags = Tags([packet.tags.0[0], packet.tags.0[1]]);
-    }
-}
-
-/// The link on which an answer goes back: the MAC addresses, swapped.
-#[inline(always)]
-pub fn reversed(link: &Link) -> Link {
-    let [a, b, c] = link.0;
-    // Six bytes are one and a half words, so each word of the result is joined from two halves.
-    Link([
-        (b >> 16) | (c << 16),
-        (c >> 16) | (a << 16),
-        (a >> 16) | (b << 16),
-    ])
-}
-
-#[inline(always)]
-fn get(key: &FlowKey) -> Option<&'static mut Flow> {
-    // SAFETY: two CPUs may write the same flow, field by field; each value that can result is valid, and an entry
-    // that is recycled under its reader leads to a backend that exists.
-    FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
-}
-
-/// Moves the state of a flow on.
-#[inline(always)]
-fn advance(flow: &mut Flow, sender: Sender, tcp_flags: u8) {
-    let former = TcpState::from_number(flow.tcp_state);
-    let state = if Forward::sees_replies(flow.forward) {
-        next(former, sender, tcp_flags)
-    } else {
-        next_of_client_alone(former, tcp_flags)
+pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
+    let hash = hash_of_reply(settings, &scratch.packet.key);
+    let mut entry = match replied(scratch, hash, of::PACKET) {
+        Reply::Of(entry) => entry,
+        Reply::None => return Reply::None,
+        Reply::Late => return Reply::Late,
     };
-    if state as u8 != former as u8 {
-        flow.tcp_state = state as u8;
-        if !ageing::has_ended(flow.forward, former) && ageing::has_ended(flow.forward, state) {
-            maps::count_ended(flow.backend);
+    let Some(backend) = maps::backend(entry.meta.backend()) else {
+        return Reply::None;
+    };
+    let reset = reset(backend, &scratch.packet);
+    let tcp_flags = if reset == Reset::None {
+        scratch.packet.tcp_flags
+    } else {
+        flags::RST
+    };
+    advance(settings, &mut entry, Sender::Backend, tcp_flags, now());
+    Reply::Of(Known::of(&entry, scratch.client.source_port, reset))
+}
+
+/// The flow that [`Scratch::reply`] leads to; the client's 5-tuple of it is put into [`Scratch::client`].
+#[inline(always)]
+pub fn quoted_reply(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
+    let hash = hash_of_reply(settings, &scratch.reply);
+    match replied(scratch, hash, of::REPLY) {
+        Reply::Of(entry) => Some(Known::of(&entry, scratch.client.source_port, Reset::None)),
+        Reply::None | Reply::Late => None,
+    }
+}
+
+/// As [`of_reply`], for a datagram of a process whose source is in [`Scratch::reply`] as it is looked for.
+#[inline(always)]
+pub fn answered(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
+    let hash = hash_of_reply(settings, &scratch.reply);
+    match replied(scratch, hash, of::REPLY) {
+        Reply::Of(mut entry) => {
+            advance(settings, &mut entry, Sender::Backend, 0, now());
+            Some(Known::of(&entry, scratch.client.source_port, Reset::None))
+        }
+        Reply::None | Reply::Late => None,
+    }
+}
+
+#[inline(always)]
+fn replied(scratch: &mut Scratch, hash: u64, which: u32) -> Reply<Entry> {
+    scratch.except = NOWHERE;
+    let location = find_reply(hash, which);
+    match location {
+        NOWHERE => Reply::None,
+        LEFT => Reply::Late,
+        _ => {
+            let entry = Entry::found(scratch, location);
+            match maps::backend(entry.meta.backend()) {
+                Some(backend) if entry.is_of_generation(backend.generation) => Reply::Of(entry),
+                _ => Reply::None,
+            }
         }
     }
 }
 
-/// Counts the end of a flow that another takes the place of.
+/// The flow that [`Scratch::client`] is the client's 5-tuple of.
 #[inline(always)]
-fn count_end(flow: &Flow) {
-    if !ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state)) {
-        maps::count_ended(flow.backend);
+pub fn of_client(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
+    let service_id = service::find(settings, &scratch.client)?;
+    let port = scratch.client.source_port;
+    let location = find_client(hash_of_client(settings, &scratch.client), service_id, of::CLIENT);
+    if location == NOWHERE {
+        return None;
+    }
+    Some(Known::of(&Entry::found(scratch, location), port, Reset::None))
+}
+
+/// Moves the state of a flow on, and its age.
+#[inline(always)]
+fn advance(settings: &Settings, entry: &mut Entry, sender: Sender, tcp_flags: u8, now: u64) {
+    for _ in 0..2 {
+        let former = entry.meta;
+        let meta = advanced(settings, former, sender, tcp_flags, now);
+        // Most packets change nothing: the cache line stays clean.
+        if meta == former {
+            return;
+        }
+        if entry.update(meta) {
+            if !ageing::has_ended(former.forward(), former.state()) && ageing::has_ended(meta.forward(), meta.state()) {
+                maps::count_ended(meta.backend());
+            }
+            return;
+        }
+        // Another CPU has moved it on, or it is another flow by now.
+        if !entry.look_again() {
+            return;
+        }
     }
 }
 
 #[inline(always)]
-fn is_over(settings: &Settings, flow: &Flow, now: u64) -> bool {
-    ageing::is_over(
-        settings,
-        TcpState::from_number(flow.tcp_state),
-        flow.last_seen,
-        now,
-    )
+fn advanced(settings: &Settings, former: Meta, sender: Sender, tcp_flags: u8, now: u64) -> Meta {
+    let state = former.state();
+    if former.is_udp() {
+        return former.confirmed().with_age(ageing::ticks(settings, state, now));
+    }
+    let state = if tcp_flags == 0 {
+        state
+    } else if Forward::sees_replies(former.forward()) {
+        next(state, sender, tcp_flags)
+    } else {
+        next_of_client_alone(state, tcp_flags)
+    };
+    former.with_state(state).with_age(ageing::ticks(settings, state, now))
 }
 
 /// Tells whether a flow goes on with a packet, or the packet starts a new one under the same 5-tuple.
 #[inline(always)]
-fn stays(flow: &Flow, backend: &Backend, packet: &Packet) -> bool {
-    if backend.generation != flow.generation {
+fn stays(entry: &Entry, backend: &Backend, packet: &Packet) -> bool {
+    if !entry.is_of_generation(backend.generation) || backend.service_plus_one == 0 {
         return false;
     }
     if packet.key.protocol != TCP as u32 {
@@ -394,7 +484,7 @@ fn stays(flow: &Flow, backend: &Backend, packet: &Packet) -> bool {
     if !opens(packet.tcp_flags) {
         return true;
     }
-    flow.tcp_state < TcpState::FinClient as u8 && backend.flags & BackendFlags::ACCEPTS_NEW != 0
+    (entry.meta.state() as u8) < TcpState::FinClient as u8 && backend.flags & BackendFlags::ACCEPTS_NEW != 0
 }
 
 /// The source address that the backend sees.
@@ -407,114 +497,101 @@ pub fn source_address(forward: u8, client: &FlowKey, backend: &Backend) -> Addre
     }
 }
 
-/// The source of replies, as it is in their key. A process on this host that is bound to no address answers from the
-/// one that the route to the client has, whatever address the client's packet was for: none is in the key.
-#[inline(always)]
-fn reply_source(forward: u8, backend: &Backend) -> Address {
-    if forward == Forward::Local.number() {
-        Address::default()
-    } else {
-        backend.address.by_words()
-    }
-}
-
 /// The port that the backend is reached on.
 #[inline(always)]
 pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
-    if backend.port == 0 {
-        client.destination_port
-    } else {
-        backend.port
-    }
+    flow_table::backend_port(client.destination_port, backend)
 }
 
-/// The source port of a new flow, network byte order.
+/// Tells whether a new flow needs a source port other than the client's, so that its replies are told apart; the 5-tuple
+/// of its replies is left in [`Scratch::reply`].
 ///
 /// # Errors
-/// [`Reason::NoSourceAddress`], [`Reason::NoSourcePort`].
+/// [`Reason::NoSourceAddress`].
 #[inline(always)]
-fn claimed_source_port(forward: u8, backend_id: u32) -> Result<u16, Reason> {
-    let claimed = claim(forward as u32, backend_id);
-    if claimed & FAILED != 0 {
-        Err(Reason::from_index(claimed as u32))
-    } else {
-        Ok(claimed as u16)
-    }
-}
-
-/// A function that the verifier checks for itself, once for all that follows its loop. Gives the port.
-#[unsafe(no_mangle)]
-extern "C" fn claim(forward: u32, backend_id: u32) -> u64 {
-    let (Some(scratch), Some(settings), Some(backend)) =
-        (scratch(), maps::settings(), maps::backend(backend_id))
-    else {
-        return FAILED | Reason::Internal.index() as u64;
-    };
-    match claim_source_port(settings, scratch, forward as u8, backend, now()) {
-        Ok(port) => port as u64,
-        Err(reason) => FAILED | reason.index() as u64,
-    }
-}
-
-/// Takes a source port that no other flow uses towards the backend, so that its replies are told apart: for
-/// `nat` the client's own if it is free, which another service with the same backend may have taken. The key of the
-/// replies is left in [`Scratch::reply`].
-#[inline(always)]
-fn claim_source_port(
-    settings: &Settings,
+fn needs_source_port(
     scratch: &mut Scratch,
     forward: u8,
     backend: &Backend,
     now: u64,
-) -> Result<u16, Reason> {
-    let full_nat = forward == Forward::FullNat.number();
+) -> Result<bool, Reason> {
     let client = &scratch.packet.key;
     let source = source_address(forward, client, backend);
     if source.0 == Address::default().0 {
         return Err(Reason::NoSourceAddress);
     }
-    let start = first_choice(settings, client);
     scratch.reply = FlowKey {
-        source: reply_source(forward, backend),
+        source: backend.address.by_words(),
         destination: source,
         source_port: backend_port(client, backend),
         destination_port: client.source_port,
         protocol: client.protocol,
     };
-    for attempt in 0..TRIES {
-        if full_nat || attempt > 0 {
-            scratch.reply.destination_port = candidate(settings, start, attempt).to_be();
-        }
-        if REPLIES
-            .insert(&scratch.reply, &scratch.packet.key, BPF_NOEXIST as u64)
-            .is_ok()
-        {
-            return Ok(scratch.reply.destination_port);
-        }
-        if is_free(settings, scratch, now)
-            && REPLIES
-                .insert(&scratch.reply, &scratch.packet.key, BPF_ANY as u64)
-                .is_ok()
-        {
-            return Ok(scratch.reply.destination_port);
-        }
+    if forward == Forward::FullNat.number() {
+        return Ok(true);
     }
-    Err(Reason::NoSourcePort)
+    // Another service with the same backend may have the client's port.
+    scratch.except = NOWHERE;
+    Ok(is_taken(now) != 0)
 }
 
-/// Tells whether the flow that the key of replies leads to has ended, or is the one being recorded.
-#[inline(always)]
-fn is_free(settings: &Settings, scratch: &mut Scratch, now: u64) -> bool {
-    let Some(client) = REPLIES.get_ptr(&scratch.reply) else {
-        return true;
+/// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`] for its replies.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_taken(now: u64) -> u32 {
+    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+        return 1;
     };
-    // SAFETY: as in `replied`; a recycled entry at worst leads to another attempt.
-    scratch.client = unsafe { &*client }.by_words();
-    if scratch.client == scratch.packet.key {
-        return true;
+    let location = find_reply(hash_of_scratch_reply(), of::REPLY);
+    let is_taken = location != NOWHERE
+        && location != LEFT
+        && !ageing::is_over(settings, Entry::found(scratch, location).meta, now);
+    is_taken.into()
+}
+
+/// Takes a source port that no other flow uses towards the backend for the flow for which there is room at `location`, and
+/// writes the flow there; gives the port. Where there is none, the room is free again.
+///
+/// A function that the verifier checks for itself, once for all that follows its loop.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn claim(location: u64, backend_id: u32, limit: u32) -> u64 {
+    let (Some(scratch), Some(settings), Some(backend)) =
+        (scratch(), maps::settings(), maps::backend(backend_id))
+    else {
+        return FAILED | Reason::Internal.index() as u64;
+    };
+    let meta = Meta(scratch.began_meta);
+    let start = first_choice(settings, &scratch.packet.key);
+    let now = now();
+    for attempt in 0..TRIES {
+        let port = candidate(settings, start, attempt).to_be();
+        scratch.reply.destination_port = port;
+        scratch.except = location;
+        if is_taken(now) != 0 {
+            continue;
+        }
+        let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit);
+        if alias == NOWHERE {
+            continue;
+        }
+        let client = &scratch.packet.key;
+        let long = long_key(client.source_port, client.destination_port, port, backend.generation);
+        put(location, long, meta.0);
+        let reply = &scratch.reply;
+        let key = alias_key((location >> 3) as u32, location as usize & 7, port, reply.source_port);
+        put(alias, key, meta.of_kind(Kind::Alias).0);
+        // Another CPU may have taken the same port meanwhile: both see that, or one does.
+        if is_taken(now) == 0 {
+            return port.into();
+        }
+        Entry {
+            location: alias,
+            key,
+            meta: meta.of_kind(Kind::Alias),
+        }
+        .remove();
     }
-    match get(&scratch.client) {
-        Some(flow) => flow.source_port != scratch.reply.destination_port || is_over(settings, flow, now),
-        None => true,
-    }
+    free(location);
+    FAILED | Reason::NoSourcePort.index() as u64
 }

@@ -2,17 +2,21 @@
 //!
 //! All are BTF maps, so that bpftool and libbpf can load the object too.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr::read_volatile,
+};
 
 use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
     btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FilterKey, Flow, FlowKey, FragmentKey,
-    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_FRAGMENTS, MAX_SERVICE_KEYS, MAX_SERVICES,
+    Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FilterKey, FragmentKey,
+    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SERVICE_KEYS, MAX_SERVICES,
     MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SourceKey,
-    SourceRate, Totals,
+    SourceRate, Totals, buckets,
 };
 
 /// What holds for all services. Written by the daemon.
@@ -46,23 +50,23 @@ static BACKENDS: Array<Backend, { MAX_BACKENDS as usize }> = Array::new();
 #[btf_map]
 pub static SOURCE_FILTERS: LpmTrie<FilterKey, u32, { MAX_SOURCE_FILTERS as usize }> = LpmTrie::new();
 
-/// By backend id: flows that began and that were seen to end. Written here alone, on all CPUs, so atomically.
+/// By backend id: flows that began and that ended. Written here and by the daemon, through its memory: both add to it
+/// atomically.
 #[btf_map]
-pub static LIVE: Array<LiveCount, { MAX_BACKENDS as usize }> = Array::new();
+pub static LIVE: Array<LiveCount, { MAX_BACKENDS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// By backend id: what makes live flows of `LIVE`: `opened - ended + base`, wrapping. Written by the daemon alone,
-/// after each recount of the flow table; a map of its own, so that neither writes over the other's numbers.
+/// The flow table. Written here and by the daemon, which ages it, through its memory; that also begins with a page, so that
+/// a bucket is two cache lines and not parts of three. The daemon sets the size at load time.
 #[btf_map]
-pub static LIVE_BASE: Array<u64, { MAX_BACKENDS as usize }> = Array::new();
+pub static FLOWS: Array<Bucket, { buckets(DEFAULT_FLOWS) as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// The flow table: by the client's 5-tuple. Written here, aged by the daemon, which sets the size at load time.
-/// LRU, so that it goes on without the daemon.
-#[btf_map]
-pub static FLOWS: LruHashMap<FlowKey, Flow, { DEFAULT_FLOWS as usize }> = LruHashMap::new();
+/// Buckets of `FLOWS`. The daemon sets it at load time.
+#[unsafe(no_mangle)]
+static FLOW_BUCKETS: u32 = buckets(DEFAULT_FLOWS);
 
-/// From the 5-tuple of a backend's replies to the client's; as many as there are flows.
+/// The ways back to clients. Written here; freed by the daemon where no flow has the index.
 #[btf_map]
-pub static REPLIES: LruHashMap<FlowKey, FlowKey, { DEFAULT_FLOWS as usize }> = LruHashMap::new();
+pub static CLIENT_LINKS: Array<ClientLink, { MAX_CLIENT_LINKS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// The ports of packets that come in fragments, from their first. Neither read nor written by the daemon.
 #[btf_map]
@@ -91,6 +95,12 @@ static SERVICE_COUNTERS: PerCpuArray<Count, { (MAX_SERVICES * REASON_COUNT) as u
 /// By backend id.
 #[btf_map]
 static BACKEND_COUNTERS: PerCpuArray<BackendCounters, { MAX_BACKENDS as usize }> = PerCpuArray::new();
+
+#[inline(always)]
+pub fn flow_buckets() -> u32 {
+    // SAFETY: read as volatile, since the value is another one than the compiler sees.
+    unsafe { read_volatile(&raw const FLOW_BUCKETS) }
+}
 
 #[inline(always)]
 pub fn settings() -> Option<&'static Settings> {

@@ -9,7 +9,7 @@ use lb_common::{
 use crate::{
     answer,
     cursor::Cursor,
-    flow::{self, Known, Reset},
+    flow::{self, Known, Reply, Reset},
     forward, fragment, icmp, maps,
     scratch::{Scratch, scratch},
     service,
@@ -48,7 +48,7 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
     };
     match service::find(settings, &scratch.packet.key) {
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
-        None => from_backend(context, frame, scratch),
+        None => from_backend(context, frame, scratch, settings),
     }
 }
 
@@ -72,7 +72,7 @@ fn from_client(
     service_id: u32,
 ) -> Verdict {
     let verdict = Verdict::of_service(service_id);
-    let is_local = service::is_local(settings, service_id) && !flow::leaves_host(&scratch.packet.key);
+    let is_local = service::is_local(settings, service_id) && !flow::leaves_host(settings, scratch, service_id);
     let is_last_hop = scratch.packet.ttl <= 1;
     if is_last_hop && !is_local {
         return verdict.dropped(Reason::TtlExceeded);
@@ -84,9 +84,9 @@ fn from_client(
     if is_local {
         return Verdict::pass(Reason::Local);
     }
-    let known = match flow::known(settings, &frame, &scratch.packet, flow::now()) {
+    let known = match flow::known(settings, &frame, scratch, service_id) {
         Some(known) => known,
-        None => match Known::from_bits(flow::begin(frame.ingress_ifindex(), service_id)) {
+        None => match Known::from_bits(flow::begin(frame.ingress_ifindex(), service_id), service_id) {
             Ok(known) => known,
             Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),
             Err(reason) => return verdict.dropped(reason),
@@ -113,15 +113,15 @@ fn from_client(
 
 /// A packet for no service: a backend's reply to a client, or none of ours.
 #[inline(always)]
-fn from_backend(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
+fn from_backend(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch, settings: &Settings) -> Verdict {
     if !service::is_backend(&scratch.packet.key.source) {
         return Verdict::pass(Reason::NotForService);
     }
-    match flow::of_reply(scratch) {
-        Some((flow, Reset::None)) => forward::to_client(frame, scratch, flow),
-        Some((flow, _)) => answer::reset_of_sender(context, scratch, Verdict::of_service(flow.service)),
-        None if flow::is_reply(&scratch.packet.key) => Verdict::drop(Reason::NoFlow),
-        None => Verdict::pass(Reason::NotForService),
+    match flow::of_reply(settings, scratch) {
+        Reply::Of(known) if known.reset == Reset::None => forward::to_client(frame, scratch, &known),
+        Reply::Of(known) => answer::reset_of_sender(context, scratch, Verdict::of_service(known.service_id)),
+        Reply::Late => Verdict::drop(Reason::NoFlow),
+        Reply::None => Verdict::pass(Reason::NotForService),
     }
 }
 

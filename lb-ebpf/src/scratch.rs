@@ -2,7 +2,7 @@
 
 use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
 use lb_common::{
-    abi::{Flow, FlowKey, FragmentKey, FragmentPorts},
+    abi::{FlowKey, FragmentKey, FragmentPorts},
     logic::headers::Packet,
 };
 
@@ -19,8 +19,13 @@ pub struct Scratch {
     pub client: FlowKey,
     /// A key of replies.
     pub reply: FlowKey,
-    /// A flow that is recorded.
-    pub flow: Flow,
+    /// Key and meta of the flow that a search has found, see `flow_table::Entry`.
+    pub found_key: u64,
+    pub found_meta: u64,
+    /// Location of a flow that a search for replies leaves out.
+    pub except: u64,
+    /// Meta of a flow that begins.
+    pub began_meta: u64,
     pub fragment_key: FragmentKey,
     pub fragment_ports: FragmentPorts,
 }

@@ -6,7 +6,7 @@ use lb_common::{
 };
 
 use crate::{
-    maps::{self, LIVE, LIVE_BASE, SLOT_TABLES},
+    maps::{self, LIVE, SLOT_TABLES},
     scratch::scratch,
 };
 
@@ -144,11 +144,11 @@ fn takes_more(id: u32, backend: &Backend) -> bool {
 /// Live flows of a backend, as far as they are known; at most `u32::MAX`.
 #[inline(always)]
 fn live(id: u32) -> u64 {
-    let (Some(count), Some(base)) = (LIVE.get(id), LIVE_BASE.get(id)) else {
+    let Some(count) = LIVE.get(id) else {
         return 0;
     };
-    let live = (count.opened).wrapping_sub(count.ended).wrapping_add(*base);
-    // Below zero for a moment, where an end is seen that the recount has seen, too.
+    let live = (count.opened).wrapping_sub(count.ended);
+    // Below zero for a moment, where the end was added before the beginning.
     if live as i64 <= 0 {
         0
     } else if live > u32::MAX as u64 {

@@ -62,6 +62,25 @@ impl Tags {
     }
 }
 
+/// A way back to clients: the interface that their packets arrive on and what frames to them begin with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct ClientLink {
+    pub link: Link,
+    pub ifindex: u32,
+    pub tags: Tags,
+    /// 0 for a free entry, 1 while it is written, 2 from then on.
+    pub state: u64,
+}
+
+const _: () = assert!(size_of::<ClientLink>() == 32);
+
+impl ClientLink {
+    pub const FREE: u64 = 0;
+    pub const BUSY: u64 = 1;
+    pub const VALID: u64 = 2;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,7 @@ mod backend;
 mod counters;
 mod decap_reason;
 mod flow;
+mod flow_table;
 mod fragment;
 mod link;
 mod reason;
@@ -21,15 +22,16 @@ pub use backend::{Backend, BackendFlags};
 pub use counters::{BackendCounters, Count, LiveCount, Totals};
 pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
 pub use flow::{Flow, FlowKey, TcpState};
+pub use flow_table::{Bucket, Kind, LINE, Meta, UNITS, WORDS, buckets};
 pub use fragment::{FragmentKey, FragmentPorts};
-pub use link::{Link, Tags};
+pub use link::{ClientLink, Link, Tags};
 pub use reason::{REASON_COUNT, Reason, VerdictClass};
 pub use service::{Forward, LENGTH_SLOT, Service, ServiceFlags, ServiceKey, Strategy};
 pub use settings::{Settings, SettingsFlags};
 pub use source_filter::{FILTER_ALLOW, FILTER_DENY, FilterKey, SourceKey, SourceRate};
 
 /// Version of the map layouts, part of the pin path: a daemon never reads maps of another layout.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Services that fit in the maps.
 pub const MAX_SERVICES: u32 = 1024;
@@ -44,6 +46,8 @@ pub const MAX_ADDRESSES: u32 = 32_768;
 pub const SLOT_COUNT: u32 = 65_537;
 /// Flows in the table until the daemon sets another size at load time.
 pub const DEFAULT_FLOWS: u32 = 65_536;
+/// Ways back to clients that fit in their map: one for each router and each client on a link of this host.
+pub const MAX_CLIENT_LINKS: u32 = 16_384;
 /// Prefixes of all services together that fit in the map of source filters.
 pub const MAX_SOURCE_FILTERS: u32 = 65_536;
 /// Sources whose new flows are counted at a time.

@@ -33,6 +33,8 @@ const _: () = assert!(size_of::<ServiceKey>() == 20);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Service {
+    /// What its flows' clients connect to.
+    pub vip: Address,
     /// A [`Strategy`] as its number.
     pub strategy: u8,
     /// A [`Forward`] as its number.
@@ -52,7 +54,7 @@ pub struct Service {
     pub _pad: u16,
 }
 
-const _: () = assert!(size_of::<Service>() == 20);
+const _: () = assert!(size_of::<Service>() == 36);
 
 /// Bits of [`Service::flags`].
 #[derive(Clone, Copy, Debug)]

@@ -1,6 +1,6 @@
 //! When an idle flow is over.
 
-use crate::abi::{Forward, Settings, TcpState};
+use crate::abi::{Forward, Meta, Settings, SettingsFlags, TcpState};
 
 /// Idle time in nanoseconds after which a flow in this state ends.
 #[inline(always)]
@@ -29,11 +29,62 @@ pub const fn has_ended(forward: u8, state: TcpState) -> bool {
     }
 }
 
-/// Tells whether a flow last seen at `last_seen` has been idle for longer than its state allows at `now`, both in
-/// nanoseconds of one clock. A packet seen after `now` was read is no reason to end the flow.
+/// The shift that makes ticks of nanoseconds for a timeout: at least 64 ticks, and fewer than 128 unless there is no
+/// time at all.
+pub const fn tick_shift(timeout: u64) -> u8 {
+    let mut shift = 0;
+    while timeout >> shift >= 128 {
+        shift += 1;
+    }
+    shift
+}
+
+/// The time of a flow in this state in ticks, which start over at 256.
 #[inline(always)]
-pub const fn is_over(settings: &Settings, state: TcpState, last_seen: u64, now: u64) -> bool {
-    now.saturating_sub(last_seen) > idle_timeout(settings, state)
+pub const fn ticks(settings: &Settings, state: TcpState, now: u64) -> u8 {
+    (now >> shift(settings, state)) as u8
+}
+
+#[inline(always)]
+const fn shift(settings: &Settings, state: TcpState) -> u8 {
+    let [idle, opening, closing, udp] = &settings.tick_shifts;
+    63 & match state {
+        TcpState::None => *udp,
+        TcpState::SynSent | TcpState::SynReceived => *opening,
+        TcpState::Established => *idle,
+        TcpState::FinClient | TcpState::FinBackend | TcpState::Closed => *closing,
+    }
+}
+
+/// Ticks since the last packet of a flow. One that another CPU has seen after `now` was read counts as seen now.
+#[inline(always)]
+pub const fn idle_ticks(settings: &Settings, meta: Meta, now: u64) -> u32 {
+    let ticks = ticks(settings, meta.state(), now).wrapping_sub(meta.age());
+    if ticks >= FUTURE { 0 } else { ticks as u32 }
+}
+
+/// Ticks from which on a time is taken for one that is still to come.
+const FUTURE: u8 = 0xfc;
+
+/// Tells whether a flow has been idle for longer than its state allows. It ends late by up to two ticks, never early.
+#[inline(always)]
+pub const fn is_over(settings: &Settings, meta: Meta, now: u64) -> bool {
+    is_over_after(settings, meta, idle_ticks(settings, meta, now))
+}
+
+/// As [`is_over`], after so many idle ticks.
+#[inline(always)]
+pub const fn is_over_after(settings: &Settings, meta: Meta, idle_ticks: u32) -> bool {
+    let state = meta.state();
+    let allowed = (idle_timeout(settings, state) >> shift(settings, state)) as u32;
+    settings.flags & SettingsFlags::AGELESS == 0 && idle_ticks > allowed + 1
+}
+
+/// When the last packet of a flow was seen: nanoseconds of the clock of `now`, late by up to a tick.
+#[inline(always)]
+pub const fn last_seen(settings: &Settings, meta: Meta, now: u64) -> u64 {
+    let shift = shift(settings, meta.state());
+    ((now >> shift) - idle_ticks(settings, meta, now) as u64) << shift
 }
 
 #[cfg(test)]

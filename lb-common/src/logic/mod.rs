@@ -3,6 +3,7 @@
 pub mod ageing;
 pub mod checksum;
 pub mod encapsulation;
+pub mod flow_table;
 pub mod hash;
 pub mod headers;
 pub mod icmp;

@@ -11,12 +11,12 @@ use aya_ebpf::{
     helpers::bpf_redirect,
 };
 use lb_common::{
-    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason, Tags},
+    abi::{Address, Backend, BackendFlags, FlowKey, Forward, Link, Reason, Tags},
     logic::headers::{Fragment, Frame, Packet, TAG_LEN, ethertype},
 };
 
 use crate::{
-    answer,
+    answer, client_link,
     cursor::Cursor,
     flow::{Known, backend_port, source_address},
     fragment, maps,
@@ -104,8 +104,8 @@ fn count_forwarded(scratch: &Scratch, known: &Known) {
 
 /// Sends a backend's reply to the client of its flow.
 #[inline(always)]
-pub fn to_client(frame: Cursor, scratch: &mut Scratch, flow: &Flow) -> Verdict {
-    let verdict = Verdict::of_service(flow.service);
+pub fn to_client(frame: Cursor, scratch: &mut Scratch, known: &Known) -> Verdict {
+    let verdict = Verdict::of_service(known.service_id);
     if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
@@ -123,16 +123,20 @@ pub fn to_client(frame: Cursor, scratch: &mut Scratch, flow: &Flow) -> Verdict {
     if nat::rewrite(&frame, &scratch.packet, &scratch.tuple).is_none() {
         return verdict.dropped(Reason::Internal);
     }
-    if let Some(counters) = maps::backend_counters(flow.backend) {
+    if let Some(counters) = maps::backend_counters(known.backend_id) {
         add(&mut counters.returned, scratch.bytes);
     }
+    // There are more links than are noted: the host's stack knows the way, too.
+    let Some(way) = client_link::get(known.link) else {
+        return verdict.passed(Reason::NextHopUnknown);
+    };
     send(
         frame,
         &scratch.packet,
         verdict.sent(XDP_TX, Reason::Returned),
-        flow.client_ifindex,
-        &flow.client_link,
-        &flow.client_tags,
+        way.ifindex,
+        &way.link,
+        &way.tags,
     )
 }
 

@@ -1,0 +1,487 @@
+//! The flow table in the kernel's memory: the searches and the room for new flows, as functions that the verifier checks
+//! for themselves. How it works is in `lb_common::logic::flow_table`.
+
+use core::{
+    intrinsics::{AtomicOrdering, atomic_cxchg},
+    ptr::{read_volatile, write_volatile},
+};
+
+use lb_common::{
+    abi::{Address, Backend, Bucket, FlowKey, Forward, Kind, Meta, Settings, UDP, WORDS},
+    logic::{
+        ageing,
+        flow_table::{
+            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
+            line_of, long_key, other_line, short_key,
+        },
+    },
+};
+
+use crate::{
+    flow::now,
+    maps,
+    scratch::{Scratch, scratch},
+};
+
+/// A bucket of the flow table.
+#[derive(Clone, Copy)]
+pub struct InKernel(*mut Bucket);
+
+impl InKernel {
+    #[inline(always)]
+    fn word(&self, at: usize) -> *mut u64 {
+        // SAFETY: the pointer is of a map's value, and the index is within it.
+        unsafe { (&raw mut (*self.0).0).cast::<u64>().add(at & (WORDS - 1)) }
+    }
+}
+
+impl Words for InKernel {
+    #[inline(always)]
+    fn load(&self, at: usize) -> u64 {
+        // SAFETY: as in `word`; other CPUs and the daemon write whole words.
+        unsafe { read_volatile(self.word(at)) }
+    }
+
+    #[inline(always)]
+    fn store(&self, at: usize, value: u64) {
+        // SAFETY: as in `load`. Stores stay in order on the architectures that there are builds for.
+        unsafe { write_volatile(self.word(at), value) }
+    }
+
+    #[inline(always)]
+    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
+        // SAFETY: as in `load`.
+        unsafe {
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+                self.word(at),
+                old,
+                new,
+            )
+            .1
+        }
+    }
+}
+
+/// Where a flow is, as a number: the index of its bucket, and three bits of its unit.
+pub type Location = u64;
+
+/// Not a location: there is no such flow.
+pub const NOWHERE: Location = u64::MAX;
+/// Not a location: there was such a flow, but its client has another backend by now.
+pub const LEFT: Location = u64::MAX - 1;
+
+/// The 5-tuple of [`Scratch`] that a search is for.
+pub mod of {
+    pub const PACKET: u32 = 0;
+    pub const CLIENT: u32 = 1;
+    pub const REPLY: u32 = 2;
+}
+
+#[inline(always)]
+fn bucket(index: u32) -> Option<InKernel> {
+    maps::FLOWS.get_ptr_mut(index).map(InKernel)
+}
+
+/// The flow that a search has found, as it was then.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    pub location: Location,
+    pub key: u64,
+    pub meta: Meta,
+}
+
+impl Entry {
+    /// What the last search has found.
+    #[inline(always)]
+    pub fn found(scratch: &Scratch, location: Location) -> Self {
+        Self {
+            location,
+            key: scratch.found_key,
+            meta: Meta(scratch.found_meta),
+        }
+    }
+
+    #[inline(always)]
+    fn parts(&self) -> Option<(InKernel, Found)> {
+        let bucket = bucket((self.location >> 3) as u32)?;
+        let found = Found {
+            unit: self.location as usize & 7,
+            key: self.key,
+            meta: self.meta,
+        };
+        Some((bucket, found))
+    }
+
+    /// Source port that the backend sees, network byte order, of a client's port.
+    #[inline(always)]
+    pub fn source_port(&self, client_port: u16) -> u16 {
+        if self.meta.is(Kind::Long) {
+            (self.key >> 32) as u16
+        } else {
+            client_port
+        }
+    }
+
+    /// The generation of the backend that a long flow began with, and that of any other.
+    #[inline(always)]
+    pub fn is_of_generation(&self, generation: u32) -> bool {
+        !self.meta.is(Kind::Long) || (self.key >> 48) as u32 == generation & 0xffff
+    }
+
+    /// Replaces what is known of the flow, unless somebody else has; tells whether it did.
+    #[inline(always)]
+    pub fn update(&mut self, meta: Meta) -> bool {
+        let Some((bucket, found)) = self.parts() else {
+            return false;
+        };
+        if !flow_table::update(&bucket, &found, meta) {
+            return false;
+        }
+        self.meta = meta;
+        true
+    }
+
+    /// Looks at the flow once more, where [`Self::update`] has failed; tells whether it is still the same.
+    #[inline(always)]
+    pub fn look_again(&mut self) -> bool {
+        let Some((bucket, found)) = self.parts() else {
+            return false;
+        };
+        match flow_table::again(&bucket, &found) {
+            Some(meta) => {
+                self.meta = meta;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Removes the flow, unless its meta has changed; tells whether it did.
+    #[inline(always)]
+    pub fn remove(&self) -> bool {
+        (self.parts()).is_some_and(|(bucket, found)| flow_table::remove(&bucket, &found))
+    }
+}
+
+#[inline(always)]
+fn tuple(scratch: &Scratch, which: u32) -> &FlowKey {
+    match which {
+        of::PACKET => &scratch.packet.key,
+        of::CLIENT => &scratch.client,
+        _ => &scratch.reply,
+    }
+}
+
+/// Where the flow is that a 5-tuple is the client's of; it is left in the scratch memory, see [`Entry::found`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
+    let Some(scratch) = scratch() else {
+        return NOWHERE;
+    };
+    let index = bucket_of(hash, maps::flow_buckets());
+    let Some(bucket) = bucket(index) else {
+        return NOWHERE;
+    };
+    let key = tuple(scratch, which);
+    let (line, other) = (line_of(hash), other_line(line_of(hash)));
+    let mut found = None;
+    if key.source.is_v4() {
+        let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+        found = short_of_client(&bucket, line, want, service_id);
+        if found.is_none() {
+            found = short_of_client(&bucket, other, want, service_id);
+        }
+    }
+    if found.is_none() {
+        found = long_of_client(&bucket, line, key, service_id);
+    }
+    if found.is_none() {
+        found = long_of_client(&bucket, other, key, service_id);
+    }
+    match found {
+        Some(found) => leave(scratch, index, &found),
+        None => NOWHERE,
+    }
+}
+
+#[inline(always)]
+fn leave(scratch: &mut Scratch, index: u32, found: &Found) -> Location {
+    scratch.found_key = found.key;
+    scratch.found_meta = found.meta.0;
+    (index << 3 | found.unit as u32) as u64
+}
+
+#[inline(always)]
+fn is_of_client(found: &Found, service_id: u32) -> bool {
+    found.meta.service() == service_id && !found.meta.is_left()
+}
+
+#[inline(always)]
+fn short_of_client(bucket: &InKernel, line: usize, want: u64, service_id: u32) -> Option<Found> {
+    let first = line / 2;
+    let mut step = 0;
+    while step < 4 {
+        if let Some(found) = flow_table::at(bucket, first + step, Kind::Short, want, u64::MAX)
+            && is_of_client(&found, service_id)
+        {
+            return Some(found);
+        }
+        step += 1;
+    }
+    None
+}
+
+#[inline(always)]
+fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32) -> Option<Found> {
+    let want = long_key(key.source_port, key.destination_port, 0, 0);
+    let first = line / 2;
+    let mut step = 0;
+    while step < 4 {
+        if let Some(found) = flow_table::long_at(bucket, first + step, &key.source, want, PORTS)
+            && is_of_client(&found, service_id)
+        {
+            return Some(found);
+        }
+        step += 2;
+    }
+    None
+}
+
+/// Where the flow is that a 5-tuple is that of replies of, other than at [`Scratch::except`]; it is left in the scratch
+/// memory, see [`Entry::found`], and its client's 5-tuple in [`Scratch::client`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
+    let index = bucket_of(hash, maps::flow_buckets());
+    let first = line_of(hash) as u32 / 2;
+    let mut nowhere = NOWHERE;
+    for step in 0..8 {
+        let location = replied(index, (first + step) & 7, which);
+        if location == LEFT {
+            nowhere = LEFT;
+        } else if location != NOWHERE {
+            return location;
+        }
+    }
+    nowhere
+}
+
+/// As [`find_reply`], at one unit of a bucket: a function that the verifier checks for itself, once for all of them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let (reply, unit) = (tuple(scratch, which), unit as usize & 7);
+    let client = &reply.destination;
+    if client.is_v4() {
+        let want = short_key(client.v4_word(), reply.destination_port, 0);
+        if let Some(found) = flow_table::at(&bucket, unit, Kind::Short, want, CLIENT) {
+            let ports = ((found.key >> 32) as u16, (found.key >> 48) as u16);
+            return answers(scratch, which, index, &found, ports, client.by_words());
+        }
+    }
+    // The long flows with the first four units: an even number is more than the verifier can tell.
+    if unit < 4 {
+        let want = reply.destination_port as u64;
+        if let Some(found) = flow_table::long_at(&bucket, unit << 1, client, want, CLIENT_PORT)
+            // Else an alias leads to it.
+            && (found.key >> 32) as u16 == reply.destination_port
+            && found.meta.forward() != Forward::FullNat.number()
+        {
+            let ports = (found.key as u16, (found.key >> 16) as u16);
+            return answers(scratch, which, index, &found, ports, client.by_words());
+        }
+    }
+    let want = alias_key(0, 0, reply.destination_port, reply.source_port);
+    match flow_table::at(&bucket, unit, Kind::Alias, want, ALIASED_PORTS) {
+        Some(alias) => aliased(scratch, which, &bucket, &alias),
+        None => NOWHERE,
+    }
+}
+
+/// The flow that an alias leads to.
+#[inline(always)]
+fn aliased(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found) -> Location {
+    let reply = tuple(scratch, which);
+    let index = alias.key as u32 >> 3;
+    let (Some(bucket), Some(backend), Some(settings)) =
+        (bucket(index), maps::backend(alias.meta.backend()), maps::settings())
+    else {
+        return NOWHERE;
+    };
+    let want = (reply.destination_port as u64) << 32;
+    let Some(found) = flow_table::at(&bucket, alias.key as usize & 6, Kind::Long, want, 0xffff << 32) else {
+        return NOWHERE;
+    };
+    let Some(client) = flow_table::client_of_long(&bucket, &found) else {
+        return NOWHERE;
+    };
+    let source = if found.meta.forward() == Forward::FullNat.number() {
+        &backend.source
+    } else {
+        &client
+    };
+    if !found.meta.of_kind(Kind::Alias).is_of_same(alias.meta) || source.0 != reply.destination.0 {
+        return NOWHERE;
+    }
+    let ports = (found.key as u16, (found.key >> 16) as u16);
+    let location = answers(scratch, which, index, &found, ports, client);
+    if location != NOWHERE {
+        // It lives as long as the flow does.
+        let state = found.meta.state();
+        let renewed = alias
+            .meta
+            .with_state(state)
+            .with_age(ageing::ticks(settings, state, now()));
+        if renewed != alias.meta {
+            flow_table::update(aliases, alias, renewed);
+        }
+    }
+    location
+}
+
+/// The location of a flow, if a 5-tuple is one of replies of its backend.
+#[inline(always)]
+fn answers(
+    scratch: &mut Scratch,
+    which: u32,
+    index: u32,
+    found: &Found,
+    (client_port, port): (u16, u16),
+    client: Address,
+) -> Location {
+    let location = (index << 3 | found.unit as u32) as u64;
+    let reply = tuple(scratch, which);
+    if location == scratch.except || !is_answered_by(found.meta, port, reply) {
+        return NOWHERE;
+    }
+    if found.meta.is_left() {
+        return LEFT;
+    }
+    let Some(service) = maps::service(found.meta.service()) else {
+        return NOWHERE;
+    };
+    scratch.client = FlowKey {
+        source: client,
+        destination: service.vip.by_words(),
+        source_port: client_port,
+        destination_port: port,
+        protocol: reply.protocol,
+    };
+    leave(scratch, index, found)
+}
+
+/// Tells whether a 5-tuple is one of replies of a flow's backend, by its source and protocol.
+#[inline(always)]
+fn is_answered_by(meta: Meta, port: u16, reply: &FlowKey) -> bool {
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return false;
+    };
+    Forward::has_reply_key(meta.forward(), reply.protocol)
+        && meta.is_udp() == (reply.protocol == UDP as u32)
+        && backend_port(port, backend) == reply.source_port
+        // A process on this host that is bound to no address answers from the one that the route to the client has,
+        // whatever address the client's packet was for.
+        && (meta.forward() == Forward::Local.number() || backend.address.0 == reply.source.0)
+}
+
+/// The port that a backend is reached on, of the one that the client has connected to.
+#[inline(always)]
+pub fn backend_port(port: u16, backend: &Backend) -> u16 {
+    if backend.port == 0 { port } else { backend.port }
+}
+
+/// What a flow is worth now, see [`flow_table::worth`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn worth(meta: u64) -> u32 {
+    match maps::settings() {
+        Some(settings) => flow_table::worth(settings, Meta(meta), now()),
+        None => flow_table::worth::BUSY,
+    }
+}
+
+/// Makes room for a flow of a kind, see [`flow_table::make_room`]; gives its location or [`NOWHERE`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
+    let index = bucket_of(hash, maps::flow_buckets());
+    let Some(bucket) = bucket(index) else {
+        return NOWHERE;
+    };
+    let kind = match kind {
+        1 => Kind::Short,
+        2 => Kind::Long,
+        _ => Kind::Alias,
+    };
+    match flow_table::make_room(&bucket, line_of(hash), kind, limit, |meta| worth(meta.0)) {
+        Some(room) => {
+            for meta in room.evicted {
+                count_end(meta);
+            }
+            (index << 3 | room.unit as u32) as u64
+        }
+        None => NOWHERE,
+    }
+}
+
+/// Counts the end of a flow that another takes the place of.
+#[inline(always)]
+pub fn count_end(meta: Meta) {
+    if (meta.is(Kind::Short) || meta.is(Kind::Long))
+        && !meta.is_left()
+        && !ageing::has_ended(meta.forward(), meta.state())
+    {
+        maps::count_ended(meta.backend());
+    }
+}
+
+/// Writes the flow of the packet in the scratch memory, or its alias, where there is room for it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn put(location: Location, key: u64, meta: u64) -> u32 {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket((location >> 3) as u32)) else {
+        return 1;
+    };
+    let meta = Meta(meta);
+    if meta.is(Kind::Long) {
+        let client = &scratch.packet.key.source;
+        flow_table::put_long(&bucket, location as usize & 6, key, client, meta);
+    } else {
+        flow_table::put(&bucket, location as usize & 7, key, meta);
+    }
+    0
+}
+
+/// [`hash_of_reply`] of the 5-tuple in [`Scratch::reply`], for ways that are long enough.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hash_of_scratch_reply() -> u64 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => hash_of_reply(settings, &scratch.reply),
+        _ => 0,
+    }
+}
+
+/// Frees the room for a long flow, written or not.
+#[inline(always)]
+pub fn free(location: Location) {
+    if let Some(bucket) = bucket((location >> 3) as u32) {
+        flow_table::free_long(&bucket, location as usize & 6);
+    }
+}
+
+/// Hash of the end of a flow that is the source of its client's packets.
+#[inline(always)]
+pub fn hash_of_client(settings: &Settings, key: &FlowKey) -> u64 {
+    end_hash(settings.seed, &key.source, key.source_port, key.protocol)
+}
+
+/// Hash of the end of a flow that is the destination of its replies.
+#[inline(always)]
+pub fn hash_of_reply(settings: &Settings, key: &FlowKey) -> u64 {
+    end_hash(settings.seed, &key.destination, key.destination_port, key.protocol)
+}
