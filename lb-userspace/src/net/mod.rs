@@ -49,6 +49,9 @@ pub enum NetError {
     /// The kernel cannot make VLAN devices.
     #[error("this kernel knows no VLAN devices; load their module: modprobe 8021q")]
     NoVlan,
+    /// The kernel cannot find TCP connections by their addresses, which ending them takes.
+    #[error("this kernel finds no TCP connections of local processes; load the module: modprobe tcp_diag")]
+    NoTcpDiag,
     /// Anything else that the kernel answered.
     #[error("{action} failed: {source}")]
     Kernel {
