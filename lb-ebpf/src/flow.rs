@@ -1,7 +1,7 @@
 //! The flow table: what holds a connection on its backend. The kernel maps behind it are seen nowhere else.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST, xdp_md},
+    bindings::{BPF_ANY, BPF_NOEXIST},
     helpers::generated::bpf_ktime_get_coarse_ns,
 };
 use lb_common::{
@@ -56,6 +56,19 @@ pub enum Reset {
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
 pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> Option<Known> {
+    let (flow, reset) = going_on(settings, packet, now)?;
+    remember_client_link(frame, packet, flow);
+    Some(Known::of(flow, reset))
+}
+
+/// As [`known`], where replies need no way back to the client.
+#[inline(always)]
+pub fn known_local(settings: &Settings, packet: &Packet, now: u64) -> Option<Known> {
+    going_on(settings, packet, now).map(|(flow, reset)| Known::of(flow, reset))
+}
+
+#[inline(always)]
+fn going_on(settings: &Settings, packet: &Packet, now: u64) -> Option<(&'static mut Flow, Reset)> {
     let flow = get(&packet.key)?;
     let backend = maps::backend(flow.backend)?;
     // The key of the old one's replies stays: another flow may have it by now, and while it leads here, a late
@@ -78,13 +91,25 @@ pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> 
     } else if packet.tcp_flags != 0 {
         advance(flow, Sender::Client, packet.tcp_flags);
     }
-    remember_client_link(frame, packet, flow);
-    Some(Known {
-        backend_id: flow.backend,
-        forward: flow.forward,
-        source_port: flow.source_port,
-        reset,
-    })
+    Some((flow, reset))
+}
+
+/// Brings the flow of a connection up to date that the kernel has a socket for, however long it was idle.
+#[inline(always)]
+pub fn seen(key: &FlowKey, sender: Sender, tcp_flags: u8) -> Option<&'static mut Flow> {
+    let flow = get(key)?;
+    if maps::backend(flow.backend)?.generation != flow.generation {
+        return None;
+    }
+    flow.last_seen = now();
+    advance(flow, sender, tcp_flags);
+    Some(flow)
+}
+
+/// Tells whether packets of a client go to another host: where its service has become `local` since the flow began.
+#[inline(always)]
+pub fn leaves_host(key: &FlowKey) -> bool {
+    get(key).is_some_and(|flow| flow.forward != Forward::Local.number())
 }
 
 /// Puts a client's packet that belongs to no flow on a backend and records the flow.
@@ -92,11 +117,11 @@ pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> 
 /// A function that the verifier checks for itself: it is the longest way, and few packets take it. Gives the flow as a
 /// number, see [`Known::from_bits`].
 #[unsafe(no_mangle)]
-pub extern "C" fn begin(context: *mut xdp_md, service_id: u32) -> u64 {
+pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
     let (Some(scratch), Some(service)) = (scratch(), maps::service(service_id)) else {
         return FAILED | Reason::Internal.index() as u64;
     };
-    match try_begin(context, scratch, service, service_id) {
+    match try_begin(client_ifindex, scratch, service, service_id) {
         Ok(known) => known.into_bits(),
         Err(reason) => FAILED | reason.index() as u64,
     }
@@ -106,6 +131,16 @@ pub extern "C" fn begin(context: *mut xdp_md, service_id: u32) -> u64 {
 const FAILED: u64 = 1 << 63;
 
 impl Known {
+    #[inline(always)]
+    fn of(flow: &Flow, reset: Reset) -> Self {
+        Self {
+            backend_id: flow.backend,
+            forward: flow.forward,
+            source_port: flow.source_port,
+            reset,
+        }
+    }
+
     #[inline(always)]
     fn into_bits(self) -> u64 {
         (self.forward as u64) << 48 | (self.source_port as u64) << 32 | self.backend_id as u64
@@ -131,7 +166,7 @@ impl Known {
 
 #[inline(always)]
 fn try_begin(
-    context: *mut xdp_md,
+    client_ifindex: u32,
     scratch: &mut Scratch,
     service: &Service,
     service_id: u32,
@@ -149,7 +184,8 @@ fn try_begin(
         return Err(Reason::Internal);
     };
     let forward = forward_of(service, &packet.key);
-    let source_port = if Forward::translates(forward) {
+    let has_reply_key = Forward::has_reply_key(forward, packet.key.protocol);
+    let source_port = if has_reply_key {
         claimed_source_port(forward, backend_id)?
     } else {
         packet.key.source_port
@@ -161,7 +197,7 @@ fn try_begin(
         backend: backend_id,
         generation: backend.generation,
         service: service_id,
-        client_ifindex: Cursor::new(context).ingress_ifindex(),
+        client_ifindex,
         client_link: reversed(&packet.link),
         client_tags: Tags([packet.tags.0[0], packet.tags.0[1]]),
         source_port,
@@ -176,7 +212,7 @@ fn try_begin(
         .insert(&scratch.packet.key, &scratch.flow, BPF_ANY as u64)
         .is_err()
     {
-        if Forward::translates(forward) {
+        if has_reply_key {
             let _ = REPLIES.remove(&scratch.reply);
         }
         return Err(Reason::FlowTableFull);
@@ -254,7 +290,7 @@ pub fn replied(scratch: &mut Scratch) -> Option<(&'static mut Flow, &'static Bac
     let flow = get(&scratch.client)?;
     let backend = maps::backend(flow.backend)?;
     if backend.generation != flow.generation
-        || backend.address.0 != scratch.reply.source.0
+        || reply_source(flow.forward, backend).0 != scratch.reply.source.0
         || backend_port(&scratch.client, backend) != scratch.reply.source_port
         || flow.source_port != scratch.reply.destination_port
     {
@@ -315,7 +351,7 @@ fn get(key: &FlowKey) -> Option<&'static mut Flow> {
 #[inline(always)]
 fn advance(flow: &mut Flow, sender: Sender, tcp_flags: u8) {
     let former = TcpState::from_number(flow.tcp_state);
-    let state = if Forward::translates(flow.forward) {
+    let state = if Forward::sees_replies(flow.forward) {
         next(former, sender, tcp_flags)
     } else {
         next_of_client_alone(former, tcp_flags)
@@ -368,6 +404,17 @@ pub fn source_address(forward: u8, client: &FlowKey, backend: &Backend) -> Addre
         backend.source.by_words()
     } else {
         client.source.by_words()
+    }
+}
+
+/// The source of replies, as it is in their key. A process on this host that is bound to no address answers from the
+/// one that the route to the client has, whatever address the client's packet was for: none is in the key.
+#[inline(always)]
+fn reply_source(forward: u8, backend: &Backend) -> Address {
+    if forward == Forward::Local.number() {
+        Address::default()
+    } else {
+        backend.address.by_words()
     }
 }
 
@@ -428,7 +475,7 @@ fn claim_source_port(
     }
     let start = first_choice(settings, client);
     scratch.reply = FlowKey {
-        source: backend.address.by_words(),
+        source: reply_source(forward, backend),
         destination: source,
         source_port: backend_port(client, backend),
         destination_port: client.source_port,

@@ -181,6 +181,9 @@ fn about(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, to_vip: boo
 
 #[inline(always)]
 fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: &Flow) -> Verdict {
+    if flow.forward == Forward::Local.number() {
+        return Verdict::pass(Reason::Local);
+    }
     let verdict = Verdict::of_service(flow.service).sent(XDP_TX, Reason::ErrorForwarded);
     // The process that it is for is on this host, and has sent the quoted packet as it is quoted.
     if flow.forward == Forward::Local.number() {

@@ -72,16 +72,21 @@ fn from_client(
     service_id: u32,
 ) -> Verdict {
     let verdict = Verdict::of_service(service_id);
+    let is_local = service::is_local(settings, service_id) && !flow::leaves_host(&scratch.packet.key);
     let is_last_hop = scratch.packet.ttl <= 1;
-    if is_last_hop && !service::is_local(service_id) {
+    if is_last_hop && !is_local {
         return verdict.dropped(Reason::TtlExceeded);
     }
     if scratch.packet.fragment == Fragment::First as u8 {
         fragment::remember(scratch);
     }
+    // The backend is selected where the host's own packets pass, too.
+    if is_local {
+        return Verdict::pass(Reason::Local);
+    }
     let known = match flow::known(settings, &frame, &scratch.packet, flow::now()) {
         Some(known) => known,
-        None => match Known::from_bits(flow::begin(context, service_id)) {
+        None => match Known::from_bits(flow::begin(frame.ingress_ifindex(), service_id)) {
             Ok(known) => known,
             Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),
             Err(reason) => return verdict.dropped(reason),

@@ -32,10 +32,12 @@ fn id(service_key: &ServiceKey) -> Option<u32> {
     unsafe { SERVICE_KEYS.get(service_key) }.copied()
 }
 
-/// Tells whether a service's packets are for processes on this host, so that they need no hop to live.
+/// Tells whether a service is delivered to processes on this host.
 #[inline(always)]
-pub fn is_local(service_id: u32) -> bool {
-    maps::service(service_id).is_some_and(|service| service.forward == Forward::Local.number())
+pub fn is_local(settings: &Settings, service_id: u32) -> bool {
+    // Asked only where there is such a service.
+    settings.flags & SettingsFlags::LOCAL != 0
+        && maps::service(service_id).is_some_and(|service| service.forward == Forward::Local.number())
 }
 
 /// Tells whether an address is the VIP of a service.

@@ -7,6 +7,7 @@ mod sweeps;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::{Instant, SystemTime},
@@ -22,15 +23,15 @@ use self::{slow_starts::Rising, sweeps::Sweeps};
 use crate::{
     api::{Change, Done, Refusal, Refused},
     compile::{self, Directory, SlotTables},
-    config::{self, Config, Probe, Service, XdpMode},
+    config::{self, Config, Forward, Probe, Service, XdpMode},
     datapath::{
         Datapath, Live,
         kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
     },
-    health::{Driver, Target, Transition},
+    health::{Driver, SocketOptions, Target, Transition},
     instance::Instance,
     model::{Administrative, BackendName, Health, Model, NextHop},
-    net::{self, NextHopWatcher, poke::Poker},
+    net::{self, NextHopWatcher, Unresolved, poke::Poker},
     observe::{
         rates::Rates,
         status::{
@@ -41,6 +42,9 @@ use crate::{
     reconcile::Reconciler,
     seed,
 };
+
+/// What is tried when it is looked for addresses of this host.
+const LOCAL_ADDRESSES: &str = "addresses of local services";
 
 /// The state of a running daemon.
 #[expect(missing_debug_implementations, reason = "nobody prints a whole daemon")]
@@ -59,6 +63,8 @@ pub struct Controller {
     rising: Rising,
     sweeps: Sweeps,
     poker: Poker,
+    /// Addresses of `local` services and backends that are not this host's.
+    not_local: BTreeSet<IpAddr>,
     /// Problems that the last attempt at something has left, by what was tried.
     problems: BTreeMap<&'static str, String>,
 }
@@ -115,6 +121,7 @@ impl Controller {
             rising: Rising::default(),
             sweeps: Sweeps::judging_sources(),
             poker: Poker::start(),
+            not_local: BTreeSet::new(),
             problems: BTreeMap::new(),
         };
         controller.follow_configuration().await;
@@ -311,7 +318,12 @@ impl Controller {
                     .to_owned(),
                     health: self.model.health_of(service, &backend.name),
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
-                    next_hop_problem: next_hop_problem(&self.model, &unresolved, &attached, backend.address),
+                    next_hop_problem: if service.forward == config::Forward::Local {
+                        let is_missing = self.not_local.contains(&backend.address);
+                        is_missing.then(|| "it is no address of this host".to_owned())
+                    } else {
+                        next_hop_problem(&self.model, &unresolved, &attached, backend.address)
+                    },
                     share: shares.get(&id).copied().unwrap_or(0.0),
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
                     live_flows: live.get(&id).map_or(0, Live::flows),
@@ -424,6 +436,14 @@ impl Controller {
             }
         }
         self.attachments = attachments;
+        let hooked: Vec<String> = if local_services(&self.model.config).next().is_some() {
+            // What clients on this host send is seen on loopback alone.
+            let network = self.model.config.interfaces.iter().cloned();
+            iter::once("lo".to_owned()).chain(network).collect()
+        } else {
+            Vec::new()
+        };
+        self.reconciler.datapath_mut().attach_local(&hooked)?;
         Ok(())
     }
 
@@ -436,6 +456,8 @@ impl Controller {
             .config
             .services
             .iter()
+            // There is no way to a process on this host, only a port.
+            .filter(|service| service.forward != Forward::Local)
             .flat_map(|service| &service.backends);
         self.watcher
             .set_addresses(addresses.map(|backend| backend.address).collect())
@@ -463,6 +485,28 @@ impl Controller {
                 }
             }
             Err(error) => self.problem("assign VIPs", &error.into()),
+        }
+        self.look_for_local_addresses().await;
+    }
+
+    /// Finds out which addresses of `local` services are not this host's, which has no process get their packets.
+    async fn look_for_local_addresses(&mut self) {
+        let services = || local_services(&self.model.config);
+        let addresses = services().flat_map(|service| {
+            let backends = service.backends.iter().map(|backend| backend.address);
+            iter::once(service.vip).chain(backends)
+        });
+        match net::not_local(&addresses.collect()).await {
+            Ok(not_local) => self.not_local = not_local,
+            Err(error) => return self.problem(LOCAL_ADDRESSES, &error.into()),
+        }
+        let missing =
+            local_services(&self.model.config).filter(|service| self.not_local.contains(&service.vip));
+        let problems: Vec<String> = missing.map(vip_not_local).collect();
+        if problems.is_empty() {
+            self.problems.remove(LOCAL_ADDRESSES);
+        } else if self.problems.get(LOCAL_ADDRESSES) != Some(&problems.join("; ")) {
+            self.problem(LOCAL_ADDRESSES, &anyhow::anyhow!(problems.join("; ")));
         }
     }
 
@@ -528,6 +572,22 @@ impl Controller {
     }
 }
 
+/// Services that are delivered to processes on this host.
+pub fn local_services(config: &Config) -> impl Iterator<Item = &Service> {
+    let services = config.services.iter();
+    services.filter(|service| service.forward == Forward::Local)
+}
+
+/// What is wrong where the VIP of a `local` service is not this host's, and what mends it.
+pub fn vip_not_local(service: &Service) -> String {
+    let Service { name, vip, .. } = service;
+    let bits = if vip.is_ipv4() { 32 } else { 128 };
+    format!(
+        "the vip {vip} of {name:?} is no address of this host, so that no process gets its packets: set \
+         `assign-vip = true`, or `ip address add {vip}/{bits} dev lo`"
+    )
+}
+
 /// Address and port of each backend.
 fn servers(config: &Config) -> BTreeMap<BackendName, (IpAddr, Option<u16>)> {
     let named = |service: &Service, backend: &config::Backend| {
@@ -558,7 +618,7 @@ fn targets(model: &Model) -> Vec<Target> {
     for service in &model.config.services {
         let probe_port = match &service.health.probe {
             Probe::None => continue,
-            Probe::Tcp { port } | Probe::Http { port, .. } => *port,
+            probe => probe.port(),
         };
         let client_port = service.ports.first().map_or(0, |range| range.first);
         for backend in &service.backends {
@@ -568,6 +628,7 @@ fn targets(model: &Model) -> Vec<Target> {
                 backend: backend.name.clone(),
                 address: SocketAddr::new(backend.address, port),
                 check: service.health.clone(),
+                socket: SocketOptions::default(),
                 initial: model.health_of(service, &backend.name),
             });
         }
@@ -577,7 +638,7 @@ fn targets(model: &Model) -> Vec<Target> {
 
 fn next_hop_problem(
     model: &Model,
-    unresolved: &BTreeMap<IpAddr, String>,
+    unresolved: &BTreeMap<IpAddr, Unresolved>,
     attached: &BTreeSet<u32>,
     address: IpAddr,
 ) -> Option<String> {
@@ -596,8 +657,7 @@ fn next_hop_problem(
     Some(
         unresolved
             .get(&address)
-            .cloned()
-            .unwrap_or_else(|| "not resolved yet".to_owned()),
+            .map_or_else(|| "not resolved yet".to_owned(), ToString::to_string),
     )
 }
 

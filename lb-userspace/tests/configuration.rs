@@ -10,8 +10,8 @@ use std::{
 
 use proptest::prelude::*;
 use xlb::config::{
-    self, Config, ConfigError, Diagnostics, Forward, HealthCheck, IPIP_SOURCE, NewFlowCap, PortRange, Probe,
-    Protocol, Service, Strategy as Spread, WhenAllDown, XdpMode, raw::KEYS,
+    self, Command, Config, ConfigError, Diagnostics, Forward, HealthCheck, IPIP_SOURCE, NewFlowCap,
+    PortRange, Probe, Protocol, Service, Strategy as Spread, Trust, WhenAllDown, XdpMode, raw::KEYS,
 };
 
 /// The smallest that balances something.
@@ -241,6 +241,218 @@ fn every_key_can_say_something_else() {
         (service.backends[1].port, service.backends[1].weight),
         (Some(8080), 65535)
     );
+}
+
+/// The probe of the smallest configuration with this table `[service.health]`.
+fn probe(health: &str) -> Probe {
+    let table = format!("[service.health]\n{health}\n[[service.backend]]\naddress = \"10.0.0.11:8080\"\n");
+    let text = SMALLEST.replacen("[[service.backend]]\naddress = \"10.0.0.11:8080\"\n", &table, 1);
+    parsed(&text).services[0].health.probe.clone()
+}
+
+#[test]
+fn each_probe_has_its_keys_and_their_defaults() {
+    assert_eq!(
+        probe("type = \"grpc\""),
+        Probe::Grpc {
+            port: None,
+            host: None,
+            service: String::new(),
+        }
+    );
+    assert_eq!(
+        probe("type = \"grpc\"\nservice = \"orders.v1.Orders\"\nhost = \"orders.example\"\nport = 50051"),
+        Probe::Grpc {
+            port: Some(50051),
+            host: Some("orders.example".to_owned()),
+            service: "orders.v1.Orders".to_owned(),
+        }
+    );
+    let udp = |port, send: Option<&[u8]>, expect: Option<&[u8]>| Probe::Udp {
+        port,
+        send: send.map(<[u8]>::to_vec),
+        expect: expect.map(<[u8]>::to_vec),
+    };
+    assert_eq!(probe("type = \"udp\""), udp(None, None, None));
+    assert_eq!(
+        probe("type = \"udp\"\nsend = \"ping\\r\\n\"\nexpect = \"pong\"\nport = 53"),
+        udp(Some(53), Some(b"ping\r\n"), Some(b"pong"))
+    );
+    assert_eq!(
+        probe("type = \"udp\"\nsend-hex = \"00 01ffFE\"\nexpect-hex = \"80\""),
+        udp(None, Some(&[0, 1, 0xff, 0xfe]), Some(&[0x80]))
+    );
+    assert_eq!(probe("type = \"udp\"\nsend = \"\""), udp(None, Some(&[]), None));
+    assert_eq!(probe("type = \"icmp\""), Probe::Icmp);
+    let exec = |port, arguments: &[&str]| Probe::Exec {
+        port,
+        command: Command {
+            program: PathBuf::from("/usr/lib/xlb/check"),
+            arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
+        },
+    };
+    assert_eq!(
+        probe("type = \"exec\"\ncommand = [\"/usr/lib/xlb/check\"]"),
+        exec(None, &[])
+    );
+    assert_eq!(
+        probe("type = \"exec\"\ncommand = [\"/usr/lib/xlb/check\", \"a b\", \"\"]\nport = 1"),
+        exec(Some(1), &["a b", ""])
+    );
+}
+
+#[test]
+fn the_name_in_the_certificate_is_that_of_the_host_unless_another_is_given() {
+    let name = |health: &str| match probe(&format!("type = \"https\"\nverify = false\n{health}")) {
+        Probe::Https { server_name, .. } => server_name.map(|name| name.to_str().into_owned()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(name(""), None);
+    for (host, expected) in [
+        ("www.example.com", "www.example.com"),
+        ("www.example.com:8443", "www.example.com"),
+        ("10.0.0.11:8443", "10.0.0.11"),
+        ("[2001:db8::11]:8443", "2001:db8::11"),
+        ("2001:db8::11", "2001:db8::11"),
+    ] {
+        assert_eq!(name(&format!("host = \"{host}\"")).as_deref(), Some(expected));
+    }
+    assert_eq!(
+        name("host = \"www.example.com\"\nserver-name = \"inner.example\"").as_deref(),
+        Some("inner.example")
+    );
+    // A host that no certificate can be for does not matter then.
+    assert_eq!(
+        name("host = \"a..b\"\nserver-name = \"10.0.0.1\"").as_deref(),
+        Some("10.0.0.1")
+    );
+}
+
+/// The certificate of an authority as PEM.
+fn authority() -> String {
+    let mut parameters = rcgen::CertificateParams::new([]).expect("no name is no bad name");
+    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().expect("there is randomness");
+    parameters
+        .self_signed(&key)
+        .expect("an authority can be made")
+        .pem()
+}
+
+#[test]
+fn an_https_probe_trusts_the_system_a_file_or_anybody() {
+    let trust = |health: &str| match probe(&format!("type = \"https\"\n{health}")) {
+        Probe::Https { trust, .. } => trust,
+        other => panic!("{other:?}"),
+    };
+    let count = |trust: &Trust| match trust {
+        Trust::Authorities(authorities) => authorities.len(),
+        Trust::Anybody => 0,
+    };
+    let system = trust("");
+    assert!(count(&system) > 2, "{system:?}");
+    assert_eq!(trust("verify = true"), system);
+    assert_eq!(trust("verify = false"), Trust::Anybody);
+
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("ca.pem");
+    let in_file = format!("ca-file = {:?}", file.display().to_string());
+    fs::write(&file, ["# two of them\n", &authority(), &authority()].concat()).unwrap();
+    let two = trust(&in_file);
+    assert_eq!(count(&two), 2);
+    assert_eq!(trust(&in_file), two);
+    // Read anew each time: so a reload takes over what has changed.
+    fs::write(&file, authority()).unwrap();
+    assert_ne!(trust(&in_file), two);
+    assert_ne!(two, system);
+}
+
+/// The smallest configuration with this in its table `health`; all of it is in line 7.
+fn with_health(inline: &str) -> String {
+    SMALLEST.replace(
+        "protocol = \"tcp\"\n",
+        &format!("protocol = \"tcp\"\nhealth = {{ {inline} }}\n"),
+    )
+}
+
+#[test]
+fn a_damaged_file_of_authorities_is_told_where_it_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("ca.pem");
+    let nonsense = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+    let key = rcgen::KeyPair::generate().unwrap().serialize_pem();
+    for (contents, expected) in [
+        (String::new(), "holds no certificate"),
+        (key, "holds no certificate"),
+        (
+            authority() + nonsense,
+            "has a certificate that cannot be used, number 2",
+        ),
+        (authority().replace("-----END", "-----FIN"), "is damaged"),
+        ("x".repeat(5 << 20), "cannot be read: longer than 4194304 bytes"),
+    ] {
+        fs::write(&file, contents).unwrap();
+        let start = "type = \"https\", ca-file = ";
+        let text = with_health(&format!("{start}{:?}", file.display().to_string()));
+        let told = rejected(&text).located();
+        let place = (told.len(), told[0].line, told[0].column);
+        assert_eq!(place, (1, 8, "health = { ".len() + start.len() + 1), "{told:#?}");
+        let words = format!("{} {expected}", file.display());
+        assert!(told[0].message.starts_with(&words), "{}", told[0].message);
+    }
+}
+
+#[test]
+fn authorities_are_of_no_use_where_nothing_is_verified() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("ca.pem");
+    fs::write(&file, authority()).unwrap();
+    let ca_file = format!("ca-file = {:?}", file.display().to_string());
+
+    let told = rejected(&with_health(&format!(
+        "type = \"https\", verify = false, {ca_file}"
+    )));
+    let rendered = told.render(false);
+    assert_eq!(told.found().len(), 1, "{rendered}");
+    assert!(
+        rendered.contains("`ca-file` is of no use where nothing is verified"),
+        "{rendered}"
+    );
+    assert!(rendered.contains("switched off here"), "{rendered}");
+
+    let told = rejected(&with_health(&format!("type = \"http\", {ca_file}"))).located();
+    assert_eq!(told.len(), 1);
+    assert_eq!(
+        told[0].message,
+        "`ca-file` is only for type \"https\", not for \"http\""
+    );
+}
+
+#[test]
+fn a_system_without_authorities_is_told_to_those_who_verify_with_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("xlb.toml");
+    let check = |health: &str| {
+        fs::write(&file, with_health(health)).unwrap();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_xlb"))
+            .args(["check", "-c"])
+            .arg(&file)
+            .env("SSL_CERT_FILE", directory.path().join("none.pem"))
+            .env("SSL_CERT_DIR", directory.path().join("none"))
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, words) = check("type = \"https\"");
+    assert_eq!(code, Some(78), "{words}");
+    assert!(words.contains("xlb.toml:8:19"), "{words}");
+    assert!(
+        words.contains("this system has no authorities' certificates"),
+        "{words}"
+    );
+    assert!(words.contains("install the package ca-certificates"), "{words}");
+    let (code, words) = check("type = \"https\", verify = false");
+    assert_eq!(code, Some(0), "{words}");
 }
 
 #[test]
@@ -779,17 +991,13 @@ fn the_documentation_has_exactly_the_keys_that_there_are() {
                 .map(|key| (table.header.to_owned(), (*key).to_owned()))
         })
         // The keys that hold other tables are headers.
-        .filter(|(_, key)| {
-            ![
-                "flow-table",
-                "hash",
-                "ipip",
-                "api",
-                "service",
-                "health",
-                "backend",
-            ]
-            .contains(&key.as_str())
+        .filter(|(table, key)| {
+            let tables: &[&str] = match table.as_str() {
+                "" => &["flow-table", "hash", "ipip", "api", "service"],
+                "[[service]]" => &["health", "backend"],
+                _ => &[],
+            };
+            !tables.contains(&key.as_str())
         })
         .collect();
     assert_eq!(documented, known);

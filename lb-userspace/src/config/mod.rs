@@ -5,6 +5,7 @@
 pub mod diagnostic;
 pub mod raw;
 mod syntax;
+mod trust;
 mod validate;
 pub mod validated;
 mod values;
@@ -15,6 +16,7 @@ use std::{
 };
 
 pub use diagnostic::{Diagnostic, Diagnostics};
+pub use trust::{Trust, TrustError};
 pub use validated::*;
 pub use values::addresses::unusable;
 

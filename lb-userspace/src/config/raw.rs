@@ -5,6 +5,7 @@
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use rustls::pki_types::ServerName;
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -12,7 +13,8 @@ use toml::{
 
 use super::{
     diagnostic::{Diagnostic, Span},
-    validated::{Forward, PortRange, Protocol, Strategy, WhenAllDown, XdpMode},
+    trust::Trust,
+    validated::{Command, Forward, PortRange, Protocol, Strategy, WhenAllDown, XdpMode},
     values::{self, BackendAddress, FlowTableSize, Parsed, ProbeType, kind, nearest, quoted},
 };
 
@@ -83,7 +85,23 @@ const SERVICE: TableKeys = TableKeys {
 const HEALTH: TableKeys = TableKeys {
     header: "[service.health]",
     keys: &[
-        "type", "path", "host", "port", "interval", "timeout", "rise", "fall",
+        "type",
+        "path",
+        "host",
+        "server-name",
+        "ca-file",
+        "verify",
+        "service",
+        "send",
+        "send-hex",
+        "expect",
+        "expect-hex",
+        "command",
+        "port",
+        "interval",
+        "timeout",
+        "rise",
+        "fall",
     ],
 };
 const BACKEND: TableKeys = TableKeys {
@@ -187,6 +205,15 @@ pub(super) struct RawHealth {
     pub(super) probe_type: Field<ProbeType>,
     pub(super) path: Field<String>,
     pub(super) host: Field<String>,
+    pub(super) server_name: Field<ServerName<'static>>,
+    pub(super) ca_file: Field<Trust>,
+    pub(super) verify: Field<bool>,
+    pub(super) service: Field<String>,
+    pub(super) send: Field<Vec<u8>>,
+    pub(super) send_hex: Field<Vec<u8>>,
+    pub(super) expect: Field<Vec<u8>>,
+    pub(super) expect_hex: Field<Vec<u8>>,
+    pub(super) command: Field<Command>,
     pub(super) port: Field<u16>,
     pub(super) interval: Field<Duration>,
     pub(super) timeout: Field<Duration>,
@@ -307,13 +334,22 @@ fn service(mut table: Table<'_, '_>) -> RawService {
 fn health(mut table: Table<'_, '_>) -> RawHealth {
     let probe_type = table.required(
         "type",
-        "type = \"tcp\", type = \"http\" or type = \"none\"",
+        "type = \"tcp\", type = \"http\" or another of the types, or type = \"none\"",
         |table| table.field("type", values::probe_type),
     );
     RawHealth {
         probe_type,
         path: table.field("path", values::request_path),
         host: table.field("host", values::host),
+        server_name: table.field("server-name", values::server_name),
+        ca_file: table.field("ca-file", values::ca_file),
+        verify: table.field("verify", values::boolean),
+        service: table.field("service", values::grpc_service),
+        send: table.field("send", values::payload),
+        send_hex: table.field("send-hex", values::payload_in_hex),
+        expect: table.field("expect", values::expected),
+        expect_hex: table.field("expect-hex", values::expected_in_hex),
+        command: table.field("command", values::command),
         port: table.field("port", values::port),
         interval: table.field("interval", values::duration(SHORTEST_INTERVAL)),
         timeout: table.field("timeout", values::duration(SHORTEST_TIMEOUT)),

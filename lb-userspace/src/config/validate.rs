@@ -6,18 +6,20 @@ mod filters;
 mod forwards;
 mod ports;
 
-use std::{collections::HashMap, path::PathBuf, time::Duration};
+use std::{cell::OnceCell, collections::HashMap, net::IpAddr, path::PathBuf, time::Duration};
 
+use rustls::pki_types::ServerName;
 use toml::Spanned;
 
 use super::{
     diagnostic::{Diagnostic, Span},
-    raw::{RawConfig, RawHealth, RawService},
+    raw::{Field, RawConfig, RawHealth, RawService},
+    trust::Trust,
     validated::{
         Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, IpipSource, PortRange, Probe,
         Protocol, Service, Strategy, WhenAllDown,
     },
-    values::{FlowTableSize, ProbeType},
+    values::{self, FlowTableSize, ProbeType},
 };
 
 const TCP_IDLE_TIMEOUT: Duration = Duration::from_secs(60 * 60);
@@ -41,7 +43,13 @@ pub(super) fn validate(raw: &RawConfig, found: &mut Vec<Diagnostic>) -> Option<C
     if !capacity::suffices(&raw.services, found) {
         return None;
     }
-    let services: Vec<Option<Service>> = raw.services.iter().map(|raw| service(raw, found)).collect();
+    let services: Vec<Option<Service>> = {
+        let system = SystemTrust::default();
+        raw.services
+            .iter()
+            .map(|raw| service(raw, &system, found))
+            .collect()
+    };
     Some(Config {
         interfaces: unspanned(raw.interfaces.value()?),
         xdp_mode: raw.xdp_mode.or(Default::default())?,
@@ -63,13 +71,13 @@ pub(super) fn validate(raw: &RawConfig, found: &mut Vec<Diagnostic>) -> Option<C
     })
 }
 
-fn service(raw: &RawService, found: &mut Vec<Diagnostic>) -> Option<Service> {
+fn service(raw: &RawService, system: &SystemTrust, found: &mut Vec<Diagnostic>) -> Option<Service> {
     forwards::reach_every_backend(raw, found);
     reset_on_removal_is_for_tcp(raw, found);
     let (filters, new_flow_cap) = (filters::sources(raw, found), filters::new_flow_cap(raw, found));
     let backends = backends::all(raw, found);
     let health = match (&raw.health, raw.protocol.value()) {
-        (Some(health), _) => health_check(health, found),
+        (Some(health), _) => health_check(health, system, found),
         (None, Some(protocol)) => Some(default_health_check(protocol)),
         (None, None) => None,
     };
@@ -125,10 +133,7 @@ fn probes_have_a_port(
     backends: &[Backend],
     found: &mut Vec<Diagnostic>,
 ) {
-    let needs_port = match probe {
-        Probe::None => false,
-        Probe::Tcp { port } | Probe::Http { port, .. } => port.is_none(),
-    };
+    let needs_port = !matches!(probe, Probe::None | Probe::Icmp) && probe.port().is_none();
     let without_port = backends.iter().any(|backend| backend.port.is_none());
     if let (true, true, [PortRange::ANY], Some(span)) = (needs_port, without_port, ports, raw.ports.span()) {
         found.push(Diagnostic::new(
@@ -140,20 +145,20 @@ fn probes_have_a_port(
     }
 }
 
-fn health_check(raw: &RawHealth, found: &mut Vec<Diagnostic>) -> Option<HealthCheck> {
+/// The authorities of this system, read once for all services and only when one of them needs them.
+#[derive(Default)]
+struct SystemTrust(OnceCell<Option<Trust>>);
+
+impl SystemTrust {
+    fn get(&self) -> Option<Trust> {
+        self.0.get_or_init(Trust::of_system).clone()
+    }
+}
+
+fn health_check(raw: &RawHealth, system: &SystemTrust, found: &mut Vec<Diagnostic>) -> Option<HealthCheck> {
     timeout_within_interval(raw, found);
     let probe_type = raw.probe_type.value()?;
-    if probe_type == ProbeType::Tcp {
-        for (key, field) in [("path", &raw.path), ("host", &raw.host)] {
-            if let Some(value) = field.given() {
-                found.push(Diagnostic::new(
-                    value.span(),
-                    format!("`{key}` is only for type \"http\": \"tcp\" sends no request"),
-                    format!("write type = \"http\", or remove `{key}`"),
-                ));
-            }
-        }
-    }
+    keys_of_other_probes(raw, probe_type, found);
     let port = raw.port.optional();
     let probe = match probe_type {
         ProbeType::None => Probe::None,
@@ -163,6 +168,44 @@ fn health_check(raw: &RawHealth, found: &mut Vec<Diagnostic>) -> Option<HealthCh
             path: raw.path.or(REQUEST_PATH.to_owned())?,
             host: raw.host.optional()?,
         },
+        ProbeType::Https => {
+            let (trust, server_name) = (trust(raw, system, found), server_name(raw, found));
+            Probe::Https {
+                port: port?,
+                path: raw.path.or(REQUEST_PATH.to_owned())?,
+                host: raw.host.optional()?,
+                server_name: server_name?,
+                trust: trust?,
+            }
+        }
+        ProbeType::Grpc => Probe::Grpc {
+            port: port?,
+            host: raw.host.optional()?,
+            service: raw.service.or(String::new())?,
+        },
+        ProbeType::Udp => {
+            let send = text_or_hex(["send", "send-hex"], [&raw.send, &raw.send_hex], found);
+            let expect = text_or_hex(["expect", "expect-hex"], [&raw.expect, &raw.expect_hex], found);
+            Probe::Udp {
+                port: port?,
+                send: send?,
+                expect: expect?,
+            }
+        }
+        ProbeType::Icmp => Probe::Icmp,
+        ProbeType::Exec => {
+            if let (Field::Absent, Some(place)) = (&raw.command, raw.probe_type.span()) {
+                found.push(Diagnostic::new(
+                    place,
+                    "type \"exec\" needs a `command`",
+                    format!("write {}", values::COMMAND),
+                ));
+            }
+            Probe::Exec {
+                port: port?,
+                command: raw.command.value()?,
+            }
+        }
     };
     let interval = raw.interval.or(INTERVAL)?;
     Some(HealthCheck {
@@ -172,6 +215,113 @@ fn health_check(raw: &RawHealth, found: &mut Vec<Diagnostic>) -> Option<HealthCh
         rise: raw.rise.or(RISE)?,
         fall: raw.fall.or(FALL)?,
     })
+}
+
+/// A key that the type has no use for is a misunderstanding: it is told, not ignored.
+fn keys_of_other_probes(raw: &RawHealth, probe_type: ProbeType, found: &mut Vec<Diagnostic>) {
+    use ProbeType::{Exec, Grpc, Http, Https, Tcp, Udp};
+    let keys: [(&str, Option<Span>, &[ProbeType]); 12] = [
+        ("path", raw.path.span(), &[Http, Https]),
+        ("host", raw.host.span(), &[Http, Https, Grpc]),
+        ("server-name", raw.server_name.span(), &[Https]),
+        ("ca-file", raw.ca_file.span(), &[Https]),
+        ("verify", raw.verify.span(), &[Https]),
+        ("service", raw.service.span(), &[Grpc]),
+        ("send", raw.send.span(), &[Udp]),
+        ("send-hex", raw.send_hex.span(), &[Udp]),
+        ("expect", raw.expect.span(), &[Udp]),
+        ("expect-hex", raw.expect_hex.span(), &[Udp]),
+        ("command", raw.command.span(), &[Exec]),
+        ("port", raw.port.span(), &[Tcp, Http, Https, Grpc, Udp, Exec]),
+    ];
+    for (key, span, types) in keys {
+        let Some(span) = span.filter(|_| !types.contains(&probe_type)) else {
+            continue;
+        };
+        let words: Vec<&str> = types.iter().map(|probe_type| probe_type.word()).collect();
+        found.push(Diagnostic::new(
+            span,
+            format!(
+                "`{key}` is only for type {}, not for \"{}\"",
+                values::alternatives(&words),
+                probe_type.word()
+            ),
+            format!("write type = \"{}\", or remove `{key}`", words[0]),
+        ));
+    }
+}
+
+fn trust(raw: &RawHealth, system: &SystemTrust, found: &mut Vec<Diagnostic>) -> Option<Trust> {
+    if raw.verify.or(true)? {
+        return match raw.ca_file.optional()? {
+            Some(trust) => Some(trust),
+            None => system.get().or_else(|| {
+                found.push(Diagnostic::new(
+                    raw.probe_type.span()?,
+                    "this system has no authorities' certificates to verify with",
+                    "install the package ca-certificates, or write ca-file = \"/etc/xlb/ca.pem\"",
+                ));
+                None
+            }),
+        };
+    }
+    if let (Some(ca_file), Some(verify)) = (raw.ca_file.span(), raw.verify.span()) {
+        found.push(
+            Diagnostic::new(
+                ca_file,
+                "`ca-file` is of no use where nothing is verified",
+                "remove `ca-file`, or remove verify = false",
+            )
+            .with_related(verify, "switched off here"),
+        );
+    }
+    Some(Trust::Anybody)
+}
+
+/// Whose certificate it has to be: `server-name`, or else `host` without its port.
+fn server_name(raw: &RawHealth, found: &mut Vec<Diagnostic>) -> Option<Option<ServerName<'static>>> {
+    if let Some(name) = raw.server_name.optional()? {
+        return Some(Some(name));
+    }
+    let Some(host) = raw.host.given() else {
+        return Some(None);
+    };
+    let written = host.get_ref().as_str();
+    let name = match (written.parse::<IpAddr>(), written.strip_prefix('[')) {
+        (Ok(_), _) => written,
+        (_, Some(rest)) => rest.split(']').next().unwrap_or(rest),
+        (_, None) => written.split(':').next().unwrap_or(written),
+    };
+    match ServerName::try_from(name.to_owned()) {
+        Ok(name) => Some(Some(name)),
+        Err(_) => {
+            found.push(Diagnostic::new(
+                host.span(),
+                format!("{} cannot be the name in a certificate", values::quoted(name)),
+                "write the name that the certificate is for under `server-name`",
+            ));
+            None
+        }
+    }
+}
+
+/// Bytes that are given as text or in hexadecimal.
+fn text_or_hex(
+    keys: [&str; 2],
+    [text, hex]: [&Field<Vec<u8>>; 2],
+    found: &mut Vec<Diagnostic>,
+) -> Option<Option<Vec<u8>>> {
+    if let (Some(text), Some(hex)) = (text.span(), hex.span()) {
+        found.push(
+            Diagnostic::new(
+                hex,
+                format!("`{}` and `{}` say the same in two ways", keys[0], keys[1]),
+                format!("remove `{}` or `{}`", keys[0], keys[1]),
+            )
+            .with_related(text, "the other one"),
+        );
+    }
+    Some(text.optional()?.or(hex.optional()?))
 }
 
 /// What holds without a table `[service.health]`: UDP has no answer that would mean "up" for every server.

@@ -9,6 +9,10 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use rustls::pki_types::ServerName;
+
+use super::trust::Trust;
+
 /// A whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -221,6 +225,56 @@ pub enum Probe {
         path: String,
         host: Option<String>,
     },
+    /// The same over TLS.
+    Https {
+        port: Option<u16>,
+        path: String,
+        host: Option<String>,
+        /// Whose certificate it has to be; `None` stands for the backend's address.
+        server_name: Option<ServerName<'static>>,
+        trust: Trust,
+    },
+    /// `grpc.health.v1.Health/Check` over HTTP/2 without TLS answers `SERVING`.
+    Grpc {
+        port: Option<u16>,
+        host: Option<String>,
+        /// What is asked for; empty stands for the server as a whole.
+        service: String,
+    },
+    /// A datagram is answered; without anything to send or to expect, it is enough that it is not refused.
+    Udp {
+        port: Option<u16>,
+        send: Option<Vec<u8>>,
+        /// What the answer has to contain.
+        expect: Option<Vec<u8>>,
+    },
+    /// An ICMP echo request is answered.
+    Icmp,
+    /// A program on this host exits with 0.
+    Exec { port: Option<u16>, command: Command },
+}
+
+/// A program and its arguments, run without a shell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// Absolute path.
+    pub program: PathBuf,
+    pub arguments: Vec<String>,
+}
+
+impl Probe {
+    /// The port that is configured for the probe itself.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::None | Self::Icmp => None,
+            Self::Tcp { port }
+            | Self::Http { port, .. }
+            | Self::Https { port, .. }
+            | Self::Grpc { port, .. }
+            | Self::Udp { port, .. }
+            | Self::Exec { port, .. } => *port,
+        }
+    }
 }
 
 impl fmt::Display for PortRange {

@@ -5,6 +5,7 @@ mod ports;
 
 use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
+use rustls::pki_types::ServerName;
 use toml::de::DeValue;
 
 pub(super) use self::{
@@ -13,7 +14,10 @@ pub(super) use self::{
     },
     ports::{port, port_range},
 };
-use super::validated::{Forward, Protocol, Strategy, WhenAllDown, XdpMode};
+use super::{
+    trust::Trust,
+    validated::{Command, Forward, Protocol, Strategy, WhenAllDown, XdpMode},
+};
 
 /// What a value means, or what is wrong with it.
 pub(super) type Parsed<T> = Result<T, Problem>;
@@ -43,6 +47,32 @@ pub(super) enum ProbeType {
     None,
     Tcp,
     Http,
+    Https,
+    Grpc,
+    Udp,
+    Icmp,
+    Exec,
+}
+
+impl ProbeType {
+    /// Every type, under the word that is written.
+    const WORDS: [(&'static str, Self); 8] = [
+        ("tcp", Self::Tcp),
+        ("http", Self::Http),
+        ("https", Self::Https),
+        ("grpc", Self::Grpc),
+        ("udp", Self::Udp),
+        ("icmp", Self::Icmp),
+        ("exec", Self::Exec),
+        ("none", Self::None),
+    ];
+
+    pub(super) fn word(self) -> &'static str {
+        Self::WORDS
+            .iter()
+            .find(|(_, probe_type)| *probe_type == self)
+            .map_or("", |(word, _)| word)
+    }
 }
 
 /// Entries of the flow table.
@@ -62,6 +92,15 @@ const LONGEST_INTERFACE: usize = 15;
 const MOST_NEW_FLOWS: u32 = 1_000_000;
 /// Bytes of a unix socket's path (`sun_path` without the final NUL).
 const LONGEST_SOCKET: usize = 107;
+/// Bytes that probe `udp` sends or expects: with its headers a datagram fits into the smallest MTU of IPv6, 1280.
+const LONGEST_PAYLOAD: usize = 1200;
+/// Bytes of the name of a gRPC service.
+const LONGEST_GRPC_SERVICE: usize = 255;
+/// What a command looks like.
+pub(super) const COMMAND: &str =
+    "the program and its arguments as a list, such as command = [\"/usr/lib/xlb/check\", \"--fast\"]";
+/// Bytes of one argument of a program.
+const LONGEST_ARGUMENT: usize = 4096;
 
 pub(super) fn interface(value: &DeValue<'_>) -> Parsed<String> {
     let name = text(value, "the name of an interface", "eth0")?;
@@ -90,7 +129,7 @@ pub(super) fn xdp_mode(value: &DeValue<'_>) -> Parsed<XdpMode> {
         ("native", XdpMode::Native),
         ("generic", XdpMode::Generic),
     ];
-    choice(value, "xdp-mode", &modes, &[])
+    choice(value, "xdp-mode", &modes)
 }
 
 pub(super) fn flow_table_size(value: &DeValue<'_>) -> Parsed<FlowTableSize> {
@@ -182,7 +221,6 @@ pub(super) fn protocol(value: &DeValue<'_>) -> Parsed<Protocol> {
         value,
         "protocol",
         &[("tcp", Protocol::Tcp), ("udp", Protocol::Udp)],
-        &[],
     )
 }
 
@@ -193,7 +231,7 @@ pub(super) fn strategy(value: &DeValue<'_>) -> Parsed<Strategy> {
         ("round-robin", Strategy::RoundRobin),
         ("least-connections", Strategy::LeastConnections),
     ];
-    choice(value, "strategy", &strategies, &[])
+    choice(value, "strategy", &strategies)
 }
 
 pub(super) fn forward(value: &DeValue<'_>) -> Parsed<Forward> {
@@ -205,21 +243,11 @@ pub(super) fn forward(value: &DeValue<'_>) -> Parsed<Forward> {
         ("gue", Forward::Gue),
         ("local", Forward::Local),
     ];
-    choice(value, "forward", &forwards, &[])
+    choice(value, "forward", &forwards)
 }
 
 pub(super) fn probe_type(value: &DeValue<'_>) -> Parsed<ProbeType> {
-    let built = [
-        ("tcp", ProbeType::Tcp),
-        ("http", ProbeType::Http),
-        ("none", ProbeType::None),
-    ];
-    choice(
-        value,
-        "health type",
-        &built,
-        &["https", "grpc", "udp", "icmp", "exec"],
-    )
+    choice(value, "health type", &ProbeType::WORDS)
 }
 
 /// A duration of at least `shortest`.
@@ -314,6 +342,134 @@ pub(super) fn host(value: &DeValue<'_>) -> Parsed<String> {
     Ok(host.to_owned())
 }
 
+/// Name that a certificate has to be for.
+pub(super) fn server_name(value: &DeValue<'_>) -> Parsed<ServerName<'static>> {
+    let name = text(value, "a name", "www.example.com")?;
+    ServerName::try_from(name.to_owned()).map_err(|_| {
+        Problem::new(
+            format!("{} cannot be the name in a certificate", quoted(name)),
+            "write a name or an address without a port, such as \"www.example.com\"",
+        )
+    })
+}
+
+/// File with the certificates of the authorities that are trusted; read at once.
+pub(super) fn ca_file(value: &DeValue<'_>) -> Parsed<Trust> {
+    let path = file(value, "/etc/xlb/ca.pem")?;
+    Trust::in_file(&path).map_err(|error| {
+        Problem::new(
+            format!("{} {error}", path.display()),
+            "write the path of a PEM file with the authorities' certificates, from \"-----BEGIN CERTIFICATE-----\" on",
+        )
+    })
+}
+
+/// Name of the gRPC service whose health is asked for.
+pub(super) fn grpc_service(value: &DeValue<'_>) -> Parsed<String> {
+    let name = text(value, "the name of a gRPC service", "orders.v1.Orders")?;
+    if name.len() > LONGEST_GRPC_SERVICE || name.contains(char::is_control) {
+        return Err(Problem::new(
+            format!("{} cannot be the name of a gRPC service", quoted(name)),
+            format!(
+                "write at most {LONGEST_GRPC_SERVICE} bytes without control characters, such as \"orders.v1.Orders\""
+            ),
+        ));
+    }
+    Ok(name.to_owned())
+}
+
+/// What probe `udp` sends.
+pub(super) fn payload(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    short_enough(text(value, "a text", "ping")?.as_bytes().to_vec())
+}
+
+/// The same as hexadecimal digits, with spaces as one likes.
+pub(super) fn payload_in_hex(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    let written = text(value, "bytes in hexadecimal", "00 01 ff")?;
+    let digits: Option<Vec<u32>> = written
+        .chars()
+        .filter(|character| *character != ' ')
+        .map(|character| character.to_digit(16))
+        .collect();
+    let digits = digits
+        .filter(|digits| digits.len().is_multiple_of(2))
+        .ok_or_else(|| {
+            Problem::new(
+                format!("{} is not a number of bytes in hexadecimal", quoted(written)),
+                "write two digits of 0-9 and a-f for each byte, such as \"00 01 ff\"",
+            )
+        })?;
+    short_enough(
+        digits
+            .chunks(2)
+            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+            .collect(),
+    )
+}
+
+/// What the answer to probe `udp` has to contain.
+pub(super) fn expected(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    not_empty(payload(value)?)
+}
+
+pub(super) fn expected_in_hex(value: &DeValue<'_>) -> Parsed<Vec<u8>> {
+    not_empty(payload_in_hex(value)?)
+}
+
+fn not_empty(bytes: Vec<u8>) -> Parsed<Vec<u8>> {
+    if bytes.is_empty() {
+        return Err(Problem::new(
+            "every answer contains nothing",
+            "write what the answer has to contain, or leave the key out and write `send`: then any answer is enough",
+        ));
+    }
+    Ok(bytes)
+}
+
+fn short_enough(bytes: Vec<u8>) -> Parsed<Vec<u8>> {
+    if bytes.len() > LONGEST_PAYLOAD {
+        return Err(Problem::new(
+            format!("these are {} bytes", bytes.len()),
+            format!("write at most {LONGEST_PAYLOAD}: more may not fit into one packet"),
+        ));
+    }
+    Ok(bytes)
+}
+
+/// A program and its arguments.
+pub(super) fn command(value: &DeValue<'_>) -> Parsed<Command> {
+    let help = format!("write {COMMAND}");
+    let DeValue::Array(items) = value else {
+        return Err(mismatch("a list", value, &help));
+    };
+    let mut words = Vec::new();
+    for item in items.iter() {
+        let word = text(
+            item.get_ref(),
+            "a program or an argument in quotes",
+            "/usr/lib/xlb/check",
+        )?;
+        if word.len() > LONGEST_ARGUMENT || word.contains('\0') {
+            return Err(Problem::new(
+                format!("{} cannot be an argument", quoted(word)),
+                format!("write at most {LONGEST_ARGUMENT} bytes without the character NUL"),
+            ));
+        }
+        words.push(word.to_owned());
+    }
+    match words.split_first() {
+        None => Err(Problem::new("this names no program", help)),
+        Some((program, _)) if !program.starts_with('/') || program.ends_with('/') => Err(Problem::new(
+            format!("{} is not the absolute path of a program", quoted(program)),
+            "write the whole path from `/` on, such as \"/usr/lib/xlb/check\": no shell looks for it",
+        )),
+        Some((program, arguments)) => Ok(Command {
+            program: PathBuf::from(program),
+            arguments: arguments.to_vec(),
+        }),
+    }
+}
+
 pub(super) fn boolean(value: &DeValue<'_>) -> Parsed<bool> {
     value
         .as_bool()
@@ -322,7 +478,7 @@ pub(super) fn boolean(value: &DeValue<'_>) -> Parsed<bool> {
 
 pub(super) fn when_all_down(value: &DeValue<'_>) -> Parsed<WhenAllDown> {
     let answers = [("reject", WhenAllDown::Reject), ("try-all", WhenAllDown::TryAll)];
-    choice(value, "when-all-down", &answers, &[])
+    choice(value, "when-all-down", &answers)
 }
 
 pub(super) fn min_healthy(value: &DeValue<'_>) -> Parsed<u32> {
@@ -412,17 +568,14 @@ fn number(value: &DeValue<'_>, what: &str, range: RangeInclusive<u32>) -> Parsed
         .ok_or_else(|| Problem::new(format!("{} cannot be {what}", shown(value)), help))
 }
 
-fn choice<T: Copy>(value: &DeValue<'_>, what: &str, built: &[(&str, T)], planned: &[&str]) -> Parsed<T> {
-    let words: Vec<&str> = built.iter().map(|(word, _)| *word).collect();
+fn choice<T: Copy>(value: &DeValue<'_>, what: &str, meanings: &[(&str, T)]) -> Parsed<T> {
+    let words: Vec<&str> = meanings.iter().map(|(word, _)| *word).collect();
     let all = format!("write {}", alternatives(&words));
     let Some(written) = value.as_str() else {
         return Err(mismatch(&format!("a {what} in quotes"), value, &all));
     };
-    if let Some((_, meaning)) = built.iter().find(|(word, _)| *word == written) {
+    if let Some((_, meaning)) = meanings.iter().find(|(word, _)| *word == written) {
         return Ok(*meaning);
-    }
-    if planned.contains(&written) {
-        return Err(Problem::not_built(&format!("{what} \"{written}\""), all));
     }
     let help = match nearest(written, words) {
         Some(word) => format!("write \"{word}\""),
@@ -446,7 +599,8 @@ fn shown(value: &DeValue<'_>) -> String {
     }
 }
 
-fn alternatives(words: &[&str]) -> String {
+/// The words in quotes, with "or" before the last.
+pub(super) fn alternatives(words: &[&str]) -> String {
     match words {
         [] => String::new(),
         [word] => format!("\"{word}\""),

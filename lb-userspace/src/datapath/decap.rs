@@ -9,7 +9,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie::Key},
-    programs::links::FdLink,
+    programs::{Xdp, links::FdLink},
     util::KernelVersion,
 };
 use ipnet::IpNet;
@@ -72,7 +72,7 @@ impl Decap {
         let mut ebpf = EbpfLoader::new()
             .load(OBJECT)
             .map_err(|error| failed("load", "the program's maps", error))?;
-        named_program(&mut ebpf, PROGRAM)?
+        named_program::<Xdp>(&mut ebpf, PROGRAM)?
             .load()
             .map_err(|error| failed("load", PROGRAM, error))?;
 

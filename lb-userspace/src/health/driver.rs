@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
+    mem,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -13,10 +14,12 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, mpsc},
     task::AbortHandle,
-    time::{Instant, Interval, MissedTickBehavior, interval_at},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep},
 };
 
-use super::{Attempt, Outcome, ProbeError, State, probe};
+use tracing::warn;
+
+use super::{Attempt, Outcome, ProbeError, SocketOptions, State, Turn, probe};
 use crate::{
     config::{HealthCheck, Probe},
     model::{BackendName, Health},
@@ -26,6 +29,9 @@ use crate::{
 pub(super) const LONGEST_INTERVAL: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 /// Shortest interval: the resolution of the clock.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
+/// Between the first probes of targets that begin together: a thousand at once would get in each other's way, on this
+/// host, in the tables of neighbours and where servers share a queue, and be late for no fault of the servers.
+const PACE: Duration = Duration::from_millis(1);
 /// The part of the interval over which the probes of many backends are spread.
 const SPREAD: f64 = 0.1;
 
@@ -46,6 +52,8 @@ pub struct Target {
     /// Where the probes go.
     pub address: SocketAddr,
     pub check: HealthCheck,
+    /// How the sockets of its probes are made.
+    pub socket: SocketOptions,
     /// What is known already when the target is new.
     pub initial: Health,
 }
@@ -91,9 +99,9 @@ impl Driver {
 
     /// Makes `targets` the ones that are probed; to be called within a tokio runtime.
     ///
-    /// New ones are probed at once, vanished ones no more, and unchanged ones go on undisturbed. Where the check has
-    /// changed, probing begins anew but health stays. Another address is another server: it starts with its
-    /// `initial` health. Of two targets of one name the last counts.
+    /// New ones are probed at once, many of them a millisecond after each other, vanished ones no more, and unchanged
+    /// ones go on undisturbed. Where the check has changed, probing begins anew but health stays. Another address is
+    /// another server: it starts with its `initial` health. Of two targets of one name the last counts.
     pub fn set_targets(&self, targets: Vec<Target>) {
         let wanted: BTreeMap<BackendName, Target> = targets
             .into_iter()
@@ -101,16 +109,19 @@ impl Driver {
             .collect();
         let mut table = self.shared.lock();
         table.watched.retain(|name, _| wanted.contains_key(name));
+        let mut begun = 0;
         for (name, target) in wanted {
             let former = match table.watched.remove(&name) {
-                Some(same) if same.address == target.address && same.check == target.check => {
+                Some(same) if same.is_probed_as(&target) => {
                     table.watched.insert(name, same);
                     continue;
                 }
                 former => former,
             };
             table.runs += 1;
-            let watched = Watched::start(former, name.clone(), target, &self.shared, table.runs);
+            let delay = paced(begun, target.check.interval);
+            begun += u32::from(target.check.probe != Probe::None);
+            let watched = Watched::start(former, name.clone(), target, &self.shared, table.runs, delay);
             table.watched.insert(name, watched);
         }
         drop(table);
@@ -168,6 +179,9 @@ struct Table {
 struct Watched {
     address: SocketAddr,
     check: HealthCheck,
+    socket: SocketOptions,
+    /// Passed on from each probing task to the next.
+    turn: Turn,
     state: State,
     /// The health that the receiver of transitions knows of.
     announced: Health,
@@ -175,6 +189,8 @@ struct Watched {
     cause: String,
     last_result: String,
     last_probe: Option<SystemTime>,
+    /// The last probe could not even be tried, for a reason that lies with this host.
+    hindered: bool,
     run: u64,
     /// `None` where nothing is probed.
     _probing: Option<Task>,
@@ -187,13 +203,10 @@ impl Watched {
         target: Target,
         shared: &Arc<Shared>,
         run: u64,
+        delay: Duration,
     ) -> Self {
-        let Target {
-            address,
-            check,
-            initial,
-            ..
-        } = target;
+        let (address, check) = (target.address, target.check.clone());
+        let turn = former.as_ref().map(|former| Arc::clone(&former.turn));
         let mut watched = match former.filter(|former| former.is_same_server(address, &check)) {
             Some(mut former) => {
                 former.state.set_thresholds(check.rise, check.fall);
@@ -205,17 +218,21 @@ impl Watched {
             None => Watched {
                 address,
                 check: check.clone(),
-                state: State::new(initial, check.rise, check.fall),
-                announced: initial,
+                socket: target.socket,
+                turn: turn.unwrap_or_default(),
+                state: State::new(target.initial, check.rise, check.fall),
+                announced: target.initial,
                 cause: String::new(),
                 last_result: String::new(),
                 last_probe: None,
+                hindered: false,
                 run,
                 _probing: None,
             },
         };
         watched.address = address;
         watched.check = check.clone();
+        watched.socket = target.socket;
         watched.run = run;
         watched._probing = match check.probe {
             Probe::None => {
@@ -225,11 +242,18 @@ impl Watched {
                 watched.cause = watched.last_result.clone();
                 None
             }
-            Probe::Tcp { .. } | Probe::Http { .. } => {
-                Some(Task::start(Arc::clone(shared).watch(name, run, address, check)))
+            _ => {
+                let turn = Arc::clone(&watched.turn);
+                Some(Task::start(
+                    Arc::clone(shared).watch(name, run, target, turn, delay),
+                ))
             }
         };
         watched
+    }
+
+    fn is_probed_as(&self, target: &Target) -> bool {
+        (self.address, self.socket) == (target.address, target.socket) && self.check == target.check
     }
 
     /// Whether the health found so far is about the server at `address`: it is if only the probe went elsewhere on it.
@@ -237,18 +261,32 @@ impl Watched {
         self.address == address || (self.address.ip() == address.ip() && self.check.probe != check.probe)
     }
 
-    fn record(&mut self, result: &Result<(), ProbeError>) -> Option<Health> {
+    fn record(
+        &mut self,
+        (service, backend): &BackendName,
+        result: &Result<(), ProbeError>,
+    ) -> Option<Health> {
         self.last_probe = Some(SystemTime::now());
         self.last_result = match result {
             Ok(()) => format!("{} succeeded", Attempt::of(self.address, &self.check.probe)),
             Err(error) => error.to_string(),
         };
-        let transition = self.state.record(match result {
-            Ok(()) => Outcome::Success,
+        let outcome = match result {
+            Ok(()) => Some(Outcome::Success),
             // A host that has run out of sockets does not take its backends out of service.
-            Err(ProbeError::Socket { .. }) => return None,
-            Err(ProbeError::Connect { .. } | ProbeError::Get { .. }) => Outcome::Failure,
-        })?;
+            Err(ProbeError::Socket { .. } | ProbeError::Start { .. }) => None,
+            Err(ProbeError::Failed { .. }) => Some(Outcome::Failure),
+        };
+        let was_hindered = mem::replace(&mut self.hindered, outcome.is_none());
+        if self.hindered && !was_hindered {
+            // Nothing else tells of it: health stays as it is, and that may be `up`.
+            let cause = &self.last_result;
+            warn!(
+                service,
+                backend, cause, "backend cannot be probed, its health stays as it is"
+            );
+        }
+        let transition = self.state.record(outcome?)?;
         self.cause = format!("{} ({} in a row)", self.last_result, self.state.in_a_row());
         Some(transition)
     }
@@ -270,11 +308,19 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Probes one target for ever.
-    async fn watch(self: Arc<Self>, name: BackendName, run: u64, address: SocketAddr, check: HealthCheck) {
-        let mut starts = starts(&name, check.interval);
+    /// Probes one target for ever, from `delay` on.
+    async fn watch(
+        self: Arc<Self>,
+        name: BackendName,
+        run: u64,
+        target: Target,
+        turn: Turn,
+        delay: Duration,
+    ) {
+        sleep(delay).await;
+        let mut starts = starts(&name, target.check.interval);
         loop {
-            let result = probe(address, &check).await;
+            let result = probe(&target, &turn).await;
             self.record(&name, run, &result);
             starts.tick().await;
         }
@@ -284,7 +330,7 @@ impl Shared {
         let mut table = self.lock();
         // A task that was replaced a moment ago may still come up with a result.
         let watched = table.watched.get_mut(name).filter(|watched| watched.run == run);
-        if watched.and_then(|watched| watched.record(result)).is_some() {
+        if watched.and_then(|watched| watched.record(name, result)).is_some() {
             self.changed.notify_one();
         }
     }
@@ -347,6 +393,11 @@ impl Drop for Task {
     }
 }
 
+/// How long after they begin together the first probe of a target starts that has `before` others before it.
+fn paced(before: u32, interval: Duration) -> Duration {
+    PACE.saturating_mul(before).min(interval)
+}
+
 /// When the probes that follow the first one start, which starts now.
 ///
 /// The second comes up to a tenth of the interval early, each backend by its own share, so that probes which began
@@ -394,7 +445,6 @@ mod rfc3339 {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tokio::time::sleep;
 
     use super::*;
 
@@ -508,9 +558,54 @@ mod tests {
     }
 
     #[test]
+    fn the_first_probe_starts_at_once_and_those_of_many_targets_one_after_another_within_an_interval() {
+        let interval = Duration::from_secs(2);
+        assert_eq!(paced(0, interval), Duration::ZERO);
+        let times: Vec<_> = (0..1000).map(|before| paced(before, interval)).collect();
+        assert!(times.windows(2).all(|pair| pair[1] - pair[0] == PACE));
+        assert_eq!(paced(16_383, interval), interval);
+        assert_eq!(paced(u32::MAX, Duration::MAX), PACE * u32::MAX);
+    }
+
+    #[test]
     fn each_backend_always_has_the_same_share() {
         let times = || with_paused_clock(start_times(7, Duration::from_secs(10), &[Duration::ZERO; 5]));
         assert_eq!(times(), times());
+    }
+
+    #[test]
+    fn the_turn_is_passed_on_whatever_changes_of_a_backend() {
+        with_paused_clock(async {
+            let driver = Driver::new(mpsc::channel(1).0);
+            let mut target = Target {
+                service: "web".into(),
+                backend: "a".into(),
+                address: ([10, 0, 0, 11], 8080).into(),
+                check: HealthCheck {
+                    probe: Probe::None,
+                    interval: Duration::from_secs(1),
+                    timeout: Duration::from_secs(1),
+                    rise: 1,
+                    fall: 1,
+                },
+                socket: SocketOptions::default(),
+                initial: Health::Up,
+            };
+            let turn_with = |target: &Target| {
+                driver.set_targets(vec![target.clone()]);
+                let table = driver.shared.lock();
+                table
+                    .watched
+                    .values()
+                    .map(|watched| Arc::clone(&watched.turn))
+                    .next()
+            };
+            let first = turn_with(&target).unwrap();
+            target.check.fall = 2;
+            assert!(Arc::ptr_eq(&first, &turn_with(&target).unwrap()));
+            target.address.set_ip([10, 0, 0, 12].into());
+            assert!(Arc::ptr_eq(&first, &turn_with(&target).unwrap()));
+        });
     }
 
     #[test]
@@ -535,15 +630,21 @@ mod tests {
             address,
             state: State::new(Health::Up, check.rise, check.fall),
             check,
+            socket: SocketOptions::default(),
+            turn: Turn::default(),
             announced: Health::Up,
             cause: String::new(),
             last_result: String::new(),
             last_probe: None,
+            hindered: false,
             run: 0,
             _probing: None,
         };
         let source = std::io::Error::from_raw_os_error(nix::libc::EMFILE);
-        assert_eq!(watched.record(&Err(ProbeError::Socket { address, source })), None);
+        assert_eq!(
+            watched.record(&name(0), &Err(ProbeError::Socket { address, source })),
+            None
+        );
         assert_eq!(
             watched.last_result,
             "open a socket towards 10.0.0.11:8080: too many open files"

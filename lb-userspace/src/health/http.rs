@@ -11,52 +11,61 @@ use hyper::{
     header::{CONNECTION, HOST, USER_AGENT},
 };
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{Failure, Limit, ProbeError, tcp};
+use super::{Attempt, Failure, Limit, ProbeError, SocketOptions, tcp, tls};
 
 /// Bytes of the body that are awaited: up to here the answer has to be whole, what follows is not read.
 const BODY_BOUND: usize = 64 * 1024;
 /// Bytes that the head of the answer may have.
 const HEAD_BOUND: usize = 64 * 1024;
 
-/// Gets `path` from `address`; `host` stands in the Host header, in its absence the address.
+/// What the probes call themselves in a request.
+pub(super) const AGENT: &str = concat!("xlb/", env!("CARGO_PKG_VERSION"));
+
+/// What is asked for.
+#[derive(Clone, Copy)]
+pub(super) struct Get<'a> {
+    pub(super) path: &'a str,
+    /// What stands in the Host header; in its absence the address.
+    pub(super) host: Option<&'a str>,
+}
+
+/// Gets a path from `address`.
 pub(super) async fn probe(
     address: SocketAddr,
-    path: &str,
-    host: Option<&str>,
+    get: Get<'_>,
+    options: SocketOptions,
     limit: Limit,
 ) -> Result<(), ProbeError> {
-    let stream = tcp::connect(address, limit).await?;
-    let answered = match request(address, path, host) {
-        Ok(request) => limit.on(exchange(stream, request)).await,
-        Err(error) => Err(Failure::Request(error)),
-    };
-    answered.map_err(|failure| ProbeError::Get {
-        address,
-        path: path.to_owned(),
-        failure,
-    })
+    let stream = tcp::connect(address, options, limit).await?;
+    limit
+        .on(exchange(stream, address, get))
+        .await
+        .map_err(|failure| Attempt::get("http", address, get.path).failed(failure))
 }
 
-fn request(
-    address: SocketAddr,
-    path: &str,
-    host: Option<&str>,
-) -> Result<Request<Empty<Bytes>>, hyper::http::Error> {
-    // Not the address as it is written: the scope of a link-local one has no place in a Host header.
-    let own = match address {
+/// The authority of a request to `address`, which is not always how an address is written: the scope of a link-local
+/// one has no place in it.
+pub(super) fn authority(address: SocketAddr) -> String {
+    match address {
         SocketAddr::V4(address) => address.to_string(),
         SocketAddr::V6(address) => format!("[{}]:{}", address.ip(), address.port()),
-    };
-    Request::get(path)
-        .header(HOST, host.unwrap_or(&own))
-        .header(USER_AGENT, concat!("xlb/", env!("CARGO_PKG_VERSION")))
-        .header(CONNECTION, "close")
-        .body(Empty::new())
+    }
 }
 
-async fn exchange(stream: TcpStream, request: Request<Empty<Bytes>>) -> Result<(), Failure> {
+/// Sends the request over `stream` and awaits an answer that means success.
+pub(super) async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    address: SocketAddr,
+    get: Get<'_>,
+) -> Result<(), Failure> {
+    let request = Request::get(get.path)
+        .header(HOST, get.host.unwrap_or(&authority(address)))
+        .header(USER_AGENT, AGENT)
+        .header(CONNECTION, "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(Failure::Request)?;
     let (mut sender, mut connection) = http1::Builder::new()
         .max_buf_size(HEAD_BOUND)
         .handshake(TokioIo::new(stream))
@@ -105,6 +114,9 @@ fn failure(error: &hyper::Error, closed: Failure) -> Failure {
     let system = cause.and_then(|cause| cause.downcast_ref::<io::Error>());
     if let Some(number) = system.and_then(io::Error::raw_os_error) {
         return Failure::Io(io::Error::from_raw_os_error(number));
+    }
+    if let Some(Failure::Tls(error)) = system.and_then(tls::failure) {
+        return Failure::Tls(error);
     }
     let ended = error.is_incomplete_message()
         || error.is_canceled()

@@ -9,10 +9,10 @@ use std::{
 
 use tokio::{io::AsyncWriteExt, net::TcpStream, sync::mpsc, time::timeout};
 
-use super::{GENEROUS, Server, any_port, check, hang, http, read_head, refusing, tcp};
+use super::{GENEROUS, Server, any_port, check, hang, http, read_head, refusing, tcp, wait_until};
 use crate::{
     config::{HealthCheck, Probe},
-    health::{Driver, ProbeReport, Target, Transition},
+    health::{Driver, ProbeReport, SocketOptions, Target, Transition},
     model::Health,
 };
 
@@ -24,6 +24,7 @@ fn target(backend: &str, address: SocketAddr, check: HealthCheck, initial: Healt
         backend: backend.into(),
         address,
         check,
+        socket: SocketOptions::default(),
         initial,
     }
 }
@@ -39,14 +40,6 @@ async fn next(receiver: &mut mpsc::Receiver<Transition>) -> Transition {
 
 fn report(driver: &Driver, backend: &str) -> ProbeReport {
     driver.report().remove(&("web".into(), backend.into())).unwrap()
-}
-
-async fn wait_until(condition: impl Fn() -> bool) {
-    let started = Instant::now();
-    while !condition() {
-        assert!(started.elapsed() < GENEROUS, "the condition never came true");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 /// A server that answers 200 or 503 as it is told.

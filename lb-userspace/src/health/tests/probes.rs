@@ -1,5 +1,5 @@
 use std::{
-    net::{Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -10,36 +10,11 @@ use tokio::{
     net::{TcpSocket, TcpStream},
 };
 
-use super::{GENEROUS, Server, any_port, check, hang, http, read_head, refusing, tcp};
-use crate::{
-    config::Probe,
-    health::{ProbeError, probe},
+use super::{
+    GENEROUS, SHORT, Server, answering, any_port, any_port_ipv6, failure, hang, http, in_namespace,
+    read_head, refusing, tcp, time_waits, try_probe,
 };
-
-const SHORT: Duration = Duration::from_millis(300);
-
-async fn try_probe(address: SocketAddr, what: Probe, timeout: Duration) -> Result<(), ProbeError> {
-    probe(address, &check(what, timeout, timeout, 1, 1)).await
-}
-
-/// The words of the failure, the address left out.
-async fn failure(address: SocketAddr, what: Probe, timeout: Duration) -> String {
-    let error = try_probe(address, what, timeout).await.unwrap_err().to_string();
-    error.replace(&address.to_string(), "ADDRESS")
-}
-
-/// Reads the request, answers with `bytes` and closes.
-async fn answering(bytes: impl Into<Vec<u8>>) -> Server {
-    let bytes = Arc::new(bytes.into());
-    Server::start(move |mut stream| {
-        let bytes = Arc::clone(&bytes);
-        async move {
-            read_head(&mut stream).await;
-            let _ = stream.write_all(&bytes).await;
-        }
-    })
-    .await
-}
+use crate::config::Probe;
 
 async fn http_failure(answer: impl Into<Vec<u8>>) -> String {
     let server = answering(answer).await;
@@ -62,7 +37,7 @@ async fn without_a_probe_everything_succeeds() {
 
 #[tokio::test]
 async fn a_tcp_probe_succeeds_where_a_connection_is_accepted() {
-    for address in [any_port(), SocketAddr::from((Ipv6Addr::LOCALHOST, 0))] {
+    for address in [any_port(), any_port_ipv6()] {
         let server = Server::start_at(address, hang).await;
         try_probe(server.address, tcp(), GENEROUS).await.unwrap();
     }
@@ -100,31 +75,20 @@ async fn a_connection_that_nobody_answers_times_out() {
     assert!(started.elapsed() < GENEROUS);
 }
 
-/// Needs root, as a network namespace does: it has but one ephemeral port.
+/// With but one ephemeral port.
 #[test]
 fn a_probe_that_meets_itself_is_a_refused_connection() {
-    let probed = std::thread::spawn(|| {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-        let up = std::process::Command::new("ip")
-            .args(["link", "set", "lo", "up"])
-            .status();
-        assert!(up.unwrap().success());
+    let words = in_namespace(async || {
         std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000").unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
-            let address = SocketAddr::from(([127, 0, 0, 1], 40_000));
-            // Without the guard this would be a success: the system lets the socket meet itself.
-            let itself = TcpStream::connect(address).await.unwrap();
-            assert_eq!(itself.local_addr().unwrap(), itself.peer_addr().unwrap());
-            itself.set_zero_linger().unwrap();
-            drop(itself);
-            failure(address, tcp(), GENEROUS).await
-        })
+        let address = SocketAddr::from(([127, 0, 0, 1], 40_000));
+        // Without the guard this would be a success: the system lets the socket meet itself.
+        let itself = TcpStream::connect(address).await.unwrap();
+        assert_eq!(itself.local_addr().unwrap(), itself.peer_addr().unwrap());
+        itself.set_zero_linger().unwrap();
+        drop(itself);
+        failure(address, tcp(), GENEROUS).await
     });
-    assert_eq!(probed.join().unwrap(), "connect to ADDRESS: connection refused");
+    assert_eq!(words, "connect to ADDRESS: connection refused");
 }
 
 #[tokio::test]
@@ -142,16 +106,33 @@ async fn probes_leave_no_time_wait() {
         try_probe(listening.address, tcp(), GENEROUS).await.unwrap();
         try_probe(answering.address, http("/"), GENEROUS).await.unwrap();
     }
-    let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    for port in [listening.address.port(), answering.address.port()] {
-        // Columns: number, local address, remote address, state; 06 is TIME_WAIT.
-        let port = format!(":{port:04X}");
-        let waiting = sockets.lines().filter(|line| {
-            let columns: Vec<_> = line.split_whitespace().collect();
-            (columns[1].ends_with(&port) || columns[2].ends_with(&port)) && columns[3] == "06"
-        });
-        assert_eq!(waiting.count(), 0, "{sockets}");
-    }
+    assert_eq!(time_waits(listening.address.port()), 0);
+    assert_eq!(time_waits(answering.address.port()), 0);
+}
+
+#[tokio::test]
+async fn an_http_probe_asks_an_ipv6_backend_with_its_address_in_brackets() {
+    let heads = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&heads);
+    let server = Server::start_at(any_port_ipv6(), move |mut stream| {
+        let seen = Arc::clone(&seen);
+        async move {
+            let head = read_head(&mut stream).await;
+            seen.lock().unwrap().push(head);
+            let _ = stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                .await;
+        }
+    })
+    .await;
+    let port = server.address.port();
+    try_probe(server.address, http("/"), GENEROUS).await.unwrap();
+    let head = heads.lock().unwrap().concat();
+    assert!(head.contains(&format!("\r\nhost: [::1]:{port}\r\n")), "{head}");
+    let closed = TcpSocket::new_v6().unwrap();
+    closed.bind(any_port_ipv6()).unwrap();
+    let words = failure(closed.local_addr().unwrap(), http("/"), GENEROUS).await;
+    assert_eq!(words, "connect to ADDRESS: connection refused");
 }
 
 #[tokio::test]
