@@ -9,7 +9,8 @@ use std::{
 use aya::programs::{TestRun, TestRunOptions, Xdp};
 use lb_common::abi::{
     Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, LENGTH_SLOT, Link,
-    ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, Strategy, TCP, Totals, UDP,
+    ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, Strategy, TCP,
+    Totals, UDP,
 };
 use xlb::datapath::{
     Datapath, Operation, Pins,
@@ -211,6 +212,7 @@ impl TestBackend {
 pub(crate) struct Fixture {
     datapath: Option<KernelDatapath>,
     pins: Pins,
+    settings: Settings,
     /// Ids of services and backends whose counters are watched.
     watched: (BTreeSet<u32>, BTreeSet<u32>),
 }
@@ -251,7 +253,10 @@ impl Fixture {
 
     fn with(services: &[TestService], flow_table_size: u32) -> Self {
         let mut fixture = Self::empty(flow_table_size);
-        fixture.apply(Operation::PutSettings(SETTINGS));
+        if services.iter().any(|service| service.forward == Forward::Local) {
+            fixture.settings.flags = SettingsFlags::LOCAL;
+        }
+        fixture.change_settings(|_| ());
         for vip in [VIP, VIP6] {
             fixture.apply(Operation::PutAddress(Address::from(vip), ROLE_VIP));
         }
@@ -286,6 +291,7 @@ impl Fixture {
         let mut fixture = Self {
             datapath: None,
             pins,
+            settings: SETTINGS,
             watched: ((0..=6).collect(), (0..=12).collect()),
         };
         fixture.datapath = Some(KernelDatapath::open(fixture.pins.clone(), flow_table_size).unwrap());
@@ -351,8 +357,9 @@ impl Fixture {
         self.apply(Operation::PutSlots(service.id, slots.into()));
     }
 
+    /// Writes settings that differ from what they were at the start.
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
-        let mut settings = SETTINGS;
+        let mut settings = self.settings;
         change(&mut settings);
         self.apply(Operation::PutSettings(settings));
     }
@@ -599,14 +606,6 @@ impl Expected {
             which,
             frame.sent(link, frame.source, frame.destination).bytes(),
         )
-    }
-
-    /// Left to a process on this host, as it came.
-    pub(crate) fn local(service: &TestService, which: usize) -> Self {
-        Self {
-            backend: Some(service.backends[which].id),
-            ..Self::passed(Reason::Local).of(service)
-        }
     }
 
     /// Sent to a client the way that its packets come.

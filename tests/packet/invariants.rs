@@ -309,7 +309,10 @@ fn decided_by_headers(bytes: &[u8]) -> Result<Expected, Box<(Kind, Packet)>> {
         (service.backends.iter()).any(|backend| packet.key.source == backend.address.ip().into())
     };
     match (kind, service) {
-        (Kind::Transport, Some(service)) if packet.ttl <= 1 && service.forward != Forward::Local => {
+        (Kind::Transport, Some(service)) if service.forward == Forward::Local => {
+            Ok(Expected::passed(Reason::Local))
+        }
+        (Kind::Transport, Some(service)) if packet.ttl <= 1 => {
             Ok(Expected::dropped(TtlExceeded).of(&service))
         }
         (Kind::Transport, None) if !EVERY.iter().any(is_backend) => Ok(Expected::passed(NotForService)),

@@ -5,14 +5,12 @@ use std::{thread::sleep, time::Duration};
 use lb_common::abi::TCP;
 
 use crate::{
-    fixture::{
-        DIRECT, DIRECT6, DNS, EVERY, Fixture, GUE_UDP, GUE6, LOCAL, SHOP, TUNNEL, TestService, WEB, WEB6,
-    },
+    fixture::{DIRECT, DIRECT6, DNS, EVERY, Fixture, GUE_UDP, GUE6, SHOP, TUNNEL, TestService, WEB, WEB6},
     frame::{ACK, FIN_ACK, Frame, PSH, RST, SYN, SYN_ACK, Transport, ends, packet_of, tcp},
 };
 
 const TWO_WAY: [TestService; 3] = [WEB, SHOP, WEB6];
-const ONE_WAY: [TestService; 5] = [DIRECT, DIRECT6, TUNNEL, GUE6, LOCAL];
+const ONE_WAY: [TestService; 4] = [DIRECT, DIRECT6, TUNNEL, GUE6];
 
 fn client(service: &TestService) -> &'static str {
     if service.vip.is_ipv4() {

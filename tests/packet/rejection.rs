@@ -11,7 +11,7 @@ use lb_common::{
 
 use crate::{
     fixture::{
-        DIRECT, DIRECT6, DNS, DNS6, EVERY, Expected, Fixture, GUE, GUE6, LOCAL, SHOP, SHOP6, TUNNEL, TUNNEL6,
+        DIRECT, DIRECT6, DNS, DNS6, EVERY, Expected, Fixture, GUE, GUE6, SHOP, SHOP6, TUNNEL, TUNNEL6,
         TestService, WEB, WEB6,
     },
     frame::{
@@ -39,7 +39,7 @@ fn segment(service: &TestService, flags: u8) -> Frame {
 #[test]
 fn a_segment_that_no_backend_may_get_is_answered_with_a_reset() {
     let mut fixture = Fixture::of(&EVERY);
-    for service in [WEB, SHOP, WEB6, SHOP6].into_iter().chain(ONE_WAY).chain([LOCAL]) {
+    for service in [WEB, SHOP, WEB6, SHOP6].into_iter().chain(ONE_WAY) {
         fixture.all_slots(&service, 0);
         for flags in [SYN, ACK, ACK | PSH, FIN_ACK] {
             for payload in [0, 1, 536, 1300] {
@@ -279,28 +279,6 @@ fn the_first_segment_of_a_one_way_flow_becomes_a_reset_for_the_backend_and_the_n
             assert_eq!(verdict, service.backends[0].verdict(), "is sent on");
         }
     }
-}
-
-#[test]
-fn a_process_on_this_host_gets_the_reset_too() {
-    let mut fixture = Fixture::of(&[LOCAL]);
-    fixture.run(&segment(&LOCAL, SYN).bytes());
-    fixture.run(&segment(&LOCAL, ACK).bytes());
-    resets(&mut fixture, &LOCAL);
-    let data = segment(&LOCAL, ACK | PSH);
-    let reset = Frame {
-        transport: Transport::Tcp {
-            flags: RST,
-            options: vec![],
-        },
-        window: 0,
-        payload: vec![],
-        ..data.clone()
-    };
-    let expected = Expected::local(&LOCAL, 0).with_output(reset.bytes());
-    fixture.expect("first", &data.bytes(), expected);
-    let expected = Expected::answered(Reset, data.reset().bytes()).of(&LOCAL);
-    fixture.expect("next", &data.bytes(), expected);
 }
 
 #[test]
