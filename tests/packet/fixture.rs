@@ -164,7 +164,7 @@ pub(crate) const SETTINGS: Settings = Settings {
     udp_idle: LONG,
     source_port_first: 1024,
     source_port_count: 31744,
-    flags: 0,
+    flags: SettingsFlags::LOCAL,
     ipip_source_v4: Address::from_v4_word(u32::from_ne_bytes([172, 16, 0, 0])),
     ipip_source_v6: Address([0x100_0000_u32.to_be(), 0, 0, 0]),
     ipip_varying_v4: 0xffff_u32.to_be(),
@@ -212,7 +212,6 @@ impl TestBackend {
 pub(crate) struct Fixture {
     datapath: Option<KernelDatapath>,
     pins: Pins,
-    settings: Settings,
     /// Ids of services and backends whose counters are watched.
     watched: (BTreeSet<u32>, BTreeSet<u32>),
 }
@@ -253,10 +252,7 @@ impl Fixture {
 
     fn with(services: &[TestService], flow_table_size: u32) -> Self {
         let mut fixture = Self::empty(flow_table_size);
-        if services.iter().any(|service| service.forward == Forward::Local) {
-            fixture.settings.flags = SettingsFlags::LOCAL;
-        }
-        fixture.change_settings(|_| ());
+        fixture.apply(Operation::PutSettings(SETTINGS));
         for vip in [VIP, VIP6] {
             fixture.apply(Operation::PutAddress(Address::from(vip), ROLE_VIP));
         }
@@ -291,7 +287,6 @@ impl Fixture {
         let mut fixture = Self {
             datapath: None,
             pins,
-            settings: SETTINGS,
             watched: ((0..=6).collect(), (0..=12).collect()),
         };
         fixture.datapath = Some(KernelDatapath::open(fixture.pins.clone(), flow_table_size).unwrap());
@@ -357,9 +352,8 @@ impl Fixture {
         self.apply(Operation::PutSlots(service.id, slots.into()));
     }
 
-    /// Writes settings that differ from what they were at the start.
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
-        let mut settings = self.settings;
+        let mut settings = SETTINGS;
         change(&mut settings);
         self.apply(Operation::PutSettings(settings));
     }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use lb_common::{
     abi::{
-        BackendFlags,
+        BackendFlags, Forward,
         Reason::{
             EchoAnswered, ErrorForwarded, ErrorReturned, Local, NextHopMissing, NotForService, TooBig,
             TruncatedTransport, TtlExceeded,
@@ -421,10 +421,6 @@ fn an_error_about_a_packet_of_a_process_on_this_host_passes() {
     let mut fixture = Fixture::of(&EVERY);
     for service in [LOCAL, LOCAL6] {
         let first = packet_of(service.protocol, client(&service), service.vip);
-        // The flow began when the service was of another forward.
-        fixture.change_settings(|settings| settings.flags = 0);
-        fixture.run(&first.bytes());
-        fixture.change_settings(|_| ());
         let mut reply = answer_of(&service, first.source);
         reply.source = service.vip;
         let mut message = icmp(
@@ -434,8 +430,13 @@ fn an_error_about_a_packet_of_a_process_on_this_host_passes() {
             &reply.ip_bytes(),
         );
         message.ttl = 1;
-        let expected = Expected::passed(Local);
-        fixture.expect("error", &message.bytes(), expected);
+        fixture.expect("of no flow", &message.bytes(), Expected::passed(NotForService));
+        // The program that delivers records the flow; this one does so only where it takes the service for another.
+        fixture.change_settings(|settings| settings.flags = 0);
+        fixture.run(&first.bytes());
+        fixture.change_settings(|_| ());
+        assert_eq!(fixture.flow(&first).unwrap().forward, Forward::Local.number());
+        fixture.expect("of a flow", &message.bytes(), Expected::passed(Local));
     }
 }
 
