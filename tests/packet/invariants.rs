@@ -356,9 +356,7 @@ fn any_frame_is_treated_as_its_headers_say() {
             }
             Err(undecided) => *undecided,
         };
-        let before = fixture.counted();
-        let (verdict, output) = fixture.run(&bytes);
-        let moved = fixture.counted().since(&before);
+        let (verdict, output, moved) = fixture.run_counted(&bytes);
         let (service, reason) = check_counters(&moved, verdict, bytes.len())?;
         *seen.borrow_mut().entry(reason).or_default() += 1;
         let service = service.map(|id| EVERY[id as usize - 1]);
