@@ -84,7 +84,7 @@ pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service
 pub extern "C" fn known_local(service_id: u32) -> u64 {
     match (scratch(), maps::settings()) {
         (Some(scratch), Some(settings)) => in_bits(try_known_local(settings, scratch, service_id)),
-        _ => FAILED | Reason::Internal.index() as u64,
+        _ => failed(Reason::Internal),
     }
 }
 
@@ -92,7 +92,7 @@ pub extern "C" fn known_local(service_id: u32) -> u64 {
 fn in_bits(known: Option<Known>) -> u64 {
     match known {
         Some(known) => known.into_bits(),
-        None => FAILED | Reason::NoFlow.index() as u64,
+        None => failed(Reason::NoFlow),
     }
 }
 
@@ -149,7 +149,7 @@ fn end(entry: &mut Entry) {
 pub extern "C" fn seen(service_id: u32, which: u32) -> u64 {
     match (scratch(), maps::settings()) {
         (Some(scratch), Some(settings)) => in_bits(try_seen(settings, scratch, service_id, which)),
-        _ => FAILED | Reason::Internal.index() as u64,
+        _ => failed(Reason::Internal),
     }
 }
 
@@ -177,24 +177,218 @@ pub fn leaves_host(settings: &Settings, scratch: &Scratch, service_id: u32) -> b
     location != NOWHERE && Entry::found(scratch, location).meta.forward() != Forward::Local.number()
 }
 
+/// In a number of a function that the verifier checks for itself: not what was asked for but a reason.
+const FAILED: u64 = 1 << 63;
+
+#[inline(always)]
+const fn failed(reason: Reason) -> u64 {
+    FAILED | reason.index() as u64
+}
+
 /// Puts a client's packet that belongs to no flow on a backend and records the flow.
 ///
-/// A function that the verifier checks for itself: it is the longest way, and few packets take it. Gives the flow as a
-/// number, see [`Known::from_bits`].
+/// A function that the verifier checks for itself, as are its parts: it is the longest way, few packets take it, and the
+/// parts use the same stack one after the other. What they tell each other is in the scratch memory. Gives the flow as
+/// a number, see [`Known::from_bits`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
-    let (Some(scratch), Some(service)) = (scratch(), maps::service(service_id)) else {
-        return FAILED | Reason::Internal.index() as u64;
+    let chosen = choose(client_ifindex, service_id);
+    if chosen & FAILED != 0 {
+        return chosen;
+    }
+    let is_translated = needs_source_port();
+    if is_translated & FAILED != 0 {
+        return is_translated;
+    }
+    let location = room(is_translated as u32);
+    if location & FAILED != 0 {
+        return location;
+    }
+    let port = if is_translated != 0 {
+        claim(location)
+    } else {
+        record(location)
     };
-    match try_begin(client_ifindex, scratch, service, service_id) {
-        Ok(known) => known.into_bits(),
-        Err(reason) => FAILED | reason.index() as u64,
+    if port & FAILED != 0 {
+        return port;
+    }
+    count(service_id, port)
+}
+
+/// Chooses a backend; leaves the flow's meta in the scratch memory.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
+    let (Some(scratch), Some(settings), Some(service)) =
+        (scratch(), maps::settings(), maps::service(service_id))
+    else {
+        return failed(Reason::Internal);
+    };
+    match try_choose(settings, scratch, service, service_id) {
+        Ok(meta) => {
+            let link = if Forward::translates(meta.forward()) {
+                client_link::remember(client_ifindex)
+            } else {
+                0
+            };
+            scratch.began_meta = meta.with_link(link).0;
+            0
+        }
+        Err(reason) => failed(reason),
     }
 }
 
-/// In a number of [`begin`] or [`claim`]: not what was asked for but a reason.
-const FAILED: u64 = 1 << 63;
+#[inline(always)]
+fn try_choose(
+    settings: &Settings,
+    scratch: &Scratch,
+    service: &Service,
+    service_id: u32,
+) -> Result<Meta, Reason> {
+    let now = now();
+    let packet = &scratch.packet;
+    let is_tcp = packet.key.protocol == TCP as u32;
+    let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
+    if is_tcp && (packet.tcp_flags & flags::RST != 0 || answers || packet.is_later_fragment()) {
+        return Err(Reason::NoFlow);
+    }
+    source::admit(service, service_id, &packet.key, now)?;
+    let backend_id = select::backend(service_id)?;
+    let forward = forward_of(service, &packet.key);
+    let state = if is_tcp {
+        first(packet.tcp_flags)
+    } else {
+        TcpState::None
+    };
+    Ok(Meta::new(Kind::Short, service_id, backend_id, forward)
+        .with_state(state)
+        .with_age(ageing::ticks(settings, state, now)))
+}
+
+/// Tells whether the new flow needs a source port other than the client's, so that its replies are told apart: by 1; the
+/// 5-tuple of its replies is left in [`Scratch::reply`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn needs_source_port() -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let meta = Meta(scratch.began_meta);
+    let client = &scratch.packet.key;
+    if !Forward::has_reply_key(meta.forward(), client.protocol) {
+        return 0;
+    }
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return failed(Reason::Internal);
+    };
+    let source = source_address(meta.forward(), client, backend);
+    if source.0 == Address::default().0 {
+        return failed(Reason::NoSourceAddress);
+    }
+    scratch.reply = FlowKey {
+        source: backend.address.by_words(),
+        destination: source,
+        source_port: backend_port(client, backend),
+        destination_port: client.source_port,
+        protocol: client.protocol,
+    };
+    if meta.forward() == Forward::FullNat.number() {
+        return 1;
+    }
+    // Another service with the same backend may have the client's port.
+    scratch.except = NOWHERE;
+    is_taken(now()).into()
+}
+
+/// Makes room for the new flow; gives its location. Where there is none, a flow without replies to translate goes on
+/// without a record: its next packets are selected anew, and hashes select the same.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn room(is_translated: u32) -> u64 {
+    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+        return failed(Reason::Internal);
+    };
+    let key = &scratch.packet.key;
+    let kind = if key.source.is_v4() && is_translated == 0 {
+        Kind::Short
+    } else {
+        Kind::Long
+    };
+    let meta = Meta(scratch.began_meta).of_kind(kind);
+    scratch.began_meta = meta.0;
+    let location = make_room(hash_of_client(settings, key), kind as u32, limit(meta));
+    if location != NOWHERE {
+        location
+    } else if Forward::has_reply_key(meta.forward(), key.protocol) {
+        failed(Reason::FlowTableFull)
+    } else {
+        UNRECORDED
+    }
+}
+
+/// Not a location: that of a flow without a record.
+const UNRECORDED: u64 = FAILED - 1;
+
+/// What a flow is worth that has to make room for a new one: what is opening takes no place of what is open.
+#[inline(always)]
+fn limit(meta: Meta) -> u32 {
+    if matches!(meta.state(), TcpState::Established | TcpState::FinClient) {
+        worth::OPEN + 1
+    } else {
+        worth::CLOSING
+    }
+}
+
+/// Writes the new flow, whose source port is the client's; gives that.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn record(location: u64) -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let key = &scratch.packet.key;
+    if location == UNRECORDED {
+        scratch.began_meta = Meta(scratch.began_meta).of_kind(Kind::Empty).0;
+        return key.source_port.into();
+    }
+    let meta = Meta(scratch.began_meta);
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return failed(Reason::Internal);
+    };
+    let (source_port, port) = (key.source_port, key.destination_port);
+    let words = if meta.is(Kind::Short) {
+        short_key(key.source.v4_word(), source_port, port)
+    } else {
+        long_key(source_port, port, source_port, backend.generation)
+    };
+    put(location, words, meta.0);
+    source_port.into()
+}
+
+/// Counts the new flow; gives it as a number.
+#[inline(always)]
+fn count(service_id: u32, port: u64) -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let meta = Meta(scratch.began_meta);
+    if let Some(counters) = maps::backend_counters(meta.backend()) {
+        counters.flows += 1;
+    }
+    if !meta.is_empty() && !ageing::has_ended(meta.forward(), meta.state()) {
+        maps::count_opened(meta.backend());
+    }
+    Known {
+        backend_id: meta.backend(),
+        service_id,
+        forward: meta.forward(),
+        source_port: port as u16,
+        link: meta.link(),
+        reset: Reset::None,
+    }
+    .into_bits()
+}
 
 impl Known {
     #[inline(always)]
@@ -233,92 +427,6 @@ impl Known {
             reset: Reset::None,
         })
     }
-}
-
-#[inline(always)]
-fn try_begin(
-    client_ifindex: u32,
-    scratch: &mut Scratch,
-    service: &Service,
-    service_id: u32,
-) -> Result<Known, Reason> {
-    let Some(settings) = maps::settings() else {
-        return Err(Reason::Internal);
-    };
-    let now = now();
-    let packet = &scratch.packet;
-    let is_tcp = packet.key.protocol == TCP as u32;
-    let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
-    if is_tcp && (packet.tcp_flags & flags::RST != 0 || answers || packet.is_later_fragment()) {
-        return Err(Reason::NoFlow);
-    }
-    source::admit(service, service_id, &packet.key, now)?;
-    let backend_id = select::backend(service_id)?;
-    let Some(backend) = maps::backend(backend_id) else {
-        return Err(Reason::Internal);
-    };
-    let forward = forward_of(service, &packet.key);
-    let state = if is_tcp { first(packet.tcp_flags) } else { TcpState::None };
-    // What is opening takes no place of what is open.
-    let limit = if is_tcp && !opens(packet.tcp_flags) {
-        worth::OPEN + 1
-    } else {
-        worth::CLOSING
-    };
-    let is_translated = Forward::has_reply_key(forward, packet.key.protocol)
-        && needs_source_port(scratch, forward, backend, now)?;
-    let link = if Forward::translates(forward) {
-        client_link::remember(client_ifindex)
-    } else {
-        0
-    };
-    let key = &scratch.packet.key;
-    let kind = if key.source.is_v4() && !is_translated {
-        Kind::Short
-    } else {
-        Kind::Long
-    };
-    let meta = Meta::new(kind, service_id, backend_id, forward)
-        .with_state(state)
-        .with_age(ageing::ticks(settings, state, now))
-        .with_link(link);
-    let location = make_room(hash_of_client(settings, key), kind as u32, limit);
-    let source_port = if location == NOWHERE {
-        // Without a record the flow's next packets are selected anew: hashes select the same.
-        if Forward::has_reply_key(forward, key.protocol) {
-            return Err(Reason::FlowTableFull);
-        }
-        key.source_port
-    } else if is_translated {
-        scratch.began_meta = meta.0;
-        let claimed = claim(location, backend_id, limit);
-        if claimed & FAILED != 0 {
-            return Err(Reason::from_index(claimed as u32));
-        }
-        claimed as u16
-    } else if matches!(kind, Kind::Short) {
-        let short = short_key(key.source.v4_word(), key.source_port, key.destination_port);
-        put(location, short, meta.0);
-        key.source_port
-    } else {
-        let long = long_key(key.source_port, key.destination_port, key.source_port, backend.generation);
-        put(location, long, meta.0);
-        key.source_port
-    };
-    if let Some(counters) = maps::backend_counters(backend_id) {
-        counters.flows += 1;
-    }
-    if location != NOWHERE && !ageing::has_ended(forward, state) {
-        maps::count_opened(backend_id);
-    }
-    Ok(Known {
-        backend_id,
-        service_id,
-        forward,
-        source_port,
-        link,
-        reset: Reset::None,
-    })
 }
 
 /// The forward of a new flow. A backend that is a client of its own service would be answered past this host, or by
@@ -503,38 +611,6 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
     flow_table::backend_port(client.destination_port, backend)
 }
 
-/// Tells whether a new flow needs a source port other than the client's, so that its replies are told apart; the 5-tuple
-/// of its replies is left in [`Scratch::reply`].
-///
-/// # Errors
-/// [`Reason::NoSourceAddress`].
-#[inline(always)]
-fn needs_source_port(
-    scratch: &mut Scratch,
-    forward: u8,
-    backend: &Backend,
-    now: u64,
-) -> Result<bool, Reason> {
-    let client = &scratch.packet.key;
-    let source = source_address(forward, client, backend);
-    if source.0 == Address::default().0 {
-        return Err(Reason::NoSourceAddress);
-    }
-    scratch.reply = FlowKey {
-        source: backend.address.by_words(),
-        destination: source,
-        source_port: backend_port(client, backend),
-        destination_port: client.source_port,
-        protocol: client.protocol,
-    };
-    if forward == Forward::FullNat.number() {
-        return Ok(true);
-    }
-    // Another service with the same backend may have the client's port.
-    scratch.except = NOWHERE;
-    Ok(is_taken(now) != 0)
-}
-
 /// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`] for its replies.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -555,13 +631,14 @@ extern "C" fn is_taken(now: u64) -> u32 {
 /// A function that the verifier checks for itself, once for all that follows its loop.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn claim(location: u64, backend_id: u32, limit: u32) -> u64 {
-    let (Some(scratch), Some(settings), Some(backend)) =
-        (scratch(), maps::settings(), maps::backend(backend_id))
-    else {
-        return FAILED | Reason::Internal.index() as u64;
+extern "C" fn claim(location: u64) -> u64 {
+    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+        return failed(Reason::Internal);
     };
     let meta = Meta(scratch.began_meta);
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return failed(Reason::Internal);
+    };
     let start = first_choice(settings, &scratch.packet.key);
     let now = now();
     for attempt in 0..TRIES {
@@ -571,7 +648,7 @@ extern "C" fn claim(location: u64, backend_id: u32, limit: u32) -> u64 {
         if is_taken(now) != 0 {
             continue;
         }
-        let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit);
+        let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit(meta));
         if alias == NOWHERE {
             continue;
         }
@@ -593,5 +670,5 @@ extern "C" fn claim(location: u64, backend_id: u32, limit: u32) -> u64 {
         .remove();
     }
     free(location);
-    FAILED | Reason::NoSourcePort.index() as u64
+    failed(Reason::NoSourcePort)
 }

@@ -188,10 +188,6 @@ fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, known:
         return Verdict::pass(Reason::Local);
     }
     let verdict = Verdict::of_service(known.service_id).sent(XDP_TX, Reason::ErrorForwarded);
-    // The process that it is for is on this host, and has sent the quoted packet as it is quoted.
-    if known.forward == Forward::Local.number() {
-        return verdict.passed(Reason::Local);
-    }
     if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
