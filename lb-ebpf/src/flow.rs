@@ -3,7 +3,8 @@
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use lb_common::{
     abi::{
-        Address, Backend, BackendFlags, FlowKey, Forward, Kind, Meta, Reason, Service, Settings, TCP, TcpState,
+        Address, Backend, BackendFlags, FlowKey, Forward, Kind, Meta, Reason, Service, Settings, TCP,
+        TcpState,
     },
     logic::{
         ageing,
@@ -17,10 +18,10 @@ use lb_common::{
 use crate::{
     client_link,
     cursor::Cursor,
+    flood::{self, is_over_budget, needs_no_record},
     flow_table::{
-        self, Entry, LEFT, NOWHERE, count_end, find_client, find_reply, free, hash_of_client, hash_of_reply,
-        hash_of_scratch_reply, make_room,
-        of, put,
+        self, Entry, LEFT, NOWHERE, count_end, find_client, find_reply, free, free_long, hash_of_client,
+        hash_of_reply, hash_of_scratch_reply, make_room, of, put,
     },
     maps,
     scratch::{Scratch, scratch},
@@ -62,6 +63,9 @@ pub enum Reset {
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
 pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
+    if flood::passes_table(settings, service_id, &scratch.packet) {
+        return None;
+    }
     let now = now();
     let hash = hash_of_client(settings, &scratch.packet.key);
     let location = find_client(hash, service_id, of::PACKET);
@@ -103,7 +107,12 @@ fn try_known_local(settings: &Settings, scratch: &mut Scratch, service_id: u32) 
     if location == NOWHERE {
         return None;
     }
-    going_on(settings, &mut Entry::found(scratch, location), &scratch.packet, now())
+    going_on(
+        settings,
+        &mut Entry::found(scratch, location),
+        &scratch.packet,
+        now(),
+    )
 }
 
 #[inline(always)]
@@ -120,7 +129,11 @@ fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -
     } else {
         reset
     };
-    let tcp_flags = if reset == Reset::None { packet.tcp_flags } else { flags::RST };
+    let tcp_flags = if reset == Reset::None {
+        packet.tcp_flags
+    } else {
+        flags::RST
+    };
     advance(settings, entry, Sender::Client, tcp_flags, now);
     Some(Known::of(entry, packet.key.source_port, reset))
 }
@@ -130,7 +143,11 @@ fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -
 fn end(entry: &mut Entry) {
     let meta = entry.meta;
     let ended = if Forward::sees_replies(meta.forward()) {
-        let state = if meta.is_udp() { TcpState::None } else { TcpState::Closed };
+        let state = if meta.is_udp() {
+            TcpState::None
+        } else {
+            TcpState::Closed
+        };
         entry.update(meta.with_state(state).left())
     } else {
         entry.remove()
@@ -173,7 +190,11 @@ fn try_seen(settings: &Settings, scratch: &mut Scratch, service_id: u32, which: 
 /// Tells whether packets of a client go to another host: where its service has become `local` since the flow began.
 #[inline(always)]
 pub fn leaves_host(settings: &Settings, scratch: &Scratch, service_id: u32) -> bool {
-    let location = find_client(hash_of_client(settings, &scratch.packet.key), service_id, of::PACKET);
+    let location = find_client(
+        hash_of_client(settings, &scratch.packet.key),
+        service_id,
+        of::PACKET,
+    );
     location != NOWHERE && Entry::found(scratch, location).meta.forward() != Forward::Local.number()
 }
 
@@ -317,7 +338,15 @@ extern "C" fn room(is_translated: u32) -> u64 {
     };
     let meta = Meta(scratch.began_meta).of_kind(kind);
     scratch.began_meta = meta.0;
-    let location = make_room(hash_of_client(settings, key), kind as u32, limit(meta));
+    let is_recorded = settings.opening_budget == 0
+        || !is_over_budget(settings)
+        || !maps::service(meta.service()).is_some_and(|service| needs_no_record(service, key.protocol));
+    let location = if is_recorded {
+        flood::count();
+        make_room(hash_of_client(settings, key), kind as u32, limit(meta))
+    } else {
+        NOWHERE
+    };
     if location != NOWHERE {
         location
     } else if Forward::has_reply_key(meta.forward(), key.protocol) {
@@ -334,7 +363,8 @@ const UNRECORDED: u64 = FAILED - 1;
 #[inline(always)]
 fn limit(meta: Meta) -> u32 {
     if matches!(meta.state(), TcpState::Established | TcpState::FinClient) {
-        worth::OPEN + 1
+        // One that nobody has seen begin: an open one that was idle for as long as a quarter of its timeout goes for it.
+        worth::OPEN - 32
     } else {
         worth::CLOSING
     }
@@ -552,7 +582,9 @@ fn advance(settings: &Settings, entry: &mut Entry, sender: Sender, tcp_flags: u8
             return;
         }
         if entry.update(meta) {
-            if !ageing::has_ended(former.forward(), former.state()) && ageing::has_ended(meta.forward(), meta.state()) {
+            if !ageing::has_ended(former.forward(), former.state())
+                && ageing::has_ended(meta.forward(), meta.state())
+            {
                 maps::count_ended(meta.backend());
             }
             return;
@@ -577,7 +609,9 @@ fn advanced(settings: &Settings, former: Meta, sender: Sender, tcp_flags: u8, no
     } else {
         next_of_client_alone(state, tcp_flags)
     };
-    former.with_state(state).with_age(ageing::ticks(settings, state, now))
+    former
+        .with_state(state)
+        .with_age(ageing::ticks(settings, state, now))
 }
 
 /// Tells whether a flow goes on with a packet, or the packet starts a new one under the same 5-tuple.
@@ -636,39 +670,53 @@ extern "C" fn claim(location: u64) -> u64 {
         return failed(Reason::Internal);
     };
     let meta = Meta(scratch.began_meta);
-    let Some(backend) = maps::backend(meta.backend()) else {
-        return failed(Reason::Internal);
-    };
     let start = first_choice(settings, &scratch.packet.key);
-    let now = now();
     for attempt in 0..TRIES {
         let port = candidate(settings, start, attempt).to_be();
         scratch.reply.destination_port = port;
         scratch.except = location;
-        if is_taken(now) != 0 {
+        if is_taken(now()) != 0 {
             continue;
         }
         let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit(meta));
         if alias == NOWHERE {
             continue;
         }
-        let client = &scratch.packet.key;
-        let long = long_key(client.source_port, client.destination_port, port, backend.generation);
-        put(location, long, meta.0);
-        let reply = &scratch.reply;
-        let key = alias_key((location >> 3) as u32, location as usize & 7, port, reply.source_port);
-        put(alias, key, meta.of_kind(Kind::Alias).0);
+        record_translated(location, alias);
         // Another CPU may have taken the same port meanwhile: both see that, or one does.
-        if is_taken(now) == 0 {
+        if is_taken(now()) == 0 {
             return port.into();
         }
-        Entry {
-            location: alias,
-            key,
-            meta: meta.of_kind(Kind::Alias),
-        }
-        .remove();
+        free(alias);
     }
-    free(location);
+    free_long(location);
     failed(Reason::NoSourcePort)
+}
+
+/// Writes the new flow, whose source port is that of [`Scratch::reply`], and its alias.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn record_translated(location: u64, alias: u64) -> u32 {
+    let Some(scratch) = scratch() else {
+        return 1;
+    };
+    let meta = Meta(scratch.began_meta);
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return 1;
+    };
+    let (client, port) = (&scratch.packet.key, scratch.reply.destination_port);
+    let long = long_key(
+        client.source_port,
+        client.destination_port,
+        port,
+        backend.generation,
+    );
+    put(location, long, meta.0);
+    let key = alias_key(
+        (location >> 3) as u32,
+        location as usize & 7,
+        port,
+        scratch.reply.source_port,
+    );
+    put(alias, key, meta.of_kind(Kind::Alias).0)
 }

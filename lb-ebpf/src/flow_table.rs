@@ -7,12 +7,12 @@ use core::{
 };
 
 use lb_common::{
-    abi::{Address, Backend, Bucket, FlowKey, Forward, Kind, Meta, Settings, UDP, WORDS},
+    abi::{Address, Backend, Bucket, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP, WORDS},
     logic::{
         ageing,
         flow_table::{
             self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
-            line_of, long_key, other_line, short_key,
+            line_of, long_key, other_line, second_bucket_of, short_key,
         },
     },
 };
@@ -173,35 +173,62 @@ fn tuple(scratch: &Scratch, which: u32) -> &FlowKey {
 }
 
 /// Where the flow is that a 5-tuple is the client's of; it is left in the scratch memory, see [`Entry::found`].
+#[inline(always)]
+pub fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
+    let (index, line) = place(hash, 0);
+    match client_in(index, line as u32, service_id, which) {
+        NOWHERE => find_client_elsewhere(hash, service_id, which),
+        location => location,
+    }
+}
+
+/// As [`find_client`], but for the line that it is in mostly.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
-    let Some(scratch) = scratch() else {
-        return NOWHERE;
-    };
-    let index = bucket_of(hash, maps::flow_buckets());
-    let Some(bucket) = bucket(index) else {
+extern "C" fn find_client_elsewhere(hash: u64, service_id: u32, which: u32) -> Location {
+    for step in 1..4 {
+        let (index, line) = place(hash, step >> 1);
+        let line = if step & 1 == 0 { line } else { other_line(line) };
+        let location = client_in(index, line as u32, service_id, which);
+        if location != NOWHERE {
+            return location;
+        }
+        if step == 1 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+            return NOWHERE;
+        }
+    }
+    NOWHERE
+}
+
+/// As [`find_client`], in one line of a bucket.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn client_in(index: u32, line: u32, service_id: u32, which: u32) -> Location {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
         return NOWHERE;
     };
     let key = tuple(scratch, which);
-    let (line, other) = (line_of(hash), other_line(line_of(hash)));
-    let mut found = None;
+    let line = line as usize & LINE;
     if key.source.is_v4() {
         let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
-        found = short_of_client(&bucket, line, want, service_id);
-        if found.is_none() {
-            found = short_of_client(&bucket, other, want, service_id);
+        if let Some(found) = short_of_client(&bucket, line, want, service_id) {
+            return leave(scratch, index, &found);
         }
     }
-    if found.is_none() {
-        found = long_of_client(&bucket, line, key, service_id);
-    }
-    if found.is_none() {
-        found = long_of_client(&bucket, other, key, service_id);
-    }
-    match found {
+    match long_of_client(&bucket, line, key, service_id) {
         Some(found) => leave(scratch, index, &found),
         None => NOWHERE,
+    }
+}
+
+/// The bucket in which a flow is looked for first, or secondly, and the line there.
+#[inline(always)]
+fn place(hash: u64, round: u32) -> (u32, usize) {
+    let buckets = maps::flow_buckets();
+    if round == 0 {
+        (bucket_of(hash, buckets), line_of(hash))
+    } else {
+        (second_bucket_of(hash, buckets), line_of(hash))
     }
 }
 
@@ -253,15 +280,17 @@ fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
-    let index = bucket_of(hash, maps::flow_buckets());
-    let first = line_of(hash) as u32 / 2;
     let mut nowhere = NOWHERE;
-    for step in 0..8 {
-        let location = replied(index, (first + step) & 7, which);
+    for step in 0..16 {
+        let (index, line) = place(hash, step >> 3);
+        let location = replied(index, (line as u32 / 2 + step) & 7, which);
         if location == LEFT {
             nowhere = LEFT;
         } else if location != NOWHERE {
             return location;
+        }
+        if step == 7 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+            break;
         }
     }
     nowhere
@@ -297,19 +326,21 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
     }
     let want = alias_key(0, 0, reply.destination_port, reply.source_port);
     match flow_table::at(&bucket, unit, Kind::Alias, want, ALIASED_PORTS) {
-        Some(alias) => aliased(scratch, which, &bucket, &alias),
+        Some(alias) => aliased(scratch, which, &alias),
         None => NOWHERE,
     }
 }
 
 /// The flow that an alias leads to.
 #[inline(always)]
-fn aliased(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found) -> Location {
+fn aliased(scratch: &mut Scratch, which: u32, alias: &Found) -> Location {
     let reply = tuple(scratch, which);
     let index = alias.key as u32 >> 3;
-    let (Some(bucket), Some(backend), Some(settings)) =
-        (bucket(index), maps::backend(alias.meta.backend()), maps::settings())
-    else {
+    let (Some(bucket), Some(backend), Some(settings)) = (
+        bucket(index),
+        maps::backend(alias.meta.backend()),
+        maps::settings(),
+    ) else {
         return NOWHERE;
     };
     let want = (reply.destination_port as u64) << 32;
@@ -328,19 +359,8 @@ fn aliased(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found)
         return NOWHERE;
     }
     let ports = (found.key as u16, (found.key >> 16) as u16);
-    let location = answers(scratch, which, index, &found, ports, client);
-    if location != NOWHERE {
-        // It lives as long as the flow does.
-        let state = found.meta.state();
-        let renewed = alias
-            .meta
-            .with_state(state)
-            .with_age(ageing::ticks(settings, state, now()));
-        if renewed != alias.meta {
-            flow_table::update(aliases, alias, renewed);
-        }
-    }
-    location
+    // The daemon's sweep gives it the state and the age of the flow.
+    answers(scratch, which, index, &found, ports, client)
 }
 
 /// The location of a flow, if a 5-tuple is one of replies of its backend.
@@ -408,24 +428,26 @@ extern "C" fn worth(meta: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
-    let index = bucket_of(hash, maps::flow_buckets());
-    let Some(bucket) = bucket(index) else {
-        return NOWHERE;
-    };
     let kind = match kind {
         1 => Kind::Short,
         2 => Kind::Long,
         _ => Kind::Alias,
     };
-    match flow_table::make_room(&bucket, line_of(hash), kind, limit, |meta| worth(meta.0)) {
-        Some(room) => {
+    for round in 0..2 {
+        let (index, line) = place(hash, round);
+        let Some(bucket) = bucket(index) else {
+            return NOWHERE;
+        };
+        if let Some(room) = flow_table::make_room(&bucket, line, kind, limit, |meta| worth(meta.0)) {
             for meta in room.evicted {
                 count_end(meta);
             }
-            (index << 3 | room.unit as u32) as u64
+            return (index << 3 | room.unit as u32) as u64;
         }
-        None => NOWHERE,
+        // Before the flow can be seen in the second one.
+        flow_table::mark_overflow(&bucket);
     }
+    NOWHERE
 }
 
 /// Counts the end of a flow that another takes the place of.
@@ -467,11 +489,23 @@ pub extern "C" fn hash_of_scratch_reply() -> u64 {
 }
 
 /// Frees the room for a long flow, written or not.
-#[inline(always)]
-pub fn free(location: Location) {
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn free_long(location: Location) -> u32 {
     if let Some(bucket) = bucket((location >> 3) as u32) {
         flow_table::free_long(&bucket, location as usize & 6);
     }
+    0
+}
+
+/// Frees the room for an alias, written or not.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn free(location: Location) -> u32 {
+    if let Some(bucket) = bucket((location >> 3) as u32) {
+        flow_table::free(&bucket, location as usize & 7);
+    }
+    0
 }
 
 /// Hash of the end of a flow that is the source of its client's packets.
@@ -483,5 +517,10 @@ pub fn hash_of_client(settings: &Settings, key: &FlowKey) -> u64 {
 /// Hash of the end of a flow that is the destination of its replies.
 #[inline(always)]
 pub fn hash_of_reply(settings: &Settings, key: &FlowKey) -> u64 {
-    end_hash(settings.seed, &key.destination, key.destination_port, key.protocol)
+    end_hash(
+        settings.seed,
+        &key.destination,
+        key.destination_port,
+        key.protocol,
+    )
 }

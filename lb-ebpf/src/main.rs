@@ -12,6 +12,8 @@ mod answer;
 #[cfg(target_arch = "bpf")]
 mod client_link;
 #[cfg(target_arch = "bpf")]
+mod flood;
+#[cfg(target_arch = "bpf")]
 mod flow;
 #[cfg(target_arch = "bpf")]
 mod flow_table;

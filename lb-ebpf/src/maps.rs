@@ -68,6 +68,19 @@ static FLOW_BUCKETS: u32 = buckets(DEFAULT_FLOWS);
 #[btf_map]
 pub static CLIENT_LINKS: Array<ClientLink, { MAX_CLIENT_LINKS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
+/// Flows that began on this CPU lately. Neither read nor written by the daemon.
+#[btf_map]
+static OPENINGS: PerCpuArray<Openings, 1> = PerCpuArray::new();
+
+/// See [`OPENINGS`].
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Openings {
+    /// Which second or so it is.
+    pub window: u64,
+    pub begun: u64,
+}
+
 /// The ports of packets that come in fragments, from their first. Neither read nor written by the daemon.
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
@@ -123,6 +136,12 @@ pub fn round_robin(service_id: u32) -> Option<&'static mut u32> {
     ROUND_ROBIN
         .get_ptr_mut(service_id)
         .map(|position| unsafe { &mut *position })
+}
+
+#[inline(always)]
+pub fn openings() -> Option<&'static mut Openings> {
+    // SAFETY: as in `totals`.
+    OPENINGS.get_ptr_mut(0).map(|openings| unsafe { &mut *openings })
 }
 
 #[inline(always)]

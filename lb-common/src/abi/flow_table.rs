@@ -42,7 +42,7 @@ pub enum Kind {
 /// The second word of a unit: all that is known of a flow but its client.
 ///
 /// It is read and replaced as a whole. From the lowest bit: 16 bits of service id, 16 of backend id, 2 of [`Kind`], 3 of
-/// state, 3 of [`Forward`](super::Forward), 8 of age, 16 of the link to the client.
+/// state, 3 of [`Forward`](super::Forward), 8 of age, 15 of the link to the client, 1 of the bucket, see [`Meta::overflows`].
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Meta(pub u64);
@@ -55,10 +55,13 @@ const STATE: u32 = 34;
 const FORWARD: u32 = 37;
 const AGE: u32 = 40;
 const LINK: u32 = 48;
+const LINK_MASK: u64 = 0x7fff;
+/// Of the first unit of a bucket; as long as the bucket is there it is not lost with a flow.
+const OVERFLOWS: u64 = 1 << 63;
 /// The bits that stay the same as long as a flow does, but for the link.
 const IDENTITY: u64 = 0xffff_ffff | 3 << KIND | 7 << FORWARD;
 /// In place of a link, of a flow that its client has left.
-const LEFT: u32 = 0xffff;
+const LEFT: u32 = 0x7fff;
 /// State of a UDP flow of which more than its first datagram was seen.
 const CONFIRMED: u64 = 7;
 
@@ -77,8 +80,31 @@ impl Meta {
 
     /// A unit that is being written; as long as the flow that it is for, so that nobody takes an address for a unit.
     #[inline(always)]
-    pub const fn busy(kind: Kind) -> Self {
-        Self(NOBODY | (kind as u64) << KIND)
+    pub const fn busy(self, kind: Kind) -> Self {
+        Self(NOBODY | (kind as u64) << KIND | self.0 & OVERFLOWS)
+    }
+
+    /// The unit without a flow.
+    #[inline(always)]
+    pub const fn emptied(self) -> Self {
+        Self(self.0 & OVERFLOWS)
+    }
+
+    /// Another flow in the place of this one.
+    #[inline(always)]
+    pub const fn replaced(self, by: Self) -> Self {
+        Self(by.0 & !OVERFLOWS | self.0 & OVERFLOWS)
+    }
+
+    /// Tells whether flows that belong into the bucket are in their second one, because there was no room.
+    #[inline(always)]
+    pub const fn overflows(self) -> bool {
+        self.0 & OVERFLOWS != 0
+    }
+
+    #[inline(always)]
+    pub const fn with_overflow(self, overflows: bool) -> Self {
+        Self(self.0 & !OVERFLOWS | if overflows { OVERFLOWS } else { 0 })
     }
 
     #[inline(always)]
@@ -155,12 +181,12 @@ impl Meta {
     /// Index of the link on which replies go to the client; 0 for none.
     #[inline(always)]
     pub const fn link(self) -> u32 {
-        (self.0 >> LINK) as u32
+        ((self.0 >> LINK) & LINK_MASK) as u32
     }
 
     #[inline(always)]
     pub const fn with_link(self, link: u32) -> Self {
-        Self(self.0 & !(0xffff << LINK) | (link as u64) << LINK)
+        Self(self.0 & !(LINK_MASK << LINK) | (link as u64 & LINK_MASK) << LINK)
     }
 
     /// The same of another kind.

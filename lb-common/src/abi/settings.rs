@@ -31,7 +31,9 @@ pub struct Settings {
     /// The shifts that make ticks of nanoseconds, of [`Self::tcp_idle`], [`Self::tcp_opening`], [`Self::tcp_closing`] and
     /// [`Self::udp_idle`], see `logic::ageing`.
     pub tick_shifts: [u8; 4],
-    pub _pad: u32,
+    /// Flows that may begin on each CPU in a second or so until further ones are not recorded where hashes select the
+    /// same backend again; 0 for no limit.
+    pub opening_budget: u32,
 }
 
 const _: () = assert!(size_of::<Settings>() == 104);

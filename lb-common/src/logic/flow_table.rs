@@ -39,6 +39,12 @@ pub const fn bucket_of(hash: u64, buckets: u32) -> u32 {
     (((hash >> 32) * buckets as u64) >> 32) as u32
 }
 
+/// Index of the bucket for flows that find no room in the first.
+#[inline(always)]
+pub const fn second_bucket_of(hash: u64, buckets: u32) -> u32 {
+    (((hash & 0xffff_ffff) * buckets as u64) >> 32) as u32
+}
+
 /// The cache line of the bucket in which a flow is looked for first: the index of its first word.
 #[inline(always)]
 pub const fn line_of(hash: u64) -> usize {
@@ -134,7 +140,9 @@ pub fn long_at<W: Words>(words: &W, unit: usize, client: &Address, want: u64, ma
         return None;
     }
     let again = Meta(words.load(meta_at(unit)));
-    again.is_of_same(found.meta).then_some(Found { meta: again, ..found })
+    again
+        .is_of_same(found.meta)
+        .then_some(Found { meta: again, ..found })
 }
 
 /// The client's address of a long flow, if it is still there.
@@ -169,9 +177,9 @@ pub fn update<W: Words>(words: &W, found: &Found, meta: Meta) -> bool {
 #[inline(always)]
 pub fn remove<W: Words>(words: &W, found: &Found) -> bool {
     if !found.meta.is(Kind::Long) {
-        return update(words, found, Meta::EMPTY);
+        return update(words, found, found.meta.emptied());
     }
-    if !update(words, found, Meta::busy(Kind::Long)) {
+    if !update(words, found, found.meta.busy(Kind::Long)) {
         return false;
     }
     free_long(words, found.unit);
@@ -183,7 +191,46 @@ pub fn remove<W: Words>(words: &W, found: &Found) -> bool {
 pub fn free_long<W: Words>(words: &W, unit: usize) {
     words.store(key_at(unit + 1), 0);
     words.store(meta_at(unit + 1), Meta::EMPTY.0);
-    words.store(meta_at(unit), Meta::EMPTY.0);
+    replace(words, unit, Meta::EMPTY);
+}
+
+/// Frees a unit that nobody else writes.
+#[inline(always)]
+pub fn free<W: Words>(words: &W, unit: usize) {
+    replace(words, unit, Meta::EMPTY);
+}
+
+/// Writes the meta word of a unit that nobody else writes, but for the mark of its bucket.
+#[inline(always)]
+fn replace<W: Words>(words: &W, unit: usize, meta: Meta) {
+    let mut attempt = 0;
+    while attempt < 4 {
+        let former = Meta(words.load(meta_at(unit)));
+        if words.swap(meta_at(unit), former.0, former.replaced(meta).0) {
+            return;
+        }
+        attempt += 1;
+    }
+    words.store(meta_at(unit), meta.0);
+}
+
+/// Notes that flows of a bucket are in their second one.
+#[inline(always)]
+pub fn mark_overflow<W: Words>(words: &W) {
+    let mut attempt = 0;
+    while attempt < 4 {
+        let meta = Meta(words.load(meta_at(0)));
+        if meta.overflows() || words.swap(meta_at(0), meta.0, meta.with_overflow(true).0) {
+            return;
+        }
+        attempt += 1;
+    }
+}
+
+/// Tells whether flows of a bucket may be in their second one.
+#[inline(always)]
+pub fn overflows<W: Words>(words: &W) -> bool {
+    Meta(words.load(meta_at(0))).overflows()
 }
 
 /// What a flow is worth; who comes takes the place of the one that is worth least.
@@ -271,7 +318,11 @@ fn place_worth<W: Words>(words: &W, unit: usize, kind: Kind, worth_of: &impl Fn(
     let first = Meta(words.load(meta_at(even)));
     if first.is(Kind::Long) {
         // Of the two units that it takes the first one is free for a short flow.
-        return if unit == even { worth_of(first) } else { worth::BUSY };
+        return if unit == even {
+            worth_of(first)
+        } else {
+            worth::BUSY
+        };
     }
     let second = Meta(words.load(meta_at(even + 1)));
     if !matches!(kind, Kind::Long) {
@@ -289,13 +340,13 @@ fn take<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<Room> {
         return None;
     }
     if first.is(Kind::Long) {
-        if !words.swap(meta_at(even), first.0, Meta::busy(Kind::Long).0) {
+        if !words.swap(meta_at(even), first.0, first.busy(Kind::Long).0) {
             return None;
         }
         if !matches!(kind, Kind::Long) {
             words.store(key_at(even + 1), 0);
             words.store(meta_at(even + 1), Meta::EMPTY.0);
-            words.store(meta_at(even), Meta::busy(kind).0);
+            replace(words, even, Meta::EMPTY.busy(kind));
         }
         return Some(Room {
             unit: even,
@@ -304,7 +355,7 @@ fn take<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<Room> {
     }
     if !matches!(kind, Kind::Long) {
         let meta = Meta(words.load(meta_at(unit)));
-        if meta.is_busy() || !words.swap(meta_at(unit), meta.0, Meta::busy(kind).0) {
+        if meta.is_busy() || !words.swap(meta_at(unit), meta.0, meta.busy(kind).0) {
             return None;
         }
         return Some(Room {
@@ -313,10 +364,10 @@ fn take<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<Room> {
         });
     }
     let second = Meta(words.load(meta_at(even + 1)));
-    if second.is_busy() || !words.swap(meta_at(even + 1), second.0, Meta::busy(Kind::Short).0) {
+    if second.is_busy() || !words.swap(meta_at(even + 1), second.0, second.busy(Kind::Short).0) {
         return None;
     }
-    if !words.swap(meta_at(even), first.0, Meta::busy(Kind::Long).0) {
+    if !words.swap(meta_at(even), first.0, first.busy(Kind::Long).0) {
         words.store(meta_at(even + 1), second.0);
         return None;
     }
@@ -346,8 +397,7 @@ pub fn put_long<W: Words>(words: &W, unit: usize, key: u64, client: &Address, me
 /// By a swap, so that it is seen before anything that is read from now on.
 #[inline(always)]
 fn publish<W: Words>(words: &W, unit: usize, meta: Meta) {
-    let busy = words.load(meta_at(unit));
-    words.swap(meta_at(unit), busy, meta.0);
+    replace(words, unit, meta);
 }
 
 /// Looks at a flow once more; nothing if it is another one by now.
