@@ -336,11 +336,7 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
 fn aliased(scratch: &mut Scratch, which: u32, alias: &Found) -> Location {
     let reply = tuple(scratch, which);
     let index = alias.key as u32 >> 3;
-    let (Some(bucket), Some(backend), Some(settings)) = (
-        bucket(index),
-        maps::backend(alias.meta.backend()),
-        maps::settings(),
-    ) else {
+    let (Some(bucket), Some(backend)) = (bucket(index), maps::backend(alias.meta.backend())) else {
         return NOWHERE;
     };
     let want = (reply.destination_port as u64) << 32;

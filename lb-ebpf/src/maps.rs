@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FilterKey, FragmentKey,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FilterKey, FragmentKey,
     FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SERVICE_KEYS, MAX_SERVICES,
     MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SourceKey,
     SourceRate, Totals, buckets,
@@ -26,6 +26,14 @@ static SETTINGS: Array<Settings, 1> = Array::new();
 /// Roles of the addresses of VIPs and backends. Written by the daemon.
 #[btf_map]
 pub static ADDRESSES: HashMap<Address, u32, { MAX_ADDRESSES as usize }> = HashMap::new();
+
+/// What [`ADDRESSES`] has, less exact but faster, see `lb_common::logic::address_filter`. Written by the daemon, through its
+/// memory.
+#[btf_map]
+static ADDRESS_FILTER: Array<AddressFilter, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// See [`ADDRESS_FILTER`].
+type AddressFilter = [u64; ADDRESS_FILTER_WORDS as usize];
 
 /// Service id by what clients connect to; one entry for each port. Written by the daemon.
 #[btf_map]
@@ -136,6 +144,11 @@ pub fn round_robin(service_id: u32) -> Option<&'static mut u32> {
     ROUND_ROBIN
         .get_ptr_mut(service_id)
         .map(|position| unsafe { &mut *position })
+}
+
+#[inline(always)]
+pub fn address_filter() -> Option<&'static AddressFilter> {
+    ADDRESS_FILTER.get(0)
 }
 
 #[inline(always)]

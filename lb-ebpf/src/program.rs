@@ -3,7 +3,10 @@
 use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
 use lb_common::{
     abi::{Reason, Settings},
-    logic::headers::{Fragment, Kind, Undecodable, decode},
+    logic::{
+        address_filter,
+        headers::{Fragment, Kind, Undecodable, decode},
+    },
 };
 
 use crate::{
@@ -28,6 +31,10 @@ pub fn xlb(context: XdpContext) -> u32 {
 
 #[inline(always)]
 fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
+    if is_foreign(&frame) {
+        scratch.bytes = frame.length();
+        return Verdict::pass(Reason::NotForService);
+    }
     let decoded = decode(&frame, &mut scratch.packet);
     // A frame in several buffers is longer than what can be viewed.
     let (viewable, end) = (frame.viewable() as u64, scratch.packet.end as u64);
@@ -50,6 +57,16 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
         None => from_backend(context, frame, scratch, settings),
     }
+}
+
+/// Tells whether a packet is surely none of ours: most are not, on a host that does other things as well.
+#[inline(always)]
+fn is_foreign(frame: &Cursor) -> bool {
+    maps::address_filter().is_some_and(|words| {
+        address_filter::is_foreign(frame, |index| {
+            words.get(index as usize).copied().unwrap_or(u64::MAX)
+        })
+    })
 }
 
 /// A packet that cannot be looked up: dropped with the reason if it is for a VIP.
@@ -110,9 +127,6 @@ fn from_client(
 /// A packet for no service: a backend's reply to a client, or none of ours.
 #[inline(always)]
 fn from_backend(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch, settings: &Settings) -> Verdict {
-    if !service::is_backend(&scratch.packet.key.source) {
-        return Verdict::pass(Reason::NotForService);
-    }
     match flow::of_reply(settings, scratch) {
         Reply::Of(known) if known.reset == Reset::None => forward::to_client(frame, scratch, &known),
         Reply::Of(known) => answer::reset_of_sender(context, scratch, Verdict::of_service(known.service_id)),

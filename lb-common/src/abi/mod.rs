@@ -41,6 +41,8 @@ pub const MAX_SERVICE_KEYS: u32 = 65_536;
 pub const MAX_BACKENDS: u32 = 16_384;
 /// Distinct addresses of VIPs and backends that fit in the maps.
 pub const MAX_ADDRESSES: u32 = 32_768;
+/// Words of the map that tells addresses that are none of ours: 262,144 addresses have bits of their own.
+pub const ADDRESS_FILTER_WORDS: u32 = 8192;
 /// Slots of a slot table: a prime, as Maglev wants it (NSDI 2016, section 3.4); at 65,537 at most 0.6 % of the
 /// slots of surviving backends change owner when one of 1,000 backends leaves.
 pub const SLOT_COUNT: u32 = 65_537;

@@ -1,5 +1,6 @@
 //! Pure functions that both sides use.
 
+pub mod address_filter;
 pub mod ageing;
 pub mod checksum;
 pub mod encapsulation;
