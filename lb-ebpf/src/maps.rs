@@ -35,9 +35,10 @@ static ADDRESS_FILTER: Array<AddressFilter, 1, { BPF_F_MMAPABLE as usize }> = Ar
 /// See [`ADDRESS_FILTER`].
 type AddressFilter = [u64; ADDRESS_FILTER_WORDS as usize];
 
-/// Service id by what clients connect to; one entry for each port. Written by the daemon.
+/// Service id by what clients connect to; one entry for each port, see `lb_common::logic::service_table`. Written by the
+/// daemon, through its memory.
 #[btf_map]
-pub static SERVICE_KEYS: HashMap<ServiceKey, u32, { MAX_SERVICE_KEYS as usize }> = HashMap::new();
+pub static SERVICE_KEYS: Array<Bucket, { SERVICE_BUCKETS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// By service id. Written by the daemon.
 #[btf_map]

@@ -9,6 +9,7 @@ pub mod hash;
 pub mod headers;
 pub mod icmp;
 pub mod outer;
+pub mod service_table;
 pub mod source_port;
 pub mod source_rate;
 pub mod tcp_state;
