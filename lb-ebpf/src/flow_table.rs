@@ -477,11 +477,11 @@ pub fn free(location: Location) {
 /// Hash of the end of a flow that is the source of its client's packets.
 #[inline(always)]
 pub fn hash_of_client(settings: &Settings, key: &FlowKey) -> u64 {
-    end_hash(settings.seed, &key.source, key.source_port, key.protocol)
+    end_hash(settings.table_seed, &key.source, key.source_port, key.protocol)
 }
 
 /// Hash of the end of a flow that is the destination of its replies.
 #[inline(always)]
 pub fn hash_of_reply(settings: &Settings, key: &FlowKey) -> u64 {
-    end_hash(settings.seed, &key.destination, key.destination_port, key.protocol)
+    end_hash(settings.table_seed, &key.destination, key.destination_port, key.protocol)
 }

@@ -32,9 +32,11 @@ pub struct Settings {
     /// [`Self::udp_idle`], see `logic::ageing`.
     pub tick_shifts: [u8; 4],
     pub _pad: u32,
+    /// Key of the hash by which the flow table finds flows: the same as long as there is the table.
+    pub table_seed: [u64; 2],
 }
 
-const _: () = assert!(size_of::<Settings>() == 104);
+const _: () = assert!(size_of::<Settings>() == 120);
 
 /// Bits of [`Settings::flags`].
 #[derive(Clone, Copy, Debug)]
