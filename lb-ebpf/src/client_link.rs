@@ -24,7 +24,9 @@ pub fn get(index: u32) -> Option<&'static ClientLink> {
     if index == NONE {
         return None;
     }
-    CLIENT_LINKS.get(index).filter(|link| link.state == ClientLink::VALID)
+    CLIENT_LINKS
+        .get(index)
+        .filter(|link| link.state == ClientLink::VALID || link.state == ClientLink::UNUSED)
 }
 
 /// Tells whether a client's packet came by the link of an index.
@@ -66,28 +68,34 @@ pub extern "C" fn remember(ifindex: u32) -> u32 {
         // SAFETY: the pointer is of a map's value; an entry is written by who has swapped its state, and read when that
         // says that it has been.
         unsafe {
-            if read_volatile(&raw const (*entry).state) == ClientLink::FREE
-                && atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
-                    &raw mut (*entry).state,
-                    ClientLink::FREE,
-                    ClientLink::BUSY,
-                )
-                .1
-            {
+            if swap_state(entry, ClientLink::FREE, ClientLink::BUSY) {
                 (*entry).link = Link([link.0[0], link.0[1], link.0[2]]);
                 (*entry).ifindex = ifindex;
                 (*entry).tags = Tags([packet.tags.0[0], packet.tags.0[1]]);
                 write_volatile(&raw mut (*entry).state, ClientLink::VALID);
                 return index;
             }
-            if read_volatile(&raw const (*entry).state) == ClientLink::VALID
-                && is_same(&*entry, &link, ifindex, &packet.tags)
-            {
-                return index;
+            if is_same(&*entry, &link, ifindex, &packet.tags) {
+                // Before a flow has it, so that the daemon does not free it.
+                swap_state(entry, ClientLink::UNUSED, ClientLink::VALID);
+                if read_volatile(&raw const (*entry).state) == ClientLink::VALID {
+                    return index;
+                }
             }
         }
     }
     NONE
+}
+
+/// Replaces the state of an entry if it is `old`, and tells whether it was.
+#[inline(always)]
+unsafe fn swap_state(entry: *mut ClientLink, old: u64, new: u64) -> bool {
+    // SAFETY: the pointer is of a map's value.
+    unsafe {
+        let state = &raw mut (*entry).state;
+        read_volatile(state) == old
+            && atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(state, old, new).1
+    }
 }
 
 /// The link on which an answer goes back: the MAC addresses, swapped.

@@ -562,7 +562,7 @@ fn replied(scratch: &mut Scratch, hash: u64, which: u32) -> Reply<Entry> {
 /// The flow that [`Scratch::client`] is the client's 5-tuple of.
 #[inline(always)]
 pub fn of_client(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
-    let service_id = service::find(settings, &scratch.client)?;
+    let service_id = service::find(of::CLIENT)?;
     let port = scratch.client.source_port;
     let location = find_client(hash_of_client(settings, &scratch.client), service_id, of::CLIENT);
     if location == NOWHERE {

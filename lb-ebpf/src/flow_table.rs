@@ -1,66 +1,23 @@
 //! The flow table in the kernel's memory: the searches and the room for new flows, as functions that the verifier checks
 //! for themselves. How it works is in `lb_common::logic::flow_table`.
 
-use core::{
-    intrinsics::{AtomicOrdering, atomic_cxchg},
-    ptr::{read_volatile, write_volatile},
-};
-
 use lb_common::{
-    abi::{Address, Backend, Bucket, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP, WORDS},
+    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP},
     logic::{
         ageing,
         flow_table::{
-            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
+            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, alias_key, bucket_of, end_hash,
             line_of, long_key, other_line, second_bucket_of, short_key,
         },
     },
 };
 
 use crate::{
+    bucket::InKernel,
     flow::now,
     maps,
     scratch::{Scratch, scratch},
 };
-
-/// A bucket of the flow table.
-#[derive(Clone, Copy)]
-pub struct InKernel(*mut Bucket);
-
-impl InKernel {
-    #[inline(always)]
-    fn word(&self, at: usize) -> *mut u64 {
-        // SAFETY: the pointer is of a map's value, and the index is within it.
-        unsafe { (&raw mut (*self.0).0).cast::<u64>().add(at & (WORDS - 1)) }
-    }
-}
-
-impl Words for InKernel {
-    #[inline(always)]
-    fn load(&self, at: usize) -> u64 {
-        // SAFETY: as in `word`; other CPUs and the daemon write whole words.
-        unsafe { read_volatile(self.word(at)) }
-    }
-
-    #[inline(always)]
-    fn store(&self, at: usize, value: u64) {
-        // SAFETY: as in `load`. Stores stay in order on the architectures that there are builds for.
-        unsafe { write_volatile(self.word(at), value) }
-    }
-
-    #[inline(always)]
-    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
-        // SAFETY: as in `load`.
-        unsafe {
-            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
-                self.word(at),
-                old,
-                new,
-            )
-            .1
-        }
-    }
-}
 
 /// Where a flow is, as a number: the index of its bucket, and three bits of its unit.
 pub type Location = u64;
@@ -164,7 +121,7 @@ impl Entry {
 }
 
 #[inline(always)]
-fn tuple(scratch: &Scratch, which: u32) -> &FlowKey {
+pub fn tuple(scratch: &Scratch, which: u32) -> &FlowKey {
     match which {
         of::PACKET => &scratch.packet.key,
         of::CLIENT => &scratch.client,
@@ -507,16 +464,11 @@ pub extern "C" fn free(location: Location) -> u32 {
 /// Hash of the end of a flow that is the source of its client's packets.
 #[inline(always)]
 pub fn hash_of_client(settings: &Settings, key: &FlowKey) -> u64 {
-    end_hash(settings.seed, &key.source, key.source_port, key.protocol)
+    end_hash(settings.table_seed, &key.source, key.source_port, key.protocol)
 }
 
 /// Hash of the end of a flow that is the destination of its replies.
 #[inline(always)]
 pub fn hash_of_reply(settings: &Settings, key: &FlowKey) -> u64 {
-    end_hash(
-        settings.seed,
-        &key.destination,
-        key.destination_port,
-        key.protocol,
-    )
+    end_hash(settings.table_seed, &key.destination, key.destination_port, key.protocol)
 }

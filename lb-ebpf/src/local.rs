@@ -79,7 +79,7 @@ fn deliver(
     if kind == Kind::LaterFragment {
         fragment::follow(scratch)?;
     }
-    let service_id = service::find(settings, &scratch.packet.key)?;
+    let service_id = service::find(of::PACKET)?;
     if !service::is_local(settings, service_id) {
         return None;
     }
@@ -193,7 +193,7 @@ fn give_back(context: *mut __sk_buff, kind: Kind, scratch: &mut Scratch, setting
             destination_port: key.source_port,
             protocol: key.protocol,
         };
-        let service_id = service::find(settings, &scratch.client)?;
+        let service_id = service::find(of::CLIENT)?;
         if !service::is_local(settings, service_id) {
             return None;
         }

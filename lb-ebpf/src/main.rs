@@ -10,6 +10,8 @@
 #[cfg(target_arch = "bpf")]
 mod answer;
 #[cfg(target_arch = "bpf")]
+mod bucket;
+#[cfg(target_arch = "bpf")]
 mod client_link;
 #[cfg(target_arch = "bpf")]
 mod flood;

@@ -14,10 +14,12 @@ use aya_ebpf::{
 };
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FilterKey, FragmentKey,
-    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SourceKey,
+    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SERVICES,
+    MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SERVICE_BUCKETS, SLOT_COUNT, Service, Settings, SourceKey,
     SourceRate, Totals, buckets,
 };
+
+use crate::bucket::InKernel;
 
 /// What holds for all services. Written by the daemon.
 #[btf_map]
@@ -38,7 +40,7 @@ type AddressFilter = [u64; ADDRESS_FILTER_WORDS as usize];
 /// Service id by what clients connect to; one entry for each port, see `lb_common::logic::service_table`. Written by the
 /// daemon, through its memory.
 #[btf_map]
-pub static SERVICE_KEYS: Array<Bucket, { SERVICE_BUCKETS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+static SERVICE_KEYS: Array<Bucket, { SERVICE_BUCKETS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// By service id. Written by the daemon.
 #[btf_map]
@@ -150,6 +152,11 @@ pub fn round_robin(service_id: u32) -> Option<&'static mut u32> {
 #[inline(always)]
 pub fn address_filter() -> Option<&'static AddressFilter> {
     ADDRESS_FILTER.get(0)
+}
+
+#[inline(always)]
+pub fn service_bucket(index: u32) -> Option<InKernel> {
+    SERVICE_KEYS.get_ptr_mut(index).map(InKernel)
 }
 
 #[inline(always)]

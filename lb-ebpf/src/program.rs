@@ -13,6 +13,7 @@ use crate::{
     answer,
     cursor::Cursor,
     flow::{self, Known, Reply, Reset},
+    flow_table::of,
     forward, fragment, icmp, maps,
     scratch::{Scratch, scratch},
     service,
@@ -53,7 +54,7 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
     let Some(settings) = maps::settings() else {
         return Verdict::drop(Reason::Internal);
     };
-    match service::find(settings, &scratch.packet.key) {
+    match service::find(of::PACKET) {
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
         None => from_backend(context, frame, scratch, settings),
     }

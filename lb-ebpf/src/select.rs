@@ -150,13 +150,6 @@ fn live(id: u32) -> u64 {
     let Some(count) = LIVE.get(id) else {
         return 0;
     };
-    let live = (count.opened).wrapping_sub(count.ended);
-    // Below zero for a moment, where the end was added before the beginning.
-    if live as i64 <= 0 {
-        0
-    } else if live > u32::MAX as u64 {
-        u32::MAX as u64
-    } else {
-        live
-    }
+    let live = count.flows();
+    if live > u32::MAX as u64 { u32::MAX as u64 } else { live }
 }

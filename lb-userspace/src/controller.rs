@@ -13,11 +13,8 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use lb_common::abi;
-use nix::{
-    net::if_::if_nametoindex,
-    time::{ClockId, clock_gettime},
-};
+use lb_common::abi::{self, LiveCount};
+use nix::net::if_::if_nametoindex;
 use tracing::{error, info, warn};
 
 use self::{slow_starts::Rising, sweeps::Sweeps};
@@ -26,7 +23,7 @@ use crate::{
     compile::{self, Directory, SlotTables},
     config::{self, Config, Forward, Probe, Service, XdpMode},
     datapath::{
-        Datapath, Live,
+        Datapath,
         kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
     },
     health::{Driver, SocketOptions, Target, Transition},
@@ -105,6 +102,8 @@ impl Controller {
             ramps: BTreeMap::new(),
             next_hops: BTreeMap::new(),
             live_flows: BTreeMap::new(),
+            left_services: BTreeSet::new(),
+            ages_are_renewed: false,
             config,
         };
         let mut controller = Self {
@@ -175,8 +174,9 @@ impl Controller {
         self.forget_vanished(&former.config);
         self.remember_renamed();
         self.expect_added(&former);
-        // What was counted of a backend that has gone says nothing of the next with its id.
+        // What was counted of a backend or service that has gone says nothing of the next with its id.
         self.model.live_flows.retain(|_, flows| *flows > 0);
+        self.model.left_services.clear();
         self.follow_configuration().await;
         if let Err(error) = self.attach().and_then(|()| self.converge()) {
             self.model = former;
@@ -191,7 +191,7 @@ impl Controller {
             ));
         }
         self.assign_vips().await;
-        self.sweep_and_remove_orphan_replies_soon();
+        self.sweep_soon();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");
@@ -283,7 +283,7 @@ impl Controller {
                 problems.push(chain(error));
                 Default::default()
             });
-        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
+        let size = self.reconciler.datapath().flow_table_size();
         let reports = self.driver.report();
         let unresolved = self.watcher.unresolved();
         let attached: BTreeSet<u32> = (self.attachments.iter())
@@ -329,7 +329,7 @@ impl Controller {
                     },
                     share: shares.get(&id).copied().unwrap_or(0.0),
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
-                    live_flows: live.get(&id).map_or(0, Live::flows),
+                    live_flows: live.get(&id).map_or(0, LiveCount::flows),
                     flows_total: counted.flows,
                     forwarded: Traffic::from(counted.forwarded),
                     returned: Traffic::from(counted.returned),
@@ -547,8 +547,8 @@ impl Controller {
             warnings
                 .push("the control socket stays where it is until the daemon is started again".to_owned());
         }
-        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
-        if config.flow_table.size.is_some_and(|wanted| wanted != size) {
+        let size = self.reconciler.datapath().flow_table_size();
+        if config.flow_table.size.is_some_and(|wanted| abi::buckets(wanted) != abi::buckets(size)) {
             warnings.push(format!(
                 "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends \
                  all flows"
@@ -676,12 +676,4 @@ fn interface_name(ifindex: u32) -> String {
 
 fn refused(reason: Refusal, message: String) -> Refused {
     Refused { reason, message }
-}
-
-/// Now on the clock of the flow table, in nanoseconds.
-fn monotonic_now() -> u64 {
-    // The clock exists on every Linux; without it no flow would be found idle.
-    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
-        .map(|now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
-        .unwrap_or(0)
 }

@@ -34,8 +34,6 @@ use crate::{
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the maps are compared with what they shall hold.
 const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
-/// How often keys of replies that flows have left behind are looked for: a look at each key.
-const ORPHANS_INTERVAL: Duration = Duration::from_secs(300);
 /// How often shares of backends that start slowly are looked at.
 const RAMP_INTERVAL: Duration = Duration::from_secs(1);
 /// How often counters are read for rates.
@@ -70,7 +68,7 @@ pub async fn run(
     let unfinished = Unfinished((!took_over).then(|| pins.clone()));
     let mut datapath = KernelDatapath::open(pins, size)?;
     datapath.start_packet_log()?;
-    let size = datapath.flow_table_size()?;
+    let size = datapath.flow_table_size();
     info!(
         "flow table: {size} flows, {} MB",
         flow_table_memory(size) / 1_000_000
@@ -113,7 +111,6 @@ pub async fn run(
     };
     let mut sweeps = ticks(SWEEP_INTERVAL);
     let mut repairs = ticks(REPAIR_INTERVAL);
-    let mut orphans = ticks(ORPHANS_INTERVAL);
     let mut samples = ticks(SAMPLE_INTERVAL);
     let mut ramps = ticks(RAMP_INTERVAL);
     loop {
@@ -132,7 +129,6 @@ pub async fn run(
             () = yield_now(), if controller.has_steps() => controller.step(),
             _ = ramps.tick(), if controller.is_ramping() => controller.ramp(),
             _ = repairs.tick() => controller.repair().await,
-            _ = orphans.tick() => controller.sweep_and_remove_orphan_replies_soon(),
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");

@@ -25,6 +25,11 @@ pub const fn buckets(flows: u32) -> u32 {
     if buckets == 0 { 1 } else { buckets as u32 }
 }
 
+/// Flows that a table of so many buckets is for.
+pub const fn flows(buckets: u32) -> u32 {
+    (buckets as u64 * UNITS as u64 * 2 / 3) as u32
+}
+
 /// What a unit holds.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +110,12 @@ impl Meta {
     #[inline(always)]
     pub const fn with_overflow(self, overflows: bool) -> Self {
         Self(self.0 & !OVERFLOWS | if overflows { OVERFLOWS } else { 0 })
+    }
+
+    /// As [`Self::busy`], of the kind of this one.
+    #[inline(always)]
+    pub const fn busy_alike(self) -> Self {
+        Self(NOBODY | self.0 & 3 << KIND)
     }
 
     #[inline(always)]

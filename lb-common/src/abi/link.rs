@@ -69,7 +69,7 @@ pub struct ClientLink {
     pub link: Link,
     pub ifindex: u32,
     pub tags: Tags,
-    /// 0 for a free entry, 1 while it is written, 2 from then on.
+    /// One of the constants below.
     pub state: u64,
 }
 
@@ -77,8 +77,11 @@ const _: () = assert!(size_of::<ClientLink>() == 32);
 
 impl ClientLink {
     pub const FREE: u64 = 0;
+    /// Is being written.
     pub const BUSY: u64 = 1;
     pub const VALID: u64 = 2;
+    /// Valid, but free soon unless a packet comes by it: no flow had it when the daemon looked.
+    pub const UNUSED: u64 = 3;
 }
 
 #[cfg(test)]

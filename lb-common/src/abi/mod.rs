@@ -21,8 +21,8 @@ pub use address::Address;
 pub use backend::{Backend, BackendFlags};
 pub use counters::{BackendCounters, Count, LiveCount, Totals};
 pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
-pub use flow::{Flow, FlowKey, TcpState};
-pub use flow_table::{Bucket, Kind, LINE, Meta, UNITS, WORDS, buckets};
+pub use flow::{FlowKey, TcpState};
+pub use flow_table::{Bucket, Kind, LINE, Meta, UNITS, WORDS, buckets, flows};
 pub use fragment::{FragmentKey, FragmentPorts};
 pub use link::{ClientLink, Link, Tags};
 pub use reason::{REASON_COUNT, Reason, VerdictClass};
@@ -37,8 +37,8 @@ pub const LAYOUT_VERSION: u32 = 3;
 pub const MAX_SERVICES: u32 = 1024;
 /// Service keys (VIP, port, protocol) that fit in the maps: a service with a port range takes one each.
 pub const MAX_SERVICE_KEYS: u32 = 65_536;
-/// Buckets of the map of service keys: three units for each key, of which one over IPv6 takes two.
-pub const SERVICE_BUCKETS: u32 = MAX_SERVICE_KEYS * 3 / UNITS as u32;
+/// Buckets of the map of service keys: four units for each key, of which one over IPv6 takes two.
+pub const SERVICE_BUCKETS: u32 = MAX_SERVICE_KEYS * 4 / UNITS as u32;
 /// Backends of all services together that fit in the maps. Id 0 means "none".
 pub const MAX_BACKENDS: u32 = 16_384;
 /// Distinct addresses of VIPs and backends that fit in the maps.

@@ -65,6 +65,8 @@ impl ServiceFlags {
     pub const HAS_FILTERS: u16 = 1 << 0;
     /// A source that no prefix holds is denied: there are prefixes that allow.
     pub const DENIES_OTHERS: u16 = 1 << 1;
+    /// Gone from the configuration; the entry stays until no flow has its id.
+    pub const REMOVED: u16 = 1 << 2;
 }
 
 /// In the slot table of `round-robin` and `least-connections`: the slot that holds the number of slots in use, which

@@ -34,9 +34,11 @@ pub struct Settings {
     /// Flows that may begin on each CPU in a second or so until further ones are not recorded where hashes select the
     /// same backend again; 0 for no limit.
     pub opening_budget: u32,
+    /// Key of the hash by which the flow table finds flows: the same as long as there is the table.
+    pub table_seed: [u64; 2],
 }
 
-const _: () = assert!(size_of::<Settings>() == 104);
+const _: () = assert!(size_of::<Settings>() == 120);
 
 /// Bits of [`Settings::flags`].
 #[derive(Clone, Copy, Debug)]

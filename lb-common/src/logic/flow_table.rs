@@ -4,6 +4,9 @@
 //! A unit is written by whoever has swapped its meta word for a busy one, and read by comparing its key between two
 //! looks at its meta word: no lock is held, no reader waits, and nobody gets one flow's meta with another's key.
 
+#[cfg(not(target_arch = "bpf"))]
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use super::{ageing, hash::siphash13};
 use crate::abi::{Address, Kind, LINE, Meta, Settings, TcpState, UNITS};
 
@@ -15,6 +18,24 @@ pub trait Words {
     fn store(&self, at: usize, value: u64);
     /// Writes a word if it is `old`, and tells whether it was.
     fn swap(&self, at: usize, old: u64, new: u64) -> bool;
+}
+
+/// In the daemon's memory.
+#[cfg(not(target_arch = "bpf"))]
+impl<const N: usize> Words for [AtomicU64; N] {
+    fn load(&self, at: usize) -> u64 {
+        self[at].load(Ordering::Acquire)
+    }
+
+    fn store(&self, at: usize, value: u64) {
+        self[at].store(value, Ordering::Release);
+    }
+
+    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
+        self[at]
+            .compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
 }
 
 /// Hash of one end of a flow, which says where the flow is.
@@ -123,12 +144,9 @@ pub fn at<W: Words>(words: &W, unit: usize, kind: Kind, want: u64, mask: u64) ->
     if !meta.is(kind) || meta.is_busy() || is_address(words, unit) || words.load(key_at(unit)) != key {
         return None;
     }
+    // The first look is between two at the key, so it is of that; by the second nobody else has come meanwhile.
     let again = Meta(words.load(meta_at(unit)));
-    again.is_of_same(meta).then_some(Found {
-        unit,
-        key,
-        meta: again,
-    })
+    again.is_of_same(meta).then_some(Found { unit, key, meta })
 }
 
 /// As [`at`] for a long flow of this client, at a unit of an even number.
@@ -139,10 +157,7 @@ pub fn long_at<W: Words>(words: &W, unit: usize, client: &Address, want: u64, ma
     if words.load(key_at(unit + 1)) != a || words.load(meta_at(unit + 1)) != b {
         return None;
     }
-    let again = Meta(words.load(meta_at(unit)));
-    again
-        .is_of_same(found.meta)
-        .then_some(Found { meta: again, ..found })
+    again(words, &found).is_some().then_some(found)
 }
 
 /// The client's address of a long flow, if it is still there.
@@ -150,14 +165,13 @@ pub fn long_at<W: Words>(words: &W, unit: usize, client: &Address, want: u64, ma
 pub fn client_of_long<W: Words>(words: &W, found: &Found) -> Option<Address> {
     let a = words.load(key_at(found.unit + 1));
     let b = words.load(meta_at(found.unit + 1));
-    let unchanged = words.load(key_at(found.unit)) == found.key
-        && Meta(words.load(meta_at(found.unit))).is_of_same(found.meta);
-    unchanged.then_some(Address([a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]))
+    again(words, found)?;
+    Some(Address([a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]))
 }
 
 /// Tells whether a unit is the second of a long flow.
 #[inline(always)]
-fn is_address<W: Words>(words: &W, unit: usize) -> bool {
+pub fn is_address<W: Words>(words: &W, unit: usize) -> bool {
     unit % 2 == 1 && Meta(words.load(meta_at(unit - 1))).is(Kind::Long)
 }
 
@@ -264,7 +278,7 @@ pub fn worth(settings: &Settings, meta: Meta, now: u64) -> u32 {
         return worth::CLOSED;
     }
     let idle = ageing::idle_ticks(settings, meta, now);
-    if ageing::is_over_after(settings, meta, idle) {
+    if ageing::is_over_after(settings, meta.state(), idle) {
         return worth::OVER;
     }
     match meta.state() {
@@ -394,10 +408,18 @@ pub fn put_long<W: Words>(words: &W, unit: usize, key: u64, client: &Address, me
     publish(words, unit, meta);
 }
 
-/// By a swap, so that it is seen before anything that is read from now on.
+/// By a swap, so that it is seen before anything that is read from now on. Does nothing where the unit is not the
+/// caller's any more, or was written already.
 #[inline(always)]
 fn publish<W: Words>(words: &W, unit: usize, meta: Meta) {
-    replace(words, unit, meta);
+    let mut attempt = 0;
+    while attempt < 4 {
+        let former = Meta(words.load(meta_at(unit)));
+        if !former.is_busy() || words.swap(meta_at(unit), former.0, former.replaced(meta).0) {
+            return;
+        }
+        attempt += 1;
+    }
 }
 
 /// Looks at a flow once more; nothing if it is another one by now.

@@ -2,9 +2,10 @@
 //! at one cache line, however many services there are.
 
 use super::flow_table::{
-    self, Words, bucket_of, key_at, line_of, make_room, meta_at, other_line, put, put_long, second_bucket_of,
+    self, Found, Words, bucket_of, key_at, line_of, make_room, meta_at, other_line, put, put_long,
+    second_bucket_of,
 };
-use crate::abi::{Kind, LINE, Meta, SERVICE_BUCKETS, ServiceKey};
+use crate::abi::{Address, Kind, LINE, Meta, SERVICE_BUCKETS, ServiceKey, UNITS};
 
 /// A bucket, and the line of it in which a key is looked for first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,9 +24,11 @@ fn hash(key: &ServiceKey) -> u64 {
         (*a as u64) << 32 | (*b ^ c.rotate_left(7)) as u64
     };
     let low = (*d as u64) << 32 | (key.port as u64) << 8 | key.protocol as u64;
-    // The multipliers of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-    let hash = (low ^ high.wrapping_mul(0xbf58_476d_1ce4_e5b9)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    hash ^ hash >> 29
+    // The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+    let hash = low ^ high.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let hash = (hash ^ hash >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    hash ^ hash >> 31
 }
 
 /// Where a key is, in the first or the second of two rounds.
@@ -97,64 +100,106 @@ pub fn get<W: Words>(bucket: impl Fn(u32) -> W, key: &ServiceKey) -> Option<u32>
 
 /// Puts a key into a table, or gives it another service; tells whether there was room.
 pub fn insert<W: Words>(bucket: impl Fn(u32) -> W, key: &ServiceKey, service: u32) -> bool {
-    if let Some((words, unit, meta)) = find(&bucket, key) {
-        words.store(meta_at(unit), meta.replaced(Meta::new(kind_of(meta), service, 0, 0)).0);
-        return true;
+    if let Some((words, found)) = find(&bucket, key) {
+        let (kind, _) = words_of(key);
+        return flow_table::update(&words, &found, found.meta.replaced(Meta::new(kind, service, 0, 0)));
     }
-    let (kind, word) = words_of(key);
-    for round in 0..2 {
+    put_where_there_is_room(&bucket, key, service) || {
+        // Those that are in the way may have room in their other bucket; readers find them in one or in both.
+        (0..2).any(|round| {
+            let full = place(key, round).bucket;
+            residents(&bucket(full)).any(|(resident, of)| {
+                move_away(&bucket, full, &resident, of) && put_where_there_is_room(&bucket, key, service)
+            })
+        })
+    }
+}
+
+fn put_where_there_is_room<W: Words>(bucket: &impl Fn(u32) -> W, key: &ServiceKey, service: u32) -> bool {
+    (0..2).any(|round| {
         let place = place(key, round);
         let words = bucket(place.bucket);
-        let worth = |meta: Meta| if meta.is_empty() { 0 } else { u32::MAX };
-        if let Some(room) = make_room(&words, place.line, kind, 1, worth) {
-            let meta = Meta::new(kind, service, 0, 0);
-            if matches!(kind, Kind::Long) {
-                put_long(&words, room.unit, word, &key.vip, meta);
-            } else {
-                put(&words, room.unit, word, meta);
-            }
-            return true;
+        let has_put = put_into(&words, place.line, key, service);
+        if !has_put {
+            flow_table::mark_overflow(&words);
         }
-        flow_table::mark_overflow(&words);
+        has_put
+    })
+}
+
+fn put_into<W: Words>(words: &W, line: usize, key: &ServiceKey, service: u32) -> bool {
+    let (kind, word) = words_of(key);
+    let worth = |meta: Meta| if meta.is_empty() { 0 } else { u32::MAX };
+    let Some(room) = make_room(words, line, kind, 1, worth) else {
+        return false;
+    };
+    let meta = Meta::new(kind, service, 0, 0);
+    if matches!(kind, Kind::Long) {
+        put_long(words, room.unit, word, &key.vip, meta);
+    } else {
+        put(words, room.unit, word, meta);
     }
-    false
+    true
+}
+
+/// The keys in a bucket, and their services.
+fn residents<W: Words>(words: &W) -> impl Iterator<Item = (ServiceKey, u32)> {
+    let of = |unit: usize| {
+        let (word, meta) = (words.load(key_at(unit)), Meta(words.load(meta_at(unit))));
+        let vip = if meta.is(Kind::Long) {
+            let found = flow_table::Found { unit, key: word, meta };
+            flow_table::client_of_long(words, &found)?
+        } else if meta.is(Kind::Short) && !flow_table::is_address(words, unit) {
+            Address::from_v4_word(word as u32)
+        } else {
+            return None;
+        };
+        let key = ServiceKey {
+            vip,
+            port: (word >> 32) as u16,
+            protocol: (word >> 48) as u8,
+            _pad: 0,
+        };
+        Some((key, meta.service()))
+    };
+    let residents: [_; UNITS] = core::array::from_fn(of);
+    residents.into_iter().flatten()
+}
+
+/// Moves a key out of a full bucket into its other one, if that is another and has room.
+fn move_away<W: Words>(bucket: &impl Fn(u32) -> W, full: u32, key: &ServiceKey, service: u32) -> bool {
+    let [first, second] = [place(key, 0), place(key, 1)];
+    let other = if first.bucket == full { second } else { first };
+    if other.bucket == full {
+        return false;
+    }
+    flow_table::mark_overflow(&bucket(first.bucket));
+    if !put_into(&bucket(other.bucket), other.line, key, service) {
+        return false;
+    }
+    let words = bucket(full);
+    find_in(&words, key).is_some_and(|found| flow_table::remove(&words, &found))
 }
 
 /// Removes a key from a table; tells whether it was there.
 pub fn remove<W: Words>(bucket: impl Fn(u32) -> W, key: &ServiceKey) -> bool {
-    let Some((words, unit, meta)) = find(&bucket, key) else {
-        return false;
-    };
-    let found = flow_table::Found {
-        unit,
-        key: words.load(key_at(unit)),
-        meta,
-    };
-    flow_table::remove(&words, &found)
+    find(&bucket, key).is_some_and(|(words, found)| flow_table::remove(&words, &found))
 }
 
-fn kind_of(meta: Meta) -> Kind {
-    if meta.is(Kind::Long) { Kind::Long } else { Kind::Short }
-}
-
-fn find<W: Words>(bucket: &impl Fn(u32) -> W, key: &ServiceKey) -> Option<(W, usize, Meta)> {
-    let (kind, want) = words_of(key);
-    for round in 0..2 {
+fn find<W: Words>(bucket: &impl Fn(u32) -> W, key: &ServiceKey) -> Option<(W, Found)> {
+    (0..2).find_map(|round| {
         let words = bucket(place(key, round).bucket);
-        for unit in 0..crate::abi::UNITS {
-            let found = if matches!(kind, Kind::Short) {
-                flow_table::at(&words, unit, kind, want, u64::MAX)
-            } else if unit % 2 == 0 {
-                flow_table::long_at(&words, unit, &key.vip, want, u64::MAX)
-            } else {
-                None
-            };
-            if let Some(found) = found {
-                return Some((words, unit, found.meta));
-            }
-        }
-    }
-    None
+        find_in(&words, key).map(|found| (words, found))
+    })
+}
+
+fn find_in<W: Words>(words: &W, key: &ServiceKey) -> Option<Found> {
+    let (kind, want) = words_of(key);
+    (0..UNITS).find_map(|unit| match kind {
+        Kind::Long if unit % 2 == 1 => None,
+        Kind::Long => flow_table::long_at(words, unit, &key.vip, want, u64::MAX),
+        _ => flow_table::at(words, unit, kind, want, u64::MAX),
+    })
 }
 
 #[cfg(test)]
@@ -242,10 +287,10 @@ mod tests {
         for is_v4 in [true, false] {
             let table = Table::new();
             for number in 0..crate::abi::MAX_SERVICE_KEYS {
-                assert!(insert(|index| table.bucket(index), &key(number, is_v4), number), "{number}");
+                assert!(insert(|index| table.bucket(index), &key(number, is_v4), number % 1000), "{number}");
             }
             for number in 0..crate::abi::MAX_SERVICE_KEYS {
-                assert_eq!(get(|index| table.bucket(index), &key(number, is_v4)), Some(number));
+                assert_eq!(get(|index| table.bucket(index), &key(number, is_v4)), Some(number % 1000));
             }
         }
     }

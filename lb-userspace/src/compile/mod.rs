@@ -20,8 +20,9 @@ use std::{
 
 use lb_common::abi::{
     self, BackendFlags, Link, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, ROLE_BACKEND, ROLE_VIP, SettingsFlags,
+    MAX_SOURCE_FILTERS, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags,
 };
+use lb_common::logic::ageing;
 
 pub use self::{
     candidates::Candidate,
@@ -75,14 +76,15 @@ pub enum CompileError {
 /// Says what the maps shall hold, given what they hold; compiling again from the result gives the same.
 ///
 /// A backend that has left its service stays, marked as removed, until its last flow has ended; the mark says too whether
-/// the service wants that by a reset. Those of a service that is gone leave at once.
+/// the service wants that by a reset. A service that is gone stays in the same way, out of reach, with its backends: flows
+/// have their ids, which nobody else is to get before.
 ///
 /// # Errors
 /// When something does not fit into the maps, also together with what has to leave them first.
 pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Result<Compiled, CompileError> {
     let directory = assign_ids(&model.config.services, actual)?;
     let mut contents = Contents {
-        settings: settings(model),
+        settings: settings(model, &actual.settings),
         ..Contents::default()
     };
     for service in &model.config.services {
@@ -95,6 +97,7 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
         contents.slots.insert(*id, unchanged.map_or(table, Arc::clone));
     }
     tables.retain(&contents);
+    add_removed_services(&mut contents, model, actual);
     add_removed_backends(&mut contents, &directory, model, actual);
     if contents.service_keys.keys().any(|key| key.port == 0) {
         contents.settings.flags |= SettingsFlags::ANY_PORT;
@@ -115,9 +118,12 @@ fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, Comp
     check_limit("services", services.len(), MAX_SERVICES as usize)?;
     check_limit("backends", backends, MAX_BACKENDS as usize - 1)?;
 
-    // An id that no key leads to is out of reach of packets, whatever an interrupted change has left under it; a
-    // retry finds it again.
-    let used_services: BTreeSet<u32> = actual.service_keys.values().copied().collect();
+    // An id that no key leads to or has led to is out of reach of packets, whatever an interrupted change has left under
+    // it; a retry finds it again.
+    let removed = (actual.services.iter())
+        .filter(|(_, service)| service.flags & ServiceFlags::REMOVED != 0)
+        .map(|(id, _)| *id);
+    let used_services: BTreeSet<u32> = (actual.service_keys.values().copied()).chain(removed).collect();
     let mut free_services = (0..MAX_SERVICES).filter(|id| !used_services.contains(id));
     let mut free_backends = (1..MAX_BACKENDS).filter(|id| !actual.backends.contains_key(id));
     let known_backends = identity::backends(actual);
@@ -148,10 +154,11 @@ fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, Comp
     Ok(directory)
 }
 
-fn settings(model: &Model) -> abi::Settings {
+fn settings(model: &Model, actual: &abi::Settings) -> abi::Settings {
     let flow_table = &model.config.flow_table;
     let (source_port_first, source_port_count) = model.source_ports;
-    abi::Settings {
+    let is_new = actual.tick_shifts == [0; 4];
+    let mut settings = abi::Settings {
         seed: model.seed,
         tcp_idle: nanoseconds(flow_table.tcp_idle_timeout),
         tcp_opening: nanoseconds(TCP_OPENING_TIMEOUT),
@@ -164,7 +171,18 @@ fn settings(model: &Model) -> abi::Settings {
         ipip_source_v6: IpAddr::V6(model.config.ipip_source.v6.network()).into(),
         ipip_varying_v4: u32::from(model.config.ipip_source.v4.hostmask()).to_be(),
         ipip_varying_v6: (u128::from(model.config.ipip_source.v6.hostmask()) as u32).to_be(),
+        tick_shifts: [0; 4],
+        _pad: 0,
+        // By another seed no flow would be found any more.
+        table_seed: if is_new { model.seed } else { actual.table_seed },
+    };
+    settings.tick_shifts = ageing::tick_shifts(&settings);
+    let is_ageless = actual.flags & SettingsFlags::AGELESS != 0;
+    let has_other_ticks = !is_new && actual.tick_shifts != settings.tick_shifts;
+    if has_other_ticks || is_ageless && !model.ages_are_renewed {
+        settings.flags |= SettingsFlags::AGELESS;
     }
+    settings
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
@@ -235,6 +253,7 @@ fn service_entry(service: &Service) -> abi::Service {
         Forward::Local => abi::Forward::Local,
     };
     abi::Service {
+        vip: service.vip.into(),
         strategy: strategy.number(),
         forward: forward.number(),
         flags: filters::flags(service),
@@ -294,6 +313,26 @@ fn follow_source(entry: &mut abi::Backend, former: &abi::Backend, forward: Forwa
         entry.source = former.source;
     } else if forward == Forward::FullNat && former.source != unknown && former.source != entry.source {
         entry.generation = entry.generation.wrapping_add(1);
+    }
+}
+
+/// Adds the services that have left the configuration but may still have flows: no key leads to them.
+fn add_removed_services(contents: &mut Contents, model: &Model, actual: &Contents) {
+    let has_led_to: BTreeSet<u32> = actual.service_keys.values().copied().collect();
+    for (id, entry) in &actual.services {
+        let is_removed = entry.flags & ServiceFlags::REMOVED != 0;
+        if contents.services.contains_key(id)
+            || *id >= MAX_SERVICES
+            || !(is_removed || has_led_to.contains(id))
+            || is_removed && model.left_services.contains(id)
+        {
+            continue;
+        }
+        let entry = abi::Service {
+            flags: ServiceFlags::REMOVED,
+            ..*entry
+        };
+        contents.services.insert(*id, entry);
     }
 }
 

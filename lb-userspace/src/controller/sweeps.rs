@@ -1,15 +1,20 @@
 //! Passes over the flow table, in steps: a table of a million flows takes seconds, and nothing else is to wait for it.
 
-use std::{collections::BTreeSet, mem, net::SocketAddr, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    net::SocketAddr,
+    time::SystemTime,
+};
 
 use lb_common::abi::{Address, BackendFlags, FlowKey};
 use tokio::sync::oneshot;
 use tracing::warn;
 
-use super::{Controller, chain, monotonic_now};
+use super::{Controller, chain};
 use crate::{
     api::{Done, Refused},
-    datapath::{Contents, Datapath, DatapathError, Position},
+    datapath::{Contents, DatapathError, kernel::monotonic_now},
     net::{
         close::{Connection, close},
         poke::{Poke, Segment},
@@ -21,13 +26,11 @@ use crate::{
 #[derive(Debug, Default)]
 pub(super) struct Sweeps {
     running: Option<Sweep>,
-    /// Whether keys of replies that lead nowhere are looked for after it.
-    orphans_follow: bool,
-    /// Where that search is.
-    orphans: Option<Option<Position>>,
-    /// To send when all that has ended.
+    /// To send when it has ended.
     answers: Vec<Answer>,
     next: Next,
+    /// What the last one has left: see [`Scope::drift`].
+    drift: BTreeMap<u32, i64>,
 }
 
 /// The sweep to begin next.
@@ -38,7 +41,6 @@ struct Next {
     judges_sources: bool,
     /// Backends by id whose flows are to be reset from now on.
     resetting: BTreeSet<u32>,
-    removes_orphans: bool,
 }
 
 #[derive(Debug)]
@@ -56,6 +58,12 @@ impl Sweeps {
         };
         if before.source_filters != after.source_filters || filters(before) != filters(after) {
             self.next.judges_sources = true;
+            self.next.is_wanted = true;
+        }
+        if before.settings.tick_shifts != after.settings.tick_shifts {
+            if let Some(sweep) = &mut self.running {
+                sweep.ticks_have_changed();
+            }
             self.next.is_wanted = true;
         }
         let resets = |contents: &Contents, id: &u32| {
@@ -88,13 +96,6 @@ impl Controller {
         self.sweeps.next.is_wanted = true;
     }
 
-    /// As [`Self::sweep_soon`], and then has the keys of replies removed that flows have left behind: where their backend
-    /// is gone, or that went to another.
-    pub fn sweep_and_remove_orphan_replies_soon(&mut self) {
-        self.sweeps.next.is_wanted = true;
-        self.sweeps.next.removes_orphans = true;
-    }
-
     /// Answers once the flows that are over by now have ended.
     pub fn answer_after_sweep(&mut self, to: oneshot::Sender<Result<Done, Refused>>, done: Done) {
         self.sweeps.next.is_wanted = true;
@@ -103,23 +104,17 @@ impl Controller {
 
     /// Tells whether there is something to do for [`Self::step`].
     pub fn has_steps(&self) -> bool {
-        self.sweeps.running.is_some() || self.sweeps.orphans.is_some() || self.sweeps.next.is_wanted
+        self.sweeps.running.is_some() || self.sweeps.next.is_wanted
     }
 
     /// Goes on with what is under way, by some thousand flows: milliseconds.
     pub fn step(&mut self) {
         if let Some(sweep) = self.sweeps.running.take() {
             self.step_sweep(sweep);
-        } else if let Some(position) = self.sweeps.orphans.take() {
-            let datapath = self.reconciler.datapath_mut();
-            match datapath.remove_some_orphan_replies(position) {
-                Ok((_, next)) => self.sweeps.orphans = next.map(Some),
-                Err(error) => warn!("keys of replies that lead nowhere stay for now: {}", chain(error)),
-            }
         } else if self.sweeps.next.is_wanted {
             self.begin_sweep();
         }
-        if self.sweeps.running.is_none() && self.sweeps.orphans.is_none() {
+        if self.sweeps.running.is_none() {
             for Answer { to, done } in mem::take(&mut self.sweeps.answers) {
                 // Who asked may have gone away meanwhile.
                 drop(to.send(Ok(done)));
@@ -134,9 +129,9 @@ impl Controller {
             ending: drained(&self.model, &self.directory, SystemTime::now()),
             judges_sources: next.judges_sources,
             resetting: next.resetting,
+            drift: mem::take(&mut self.sweeps.drift),
         };
         self.sweeps.answers = next.answers;
-        self.sweeps.orphans_follow = next.removes_orphans;
         match self.reconciler.begin_sweep(&scope) {
             Ok(sweep) => self.sweeps.running = Some(sweep),
             Err(error) => self.sweep_failed(&scope, error),
@@ -168,9 +163,13 @@ impl Controller {
             return;
         };
         self.problems.remove("sweep");
+        self.sweeps.drift = swept.drift;
         self.model.live_flows = swept.live;
+        self.model.left_services = swept.left_services;
+        self.model.ages_are_renewed = swept.are_ages_renewed;
         self.converge_or_retry();
-        self.sweeps.orphans = self.sweeps.orphans_follow.then_some(None);
+        // If that has failed the next sweep does it again.
+        self.model.ages_are_renewed = false;
     }
 
     /// Leaves what was to be done to the next sweep.
@@ -181,7 +180,6 @@ impl Controller {
         );
         let next = &mut self.sweeps.next;
         next.judges_sources |= scope.judges_sources;
-        next.removes_orphans |= self.sweeps.orphans_follow;
         next.resetting.extend(&scope.resetting);
         for answer in &mut self.sweeps.answers {
             answer.done.warnings.push(warning.clone());
@@ -219,8 +217,6 @@ fn end(address: Address, port: u16) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use lb_common::abi::{Backend, FILTER_DENY, FilterKey, Service};
 
     use super::*;

@@ -186,6 +186,7 @@ impl Display for DisplayService<'_> {
 const SERVICE_FLAGS: &[(u16, &str)] = &[
     (ServiceFlags::HAS_FILTERS, "has-filters"),
     (ServiceFlags::DENIES_OTHERS, "denies-others"),
+    (ServiceFlags::REMOVED, "removed"),
 ];
 
 struct DisplayKey<'a>(&'a ServiceKey);
@@ -230,7 +231,7 @@ impl Display for DisplaySettings<'_> {
         } = self.0;
         write!(
             f,
-            "{}{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
+            "{}{}{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
             if flags & SettingsFlags::ANY_PORT == 0 {
                 ""
             } else {
@@ -240,6 +241,11 @@ impl Display for DisplaySettings<'_> {
                 ""
             } else {
                 "local, "
+            },
+            if flags & SettingsFlags::AGELESS == 0 {
+                ""
+            } else {
+                "ageless, "
             },
             milliseconds(self.0.tcp_idle),
             milliseconds(self.0.tcp_opening),

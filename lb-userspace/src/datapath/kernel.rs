@@ -6,6 +6,7 @@ use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
     maps::{
         Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapType, PerCpuArray, PerCpuValues,
+        loaded_maps,
         lpm_trie::{self, LpmTrie},
     },
     programs::{
@@ -16,15 +17,18 @@ use aya::{
     util::{KernelVersion, nr_cpus},
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, FilterKey, Flow, FlowKey, LiveCount, MAX_ADDRESSES,
-    MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, SLOT_COUNT, Service,
-    ServiceKey, Settings, Totals,
+    Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey, LiveCount,
+    MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS,
+    REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, Totals, buckets, flows,
 };
+use nix::time::{ClockId, clock_gettime};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    AttachMode, Contents, Counters, Datapath, DatapathError, Live, Operation, Pins, Position, SlotTable,
-    counters, local, packet_log, reply_key, syscall,
+    AttachMode, Contents, Counters, Datapath, DatapathError, Flow, Operation, Pins, Position, SlotTable,
+    counters,
+    flow_table::{Context, FlowTable, MapOf},
+    local, packet_log, syscall,
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -41,13 +45,9 @@ pub struct Raw<T>(pub T);
 // SAFETY: zerocopy's traits hold for T: any bytes are a value of it, it has no padding, and it is Copy.
 unsafe impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> Pod for Raw<T> {}
 
-/// Memory of a flow table with room for `flows` flows: keys and values of both maps, and what the kernel adds to
-/// each entry of an LRU hash (`struct htab_elem` with its node, and a bucket).
+/// Memory of a flow table with room for `flows` flows.
 pub const fn flow_table_memory(flows: u32) -> u64 {
-    const OVERHEAD: u64 = 48 + 16;
-    let flow = (size_of::<FlowKey>() + size_of::<Flow>()) as u64 + OVERHEAD;
-    let reply = 2 * size_of::<FlowKey>() as u64 + OVERHEAD;
-    (flow + reply) * flows as u64
+    buckets(flows) as u64 * size_of::<Bucket>() as u64
 }
 
 /// An interface that the program is attached to.
@@ -72,10 +72,7 @@ pub struct KernelDatapath {
     slot_tables_data: MapData,
     backends: Array<MapData, Raw<Backend>>,
     source_filters: LpmTrie<MapData, Raw<FilterKey>, u32>,
-    live: Array<MapData, Raw<LiveCount>>,
-    live_base: Array<MapData, u64>,
-    flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
-    replies: HashMap<MapData, Raw<FlowKey>, Raw<FlowKey>>,
+    flow_table: FlowTable,
     totals: PerCpuArray<MapData, Raw<Totals>>,
     reasons: PerCpuArray<MapData, Raw<Count>>,
     service_counters: PerCpuArray<MapData, Raw<Count>>,
@@ -110,16 +107,6 @@ const fn layout(name: &'static str, kind: MapType, key: usize, value: usize, ent
     }
 }
 
-const fn flow_layout(name: &'static str, value: usize) -> Layout {
-    Layout {
-        name,
-        kind: MapType::LruHash,
-        key: size_of::<FlowKey>(),
-        value,
-        entries: None,
-    }
-}
-
 /// The key of a source filter as the kernel has it (`struct bpf_lpm_trie_key_u8`).
 #[repr(C)]
 #[derive(Clone, FromBytes, IntoBytes, Immutable)]
@@ -149,10 +136,21 @@ const MAPS: &[Layout] = &[
         4,
         MAX_SOURCE_FILTERS,
     ),
-    layout("LIVE", MapType::Array, 4, size_of::<LiveCount>(), MAX_BACKENDS),
-    layout("LIVE_BASE", MapType::Array, 4, 8, MAX_BACKENDS),
-    flow_layout(FLOWS, size_of::<Flow>()),
-    flow_layout(REPLIES, size_of::<FlowKey>()),
+    layout(LIVE, MapType::Array, 4, size_of::<LiveCount>(), MAX_BACKENDS),
+    Layout {
+        name: FLOWS,
+        kind: MapType::Array,
+        key: 4,
+        value: size_of::<Bucket>(),
+        entries: None,
+    },
+    layout(
+        CLIENT_LINKS,
+        MapType::Array,
+        4,
+        size_of::<ClientLink>(),
+        MAX_CLIENT_LINKS,
+    ),
     layout("TOTALS", MapType::PerCpuArray, 4, size_of::<Totals>(), 1),
     layout(
         "COUNTERS",
@@ -179,7 +177,10 @@ const MAPS: &[Layout] = &[
 
 const SOURCE_FILTERS: &str = "SOURCE_FILTERS";
 const FLOWS: &str = "FLOWS";
-const REPLIES: &str = "REPLIES";
+const LIVE: &str = "LIVE";
+const CLIENT_LINKS: &str = "CLIENT_LINKS";
+/// The program's own word for how many entries [`FLOWS`] has.
+const FLOW_BUCKETS: &str = "FLOW_BUCKETS";
 
 impl KernelDatapath {
     /// Loads the program on the maps that an earlier daemon has pinned, or on new ones with room for
@@ -190,12 +191,18 @@ impl KernelDatapath {
     /// another build.
     pub fn open(pins: Pins, flow_table_size: u32) -> Result<Self, DatapathError> {
         pins.create()?;
-        let mut loader = EbpfLoader::new();
-        loader
-            .map_max_entries(FLOWS, flow_table_size)
-            .map_max_entries(REPLIES, flow_table_size);
         for layout in MAPS {
             check_pinned(&pins, layout)?;
+        }
+        let flow_buckets = match pins.map(FLOWS) {
+            path if path.exists() => entries(FLOWS, &pinned(&path, FLOWS)?)?,
+            _ => buckets(flow_table_size),
+        };
+        let mut loader = EbpfLoader::new();
+        loader
+            .map_max_entries(FLOWS, flow_buckets)
+            .override_global(FLOW_BUCKETS, &flow_buckets, true);
+        for layout in MAPS {
             loader.map_pin_path(layout.name, pins.map(layout.name));
         }
         let mut ebpf = loader
@@ -206,8 +213,7 @@ impl KernelDatapath {
             .map_err(|error| failed("load", "the program", error))?;
         pin_program(&mut ebpf, PROGRAM, &pins.program(PROGRAM))?;
 
-        let data =
-            |name: &str| MapData::from_pin(pins.map(name)).map_err(|error| failed("open", name, error));
+        let data = |name: &str| pinned(&pins.map(name), name);
         let converted = |name: &str, error: MapError| failed("open", name, error);
         Ok(Self {
             settings: array(data("SETTINGS")?).map_err(|error| converted("SETTINGS", error))?,
@@ -220,10 +226,12 @@ impl KernelDatapath {
             backends: array(data("BACKENDS")?).map_err(|error| converted("BACKENDS", error))?,
             source_filters: LpmTrie::try_from(Map::LpmTrie(data(SOURCE_FILTERS)?))
                 .map_err(|error| converted(SOURCE_FILTERS, error))?,
-            live: array(data("LIVE")?).map_err(|error| converted("LIVE", error))?,
-            live_base: array(data("LIVE_BASE")?).map_err(|error| converted("LIVE_BASE", error))?,
-            flows: lru_hash(data(FLOWS)?).map_err(|error| converted(FLOWS, error))?,
-            replies: lru_hash(data(REPLIES)?).map_err(|error| converted(REPLIES, error))?,
+            flow_table: FlowTable::new(
+                &MapOf(data(FLOWS)?.fd().as_fd(), flow_buckets),
+                &MapOf(data(LIVE)?.fd().as_fd(), MAX_BACKENDS),
+                &MapOf(data(CLIENT_LINKS)?.fd().as_fd(), MAX_CLIENT_LINKS),
+            )
+            .map_err(|source| DatapathError::new("map the memory of", FLOWS, source))?,
             totals: per_cpu(data("TOTALS")?).map_err(|error| converted("TOTALS", error))?,
             reasons: per_cpu(data("COUNTERS")?).map_err(|error| converted("COUNTERS", error))?,
             service_counters: per_cpu(data("SERVICE_COUNTERS")?)
@@ -252,17 +260,9 @@ impl KernelDatapath {
         }
     }
 
-    /// Flows that the table has room for: that of the pinned one, whatever was asked for.
-    ///
-    /// # Errors
-    /// The kernel does not tell.
-    pub fn flow_table_size(&self) -> Result<u32, DatapathError> {
-        let info = self
-            .flows
-            .map()
-            .info()
-            .map_err(|error| failed("read", FLOWS, error))?;
-        Ok(info.max_entries())
+    /// Flows that the table is for: those of the pinned one, whatever was asked for.
+    pub fn flow_table_size(&self) -> u32 {
+        flows(self.flow_table.buckets())
     }
 
     /// Attaches the program to exactly these interfaces: a pinned link of one of them is kept and given this
@@ -363,11 +363,7 @@ impl KernelDatapath {
 
     fn read_all_but_slots(&self) -> Result<Contents, DatapathError> {
         let mut contents = Contents {
-            settings: self
-                .settings
-                .get(&0, 0)
-                .map_err(|error| failed("read", "SETTINGS", error))?
-                .0,
+            settings: self.read_settings()?,
             ..Contents::default()
         };
         syscall::for_each(
@@ -406,6 +402,30 @@ impl KernelDatapath {
         Ok(contents)
     }
 
+    fn read_settings(&self) -> Result<Settings, DatapathError> {
+        let Raw(settings) = (self.settings.get(&0, 0)).map_err(|error| failed("read", "SETTINGS", error))?;
+        Ok(settings)
+    }
+
+    /// Does something with the flow table and what has to be known to read it.
+    fn with_context<T>(
+        &self,
+        with: impl FnOnce(&FlowTable, &mut Context<'_>) -> T,
+    ) -> Result<T, DatapathError> {
+        let (mut known, mut problem) = (BTreeMap::new(), None);
+        let mut vip = |id: u32| {
+            let read = || read_entry(&self.services, id, "SERVICES", &mut problem).vip;
+            *known.entry(id).or_insert_with(read)
+        };
+        let mut context = Context {
+            settings: self.read_settings()?,
+            now: monotonic_now(),
+            vip: &mut vip,
+        };
+        let result = with(&self.flow_table, &mut context);
+        problem.map_or(Ok(result), Err)
+    }
+
     /// Reads the slot tables of services alone: a table that an interrupted change has left under an id without a
     /// service is replaced when the id is given to one.
     fn read_slots(&self, contents: &Contents) -> Result<BTreeMap<u32, SlotTable>, DatapathError> {
@@ -437,16 +457,6 @@ impl KernelDatapath {
         self.slot_tables
             .set(service, &table, 0)
             .map_err(|error| failed("update", &object, error))
-    }
-
-    /// Tells whether a key of replies is that of the flow that it leads to, which may have gone elsewhere since.
-    fn leads_to_flow(&self, reply: &FlowKey, client: &FlowKey) -> bool {
-        let Ok(Raw(flow)) = self.flows.get(&Raw(*client), 0) else {
-            return false;
-        };
-        self.backends
-            .get(&flow.backend, 0)
-            .is_ok_and(|Raw(backend)| reply_key(client, &flow, &backend) == *reply)
     }
 
     fn clear_service_counters(&mut self, service: u32) -> Result<(), DatapathError> {
@@ -501,10 +511,15 @@ impl Datapath for KernelDatapath {
 
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError> {
         match operation {
-            Operation::PutSettings(settings) => self
-                .settings
-                .set(0, Raw(*settings), 0)
-                .map_err(|error| failed("update", "SETTINGS", error)),
+            Operation::PutSettings(settings) => {
+                (self.settings.set(0, Raw(*settings), 0))
+                    .map_err(|error| failed("update", "SETTINGS", error))?;
+                if settings.flags & SettingsFlags::AGELESS != 0 {
+                    // So that no flow is aged by the ticks before and a timeout after, or the other way round.
+                    syscall::wait_for_programs();
+                }
+                Ok(())
+            }
             Operation::PutAddress(address, roles) => self
                 .addresses
                 .insert(Raw(*address), roles, 0)
@@ -522,6 +537,7 @@ impl Datapath for KernelDatapath {
                 self.backends
                     .set(*id, Raw(Backend::default()), 0)
                     .map_err(|error| failed("delete", &object, error))?;
+                self.flow_table.clear_live(*id);
                 zero(&mut self.backend_counters, *id, BackendCounters::default())
                     .map_err(|error| failed("clear", &object, error))
             }
@@ -562,88 +578,46 @@ impl Datapath for KernelDatapath {
         position: Option<Position>,
         visit: &mut dyn FnMut(&FlowKey, &Flow),
     ) -> Result<Option<Position>, DatapathError> {
-        let position = position.map(|Position(position)| position);
-        syscall::some(self.flows.map().fd().as_fd(), position, |key, flow| {
-            visit(key, flow);
-        })
-        .map(|next| next.map(Position))
-        .map_err(|source| DatapathError::new("read", FLOWS, source))
+        self.with_context(|table, context| table.some_flows(context, position, visit))
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
-        let mut removed = 0;
-        for key in keys {
-            let flow = match self.flows.get(&Raw(*key), 0) {
-                Ok(Raw(flow)) => flow,
-                Err(MapError::KeyNotFound) => continue,
-                Err(error) => return Err(failed("read", FLOWS, error)),
-            };
-            if flow.last_seen >= unless_seen_since {
-                continue;
-            }
-            let backend = self
-                .backends
-                .get(&flow.backend, 0)
-                .map_err(|error| failed("read", "BACKENDS", error))?
-                .0;
-            remove_present(&mut self.flows, key, FLOWS)?;
-            removed += 1;
-            // Where the backend is gone, what its replies lead to nowhere is found by `remove_some_orphan_replies`.
-            let reply = reply_key(key, &flow, &backend);
-            if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
-                && client == *key
-            {
-                remove_present(&mut self.replies, &reply, REPLIES)?;
-            }
+        if keys.is_empty() {
+            return Ok(0);
         }
-        Ok(removed)
+        self.with_context(|table, context| {
+            keys.iter()
+                .map(|key| table.remove(context, key, unless_seen_since))
+                .sum()
+        })
     }
 
-    fn remove_some_orphan_replies(
-        &mut self,
-        position: Option<Position>,
-    ) -> Result<(u64, Option<Position>), DatapathError> {
-        let mut suspects = Vec::new();
-        let next = syscall::some(
-            self.replies.map().fd().as_fd(),
-            position.map(|Position(position)| position),
-            |reply: &FlowKey, client: &FlowKey| {
-                if !self.leads_to_flow(reply, client) {
-                    suspects.push(*reply);
-                }
-            },
-        )
-        .map_err(|source| DatapathError::new("read", REPLIES, source))?;
-        let mut removed = 0;
-        for reply in suspects {
-            // The program writes the reply's key just before the flow, and may have given it to another: look once
-            // more.
-            if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
-                && !self.leads_to_flow(&reply, &client)
-            {
-                remove_present(&mut self.replies, &reply, REPLIES)?;
-                removed += 1;
-            }
-        }
-        Ok((removed, next.map(Position)))
+    fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
+        let settings = self.read_settings()?;
+        let (backends, mut known, mut problem) = (&self.backends, BTreeMap::new(), None);
+        let mut backend = |id: u32| {
+            *known
+                .entry(id)
+                .or_insert_with(|| read_entry(backends, id, "BACKENDS", &mut problem))
+        };
+        let next = (self.flow_table).tidy(&settings, monotonic_now(), &mut backend, position);
+        problem.map_or(Ok(next), Err)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
-        let mut counts = BTreeMap::new();
-        for id in backends {
-            let Raw(count) =
-                (self.live.get(id, 0)).map_err(|error| failed("read", format!("LIVE[{id}]"), error))?;
-            let base = (self.live_base.get(id, 0))
-                .map_err(|error| failed("read", format!("LIVE_BASE[{id}]"), error))?;
-            counts.insert(*id, Live { count, base });
-        }
-        Ok(counts)
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
+        let live = |id: &u32| {
+            let count = self.flow_table.live(*id).ok_or_else(|| no_backend("read", *id))?;
+            Ok((*id, count))
+        };
+        backends.iter().map(live).collect()
     }
 
-    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
-        self.live_base
-            .set(backend, base, 0)
-            .map_err(|error| failed("update", format!("LIVE_BASE[{backend}]"), error))
+    fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
+        if self.flow_table.adjust_live(backend, by) {
+            Ok(())
+        } else {
+            Err(no_backend("update", backend))
+        }
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
@@ -679,17 +653,38 @@ impl Datapath for KernelDatapath {
     }
 }
 
-/// Removes an entry that the data path may have removed meanwhile.
-fn remove_present<V: Pod>(
-    map: &mut HashMap<MapData, Raw<FlowKey>, V>,
-    key: &FlowKey,
+fn no_backend(operation: &'static str, id: u32) -> DatapathError {
+    DatapathError::new(
+        operation,
+        format!("{LIVE}[{id}]"),
+        io::Error::from_raw_os_error(libc::E2BIG),
+    )
+}
+
+/// An entry of an array; an unused one beyond its end, and where it cannot be read, which is left as the problem.
+fn read_entry<T: Default + Copy>(
+    map: &Array<MapData, Raw<T>>,
+    id: u32,
     name: &str,
-) -> Result<(), DatapathError> {
-    match map.remove(&Raw(*key)) {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-        Err(error) => Err(failed("delete", name, error)),
+    problem: &mut Option<DatapathError>,
+) -> T
+where
+    Raw<T>: Pod,
+{
+    match map.get(&id, 0) {
+        Ok(Raw(entry)) => return entry,
+        Err(MapError::OutOfBounds { .. } | MapError::KeyNotFound) => {}
+        Err(error) => *problem = Some(failed("read", format!("{name}[{id}]"), error)),
     }
+    T::default()
+}
+
+/// Now on the clock of the flow table, in nanoseconds.
+pub fn monotonic_now() -> u64 {
+    // The clock exists on every Linux; without it no flow would be found idle.
+    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
+        .map(|now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+        .unwrap_or(0)
 }
 
 /// The counters of all reasons from an index on, those of all CPUs together.
@@ -815,7 +810,7 @@ fn check_pinned(pins: &Pins, layout: &Layout) -> Result<(), DatapathError> {
     if !path.exists() {
         return Ok(());
     }
-    let data = MapData::from_pin(path).map_err(|error| failed("open", layout.name, error))?;
+    let data = pinned(&path, layout.name)?;
     let info = data.info().map_err(|error| failed("read", layout.name, error))?;
     let fits = info.map_type().is_ok_and(|kind| kind == layout.kind)
         && (info.key_size() as usize, info.value_size() as usize) == (layout.key, layout.value)
@@ -828,16 +823,21 @@ fn check_pinned(pins: &Pins, layout: &Layout) -> Result<(), DatapathError> {
     Err(DatapathError::new("open", layout.name, source))
 }
 
+fn pinned(path: &Path, name: &str) -> Result<MapData, DatapathError> {
+    MapData::from_pin(path).map_err(|error| failed("open", name, error))
+}
+
+fn entries(name: &str, map: &MapData) -> Result<u32, DatapathError> {
+    let info = map.info().map_err(|error| failed("read", name, error))?;
+    Ok(info.max_entries())
+}
+
 fn array<T: Pod>(data: MapData) -> Result<Array<MapData, T>, MapError> {
     Array::try_from(Map::Array(data))
 }
 
 fn hash<K: Pod, V: Pod>(data: MapData) -> Result<HashMap<MapData, K, V>, MapError> {
     HashMap::try_from(Map::HashMap(data))
-}
-
-fn lru_hash<K: Pod, V: Pod>(data: MapData) -> Result<HashMap<MapData, K, V>, MapError> {
-    HashMap::try_from(Map::LruHashMap(data))
 }
 
 fn per_cpu<T: Pod>(data: MapData) -> Result<PerCpuArray<MapData, T>, MapError> {
@@ -872,9 +872,18 @@ pub(super) fn runs(link: &FdLink, own: &ProgramInfo) -> bool {
 }
 
 /// Tells whether two programs have the same instructions on the same maps, so that one need not replace the other.
+///
+/// Each has a map of its own for its constants. They are not compared: all that is there is [`FLOW_BUCKETS`], which is the
+/// same for the same flow table.
 pub(super) fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
+    let constants: Vec<u32> = loaded_maps()
+        .flatten()
+        .filter(|map| map.name_as_str().is_some_and(|name| name.ends_with(".rodata")))
+        .map(|map| map.id())
+        .collect();
     let maps = |program: &ProgramInfo| {
         program.map_ids().ok().flatten().map(|mut ids| {
+            ids.retain(|id| !constants.contains(id));
             ids.sort_unstable();
             ids
         })

@@ -4,13 +4,13 @@ use std::{collections::BTreeMap, io};
 
 use lb_common::{
     abi::{
-        Address, FILTER_ALLOW, FILTER_DENY, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS,
-        MAX_SERVICES, MAX_SOURCE_FILTERS, SLOT_COUNT,
+        Address, FILTER_ALLOW, FILTER_DENY, FlowKey, LiveCount, MAX_ADDRESSES, MAX_BACKENDS,
+        MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, SLOT_COUNT, SettingsFlags,
     },
     logic::hash::siphash13,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Live, Operation, Position};
+use super::{Contents, Counters, Datapath, DatapathError, Flow, Operation, Position};
 
 /// A data path without a kernel.
 #[derive(Clone, Debug, Default)]
@@ -19,16 +19,25 @@ pub struct MemoryDatapath {
     pub contents: Contents,
     /// The flow table, by the client's 5-tuple.
     pub flows: BTreeMap<FlowKey, Flow>,
-    /// Live flows by backend id; change `count` to play the program.
-    pub live: BTreeMap<u32, Live>,
+    /// What is the time.
+    pub now: u64,
+    /// Counts of flows by backend id; change them to play the program.
+    pub live: BTreeMap<u32, LiveCount>,
 }
 
 /// Parts that the flow table is visited in, as the kernel visits its buckets.
-const BUCKETS: u8 = 8;
+const BUCKETS: u32 = 8;
 
-fn bucket_of(key: &FlowKey) -> u8 {
+fn bucket_of(key: &FlowKey) -> u32 {
     let Address([.., address]) = key.source;
-    (siphash13([0, 0], [u64::from(address), u64::from(key.source_port)]) % u64::from(BUCKETS)) as u8
+    (siphash13([0, 0], [u64::from(address), u64::from(key.source_port)]) % u64::from(BUCKETS)) as u32
+}
+
+/// The part of the table at a position, and the position of the next.
+fn step(position: Option<Position>) -> (u32, Option<Position>) {
+    let bucket = position.map_or(0, |Position(bucket)| bucket);
+    let next = bucket.saturating_add(1);
+    (bucket, (next < BUCKETS).then_some(Position(next)))
 }
 
 impl Datapath for MemoryDatapath {
@@ -47,45 +56,50 @@ impl Datapath for MemoryDatapath {
         position: Option<Position>,
         visit: &mut dyn FnMut(&FlowKey, &Flow),
     ) -> Result<Option<Position>, DatapathError> {
-        let bucket = position.map_or(0, |Position(bytes)| bytes.first().copied().unwrap_or(BUCKETS));
+        let (bucket, next) = step(position);
         (self.flows.iter())
             .filter(|(key, _)| bucket_of(key) == bucket)
             .for_each(|(key, flow)| visit(key, flow));
-        let next = bucket + 1;
-        Ok((next < BUCKETS).then(|| Position(vec![next])))
+        Ok(next)
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
         let mut removed = 0;
         for key in keys {
-            if self
-                .flows
-                .get(key)
-                .is_some_and(|flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX)
-            {
-                self.flows.remove(key);
-                removed += 1;
+            let is_due =
+                |flow: &&Flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX;
+            let Some(flow) = self.flows.get(key).filter(is_due).copied() else {
+                continue;
+            };
+            self.flows.remove(key);
+            removed += 1;
+            if flow.is_live() {
+                self.adjust_live(flow.backend, -1)?;
             }
         }
         Ok(removed)
     }
 
-    /// Replies are found without keys here.
-    fn remove_some_orphan_replies(
-        &mut self,
-        _position: Option<Position>,
-    ) -> Result<(u64, Option<Position>), DatapathError> {
-        Ok((0, None))
+    /// Nothing is left behind here.
+    fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
+        let (bucket, next) = step(position);
+        if self.contents.settings.flags & SettingsFlags::AGELESS != 0 {
+            (self.flows.iter_mut())
+                .filter(|(key, _)| bucket_of(key) == bucket)
+                .for_each(|(_, flow)| flow.last_seen = self.now);
+        }
+        Ok(next)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
         let of = |id: &u32| (*id, self.live.get(id).copied().unwrap_or_default());
         Ok(backends.iter().map(of).collect())
     }
 
-    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
-        check_index(backend, MAX_BACKENDS, "live-base")?;
-        self.live.entry(backend).or_default().base = base;
+    fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
+        let live = self.live.entry(backend).or_default();
+        let count = if by < 0 { &mut live.ended } else { &mut live.opened };
+        *count = count.wrapping_add(by.unsigned_abs());
         Ok(())
     }
 

@@ -6,6 +6,8 @@ mod contents;
 mod counters;
 pub mod decap;
 pub mod faulty;
+mod flow;
+mod flow_table;
 pub mod kernel;
 mod local;
 pub mod memory;
@@ -16,12 +18,11 @@ mod syscall;
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
-use lb_common::abi::{
-    Address, Backend, FilterKey, Flow, FlowKey, Forward, LiveCount, Service, ServiceKey, Settings,
-};
+use lb_common::abi::{Address, Backend, FilterKey, FlowKey, LiveCount, Service, ServiceKey, Settings};
 
 pub use contents::contents_dump;
 pub use counters::Counters;
+pub use flow::{Flow, reply_key};
 pub use pins::Pins;
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.
@@ -65,27 +66,6 @@ pub enum Operation {
     RemoveFilter(FilterKey, u32),
 }
 
-/// What is known of the live flows of a backend.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Live {
-    /// By the data path.
-    pub count: LiveCount,
-    /// By the daemon; see [`Datapath::set_live_base`].
-    pub base: u64,
-}
-
-impl Live {
-    /// How many there are now; 0 where the parts were not read at one instant and contradict each other.
-    pub const fn flows(&self) -> u64 {
-        let flows = self
-            .count
-            .opened
-            .wrapping_sub(self.count.ended)
-            .wrapping_add(self.base);
-        if flows > i64::MAX as u64 { 0 } else { flows }
-    }
-}
-
 /// Why the kernel did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} failed on {object}")]
@@ -109,32 +89,8 @@ impl DatapathError {
 }
 
 /// A place in a table of flows, of the data path that it comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Position(Vec<u8>);
-
-/// The 5-tuple of the replies of a flow that is translated; the data path builds the same.
-pub fn reply_key(client: &FlowKey, flow: &Flow, backend: &Backend) -> FlowKey {
-    FlowKey {
-        // A process on this host may answer from any of its addresses: none is in the key.
-        source: if flow.forward == Forward::Local.number() {
-            Address::default()
-        } else {
-            backend.address
-        },
-        destination: if flow.forward == Forward::FullNat.number() {
-            backend.source
-        } else {
-            client.source
-        },
-        source_port: if backend.port == 0 {
-            client.destination_port
-        } else {
-            backend.port
-        },
-        destination_port: flow.source_port,
-        protocol: client.protocol,
-    }
-}
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position(u32);
 
 /// How a program is attached to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,22 +151,22 @@ pub trait Datapath: Send {
         }
     }
 
-    /// Removes flows, each with the key of its replies, unless a packet of it was seen at or after `unless_seen_since`
-    /// (nanoseconds of `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
+    /// Removes flows and counts their ends, unless a packet of it was seen at or after `unless_seen_since` (nanoseconds of
+    /// `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError>;
 
-    /// Of some thousand keys of replies, the first ones or those from a position on, removes those that lead to no flow,
-    /// or to one that has another by now. Tells how many were removed, and the position of those that follow.
-    fn remove_some_orphan_replies(
-        &mut self,
-        position: Option<Position>,
-    ) -> Result<(u64, Option<Position>), DatapathError>;
+    /// Removes what flows have left behind, of the same part of the table as [`Self::some_flows`] visits, and after the
+    /// last part what none has used for two passes. While flows do not age ([`SettingsFlags::AGELESS`]) all of the part
+    /// count as seen now.
+    ///
+    /// [`SettingsFlags::AGELESS`]: lb_common::abi::SettingsFlags::AGELESS
+    fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError>;
 
-    /// Reads what is known of the live flows of these backends, by id.
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError>;
+    /// Reads the counts of the flows of these backends, by id.
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError>;
 
-    /// Sets the number that makes live flows of what the data path counts: `opened - ended + base`, wrapping.
-    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError>;
+    /// Adds to the number of live flows of a backend, while the program counts on.
+    fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError>;
 
     /// Reads the counters of these services and backends, by id, and those that belong to none.
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError>;

@@ -8,6 +8,8 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::Path,
+    thread,
+    time::Duration,
 };
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -220,6 +222,19 @@ pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
         ..ElementAttributes::default()
     };
     bpf(BPF_MAP_DELETE_ELEM, &mut attributes).map(drop)
+}
+
+/// Waits until the programs have ended that run now on other CPUs: those that begin meanwhile see what was written
+/// before.
+pub(super) fn wait_for_programs() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
+    // A grace period of RCU (`synchronize_rcu`), within which programs run.
+    // SAFETY: the command takes no pointer.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result < 0 {
+        // The kernel has no such command, or CPUs without ticks (`nohz_full`); no program runs for so long.
+        thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// Index of the interface that a pinned XDP link is on; 0 where the interface is gone.

@@ -1,7 +1,7 @@
 //! Models to test with: short to write down, or arbitrary.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -40,6 +40,8 @@ pub(crate) fn model(services: Vec<Service>) -> Model {
         ramps: BTreeMap::new(),
         next_hops: BTreeMap::new(),
         live_flows: BTreeMap::new(),
+        left_services: BTreeSet::new(),
+        ages_are_renewed: false,
     }
 }
 

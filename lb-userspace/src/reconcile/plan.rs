@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lb_common::abi::{Settings, Strategy};
+use lb_common::abi::{Settings, SettingsFlags, Strategy};
 
 use crate::datapath::{Contents, Operation};
 
@@ -13,6 +13,14 @@ use crate::datapath::{Contents, Operation};
 /// between.
 pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
     let mut operations = Vec::new();
+    let is_ageless = |settings: &Settings| settings.flags & SettingsFlags::AGELESS != 0;
+    if is_ageless(&desired.settings) && !is_ageless(&actual.settings) {
+        // Before there are other ticks, by which flows that live would be over.
+        operations.push(Operation::PutSettings(Settings {
+            flags: actual.settings.flags | SettingsFlags::AGELESS,
+            ..actual.settings
+        }));
+    }
     // Services of all ports are looked for from before the first until after the last of their keys.
     let widened_settings = Settings {
         flags: actual.settings.flags | desired.settings.flags,
