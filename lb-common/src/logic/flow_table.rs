@@ -22,6 +22,23 @@ pub trait Words {
 
 /// In the daemon's memory.
 #[cfg(not(target_arch = "bpf"))]
+impl<W: Words> Words for &W {
+    #[inline(always)]
+    fn load(&self, at: usize) -> u64 {
+        W::load(self, at)
+    }
+
+    #[inline(always)]
+    fn store(&self, at: usize, value: u64) {
+        W::store(self, at, value);
+    }
+
+    #[inline(always)]
+    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
+        W::swap(self, at, old, new)
+    }
+}
+
 impl<const N: usize> Words for [AtomicU64; N] {
     fn load(&self, at: usize) -> u64 {
         self[at].load(Ordering::Acquire)

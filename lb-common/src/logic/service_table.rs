@@ -143,7 +143,7 @@ fn put_into<W: Words>(words: &W, line: usize, key: &ServiceKey, service: u32) ->
 }
 
 /// The keys in a bucket, and their services.
-fn residents<W: Words>(words: &W) -> impl Iterator<Item = (ServiceKey, u32)> {
+pub fn residents<W: Words>(words: &W) -> impl Iterator<Item = (ServiceKey, u32)> {
     let of = |unit: usize| {
         let (word, meta) = (words.load(key_at(unit)), Meta(words.load(meta_at(unit))));
         let vip = if meta.is(Kind::Long) {

@@ -43,7 +43,7 @@ const _: () = assert!(mem::offset_of!(LiveCount, ended) == 8 * ENDED);
 const _: () = assert!(mem::offset_of!(ClientLink, state) == 8 * LINK_STATE);
 
 /// An array map's memory, as values of `N` words.
-struct Mapped<const N: usize> {
+pub(super) struct Mapped<const N: usize> {
     memory: NonNull<[AtomicU64; N]>,
     count: usize,
 }
@@ -53,7 +53,7 @@ unsafe impl<const N: usize> Send for Mapped<N> {}
 
 impl<const N: usize> Mapped<N> {
     /// Maps the memory of an array map that was made to be mapped (`BPF_F_MMAPABLE`), of values of `8 * N` bytes.
-    fn new(map: BorrowedFd<'_>, count: u32) -> io::Result<Self> {
+    pub(super) fn new(map: BorrowedFd<'_>, count: u32) -> io::Result<Self> {
         let count = count as usize;
         // SAFETY: the kernel chooses the place. It refuses what is longer than the map.
         let memory = unsafe {

@@ -17,8 +17,8 @@ use aya::{
     util::{KernelVersion, nr_cpus},
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey, LiveCount,
-    MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey, LiveCount,
+    MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICES, MAX_SOURCE_FILTERS, SERVICE_BUCKETS,
     REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, Totals, buckets, flows,
 };
 use nix::time::{ClockId, clock_gettime};
@@ -66,7 +66,8 @@ pub struct KernelDatapath {
     ebpf: Ebpf,
     settings: Array<MapData, Raw<Settings>>,
     addresses: HashMap<MapData, Raw<Address>, u32>,
-    service_keys: HashMap<MapData, Raw<ServiceKey>, u32>,
+    address_filter: AddressFilter,
+    service_keys: ServiceKeys,
     services: Array<MapData, Raw<Service>>,
     slot_tables: ArrayOfMaps<MapData, Array<MapData, u32>>,
     slot_tables_data: MapData,
@@ -120,11 +121,18 @@ const MAPS: &[Layout] = &[
     layout("SETTINGS", MapType::Array, 4, size_of::<Settings>(), 1),
     layout("ADDRESSES", MapType::Hash, size_of::<Address>(), 4, MAX_ADDRESSES),
     layout(
-        "SERVICE_KEYS",
-        MapType::Hash,
-        size_of::<ServiceKey>(),
+        ADDRESS_FILTER,
+        MapType::Array,
         4,
-        MAX_SERVICE_KEYS,
+        8 * ADDRESS_FILTER_WORDS as usize,
+        1,
+    ),
+    layout(
+        SERVICE_KEYS,
+        MapType::Array,
+        4,
+        size_of::<Bucket>(),
+        SERVICE_BUCKETS,
     ),
     layout("SERVICES", MapType::Array, 4, size_of::<Service>(), MAX_SERVICES),
     layout("SLOT_TABLES", MapType::ArrayOfMaps, 4, 4, MAX_SERVICES),
@@ -175,6 +183,8 @@ const MAPS: &[Layout] = &[
     ),
 ];
 
+const ADDRESS_FILTER: &str = "ADDRESS_FILTER";
+const SERVICE_KEYS: &str = "SERVICE_KEYS";
 const SOURCE_FILTERS: &str = "SOURCE_FILTERS";
 const FLOWS: &str = "FLOWS";
 const LIVE: &str = "LIVE";
@@ -215,10 +225,21 @@ impl KernelDatapath {
 
         let data = |name: &str| pinned(&pins.map(name), name);
         let converted = |name: &str, error: MapError| failed("open", name, error);
+        let mapped = |name: &str, source: io::Error| DatapathError::new("map the memory of", name, source);
+        let addresses: HashMap<MapData, Raw<Address>, u32> =
+            hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?;
+        let mut present = Vec::new();
+        syscall::for_each(addresses.map().fd().as_fd(), |address: &Address, roles: &u32| {
+            present.push((*address, *roles));
+        })
+        .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
         Ok(Self {
+            address_filter: AddressFilter::new(data(ADDRESS_FILTER)?.fd().as_fd(), present)
+                .map_err(|source| mapped(ADDRESS_FILTER, source))?,
+            addresses,
             settings: array(data("SETTINGS")?).map_err(|error| converted("SETTINGS", error))?,
-            addresses: hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?,
-            service_keys: hash(data("SERVICE_KEYS")?).map_err(|error| converted("SERVICE_KEYS", error))?,
+            service_keys: ServiceKeys::new(data(SERVICE_KEYS)?.fd().as_fd())
+                .map_err(|source| mapped(SERVICE_KEYS, source))?,
             services: array(data("SERVICES")?).map_err(|error| converted("SERVICES", error))?,
             slot_tables: ArrayOfMaps::try_from(Map::ArrayOfMaps(data("SLOT_TABLES")?))
                 .map_err(|error| converted("SLOT_TABLES", error))?,
@@ -373,13 +394,7 @@ impl KernelDatapath {
             },
         )
         .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
-        syscall::for_each(
-            self.service_keys.map().fd().as_fd(),
-            |key: &ServiceKey, id: &u32| {
-                contents.service_keys.insert(*key, *id);
-            },
-        )
-        .map_err(|source| DatapathError::new("read", "SERVICE_KEYS", source))?;
+        contents.service_keys.extend(self.service_keys.iter());
         syscall::for_each(self.services.map().fd().as_fd(), |id: &u32, service: &Service| {
             if service.in_use != 0 {
                 contents.services.insert(*id, *service);
@@ -520,14 +535,20 @@ impl Datapath for KernelDatapath {
                 }
                 Ok(())
             }
-            Operation::PutAddress(address, roles) => self
-                .addresses
-                .insert(Raw(*address), roles, 0)
-                .map_err(|error| failed("update", format!("ADDRESSES[{address}]"), error)),
-            Operation::RemoveAddress(address) => self
-                .addresses
-                .remove(&Raw(*address))
-                .map_err(|error| failed("delete", format!("ADDRESSES[{address}]"), error)),
+            Operation::PutAddress(address, roles) => {
+                let before = self.addresses.get(&Raw(*address), 0).unwrap_or(0);
+                (self.addresses.insert(Raw(*address), roles, 0))
+                    .map_err(|error| failed("update", format!("ADDRESSES[{address}]"), error))?;
+                self.address_filter.change(address, before, *roles);
+                Ok(())
+            }
+            Operation::RemoveAddress(address) => {
+                let before = self.addresses.get(&Raw(*address), 0).unwrap_or(0);
+                (self.addresses.remove(&Raw(*address)))
+                    .map_err(|error| failed("delete", format!("ADDRESSES[{address}]"), error))?;
+                self.address_filter.change(address, before, 0);
+                Ok(())
+            }
             Operation::PutBackend(id, backend) => self
                 .backends
                 .set(*id, Raw(*backend), 0)
@@ -556,12 +577,12 @@ impl Datapath for KernelDatapath {
             }
             Operation::PutServiceKey(key, id) => self
                 .service_keys
-                .insert(Raw(*key), id, 0)
-                .map_err(|error| failed("update", format!("SERVICE_KEYS[{}]", key.vip), error)),
+                .insert(key, *id)
+                .map_err(|source| DatapathError::new("update", format!("{SERVICE_KEYS}[{}]", key.vip), source)),
             Operation::RemoveServiceKey(key) => self
                 .service_keys
-                .remove(&Raw(*key))
-                .map_err(|error| failed("delete", format!("SERVICE_KEYS[{}]", key.vip), error)),
+                .remove(key)
+                .map_err(|source| DatapathError::new("delete", format!("{SERVICE_KEYS}[{}]", key.vip), source)),
             Operation::PutFilter(key, length, value) => self
                 .source_filters
                 .insert(&lpm_trie::Key::new(*length, Raw(*key)), value, 0)

@@ -10,6 +10,7 @@ mod flow;
 mod flow_table;
 pub mod kernel;
 mod local;
+mod lookup;
 pub mod memory;
 mod packet_log;
 pub mod pass;
