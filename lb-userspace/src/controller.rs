@@ -125,6 +125,7 @@ impl Controller {
             problems: BTreeMap::new(),
         };
         controller.follow_configuration().await;
+        controller.sweep_what_is_found()?;
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;

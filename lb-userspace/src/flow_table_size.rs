@@ -31,8 +31,9 @@ mod tests {
     #[test]
     fn the_table_grows_with_the_machine_within_bounds() {
         assert_eq!(for_memory(0), SMALLEST);
-        assert_eq!(for_memory(1 << 30), 16_384);
-        assert_eq!(for_memory(16 << 30), 262_144);
+        assert_eq!(for_memory(64 << 20), 16_384);
+        assert_eq!(for_memory(1 << 30), 262_144);
+        assert_eq!(for_memory(4 << 30), LARGEST);
         assert_eq!(for_memory(1 << 50), LARGEST);
     }
 }

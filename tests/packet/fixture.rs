@@ -16,10 +16,17 @@ use aya::{
     programs::{TestRun, TestRunOptions, Xdp},
     util::nr_cpus,
 };
-use lb_common::abi::{
-    Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, FragmentKey,
-    FragmentPorts, LENGTH_SLOT, Link, LiveCount, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT,
-    Service, ServiceKey, Settings, SettingsFlags, SourceKey, SourceRate, Strategy, TCP, Totals, UDP,
+use lb_common::{
+    abi::{
+        Address, Backend, BackendCounters, BackendFlags, Bucket, ClientLink, Count, FlowKey, Forward,
+        FragmentKey, FragmentPorts, Kind, LENGTH_SLOT, Link, LiveCount, MAX_CLIENT_LINKS, Meta, REASON_COUNT,
+        ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, SourceKey,
+        SourceRate, Strategy, TCP, Totals, UDP, UNITS, buckets,
+    },
+    logic::{
+        ageing,
+        flow_table::{key_at, meta_at, short_key},
+    },
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -27,7 +34,7 @@ use nix::{
 };
 use xlb::{
     datapath::{
-        Contents, Datapath, Operation, Pins,
+        Contents, Datapath, Flow, Operation, Pins,
         kernel::{KernelDatapath, PROGRAM, Raw},
     },
     reconcile::plan,
@@ -186,6 +193,9 @@ pub(crate) const SETTINGS: Settings = Settings {
     ipip_source_v6: Address([0x100_0000_u32.to_be(), 0, 0, 0]),
     ipip_varying_v4: 0xffff_u32.to_be(),
     ipip_varying_v6: u32::MAX,
+    tick_shifts: [ageing::tick_shift(LONG); 4],
+    _pad: 0,
+    table_seed: [0x0f1e_2d3c_4b5a_6978, 0x8796_a5b4_c3d2_e1f0],
 };
 
 impl TestBackend {
@@ -289,17 +299,18 @@ impl Instance {
         for operation in plan(&self.contents, &emptied) {
             self.apply(&operation);
         }
-        self.remove_all::<FlowKey, Flow>("FLOWS");
-        self.remove_all::<FlowKey, FlowKey>("REPLIES");
+        for index in 0..buckets(self.datapath.flow_table_size()) {
+            self.empty("FLOWS", index, Bucket::default());
+        }
+        for index in 0..MAX_CLIENT_LINKS {
+            self.empty("CLIENT_LINKS", index, ClientLink::default());
+        }
         self.remove_all::<FragmentKey, FragmentPorts>("FRAGMENTS");
         self.remove_all::<SourceKey, SourceRate>("SOURCES");
         let backends = mem::take(&mut self.backends);
         let mut live: Array<_, Raw<LiveCount>> = self.map("LIVE");
         for id in &backends {
             live.set(*id, Raw(LiveCount::default()), 0).unwrap();
-        }
-        for id in backends {
-            self.datapath.set_live_base(id, 0).unwrap();
         }
         // Those of services and backends went with them.
         self.zero("TOTALS", [0], Totals::default());
@@ -318,6 +329,17 @@ impl Instance {
             .unwrap()
             .try_into()
             .unwrap()
+    }
+
+    /// Writes an entry of an array that is not so: most are.
+    fn empty<T>(&mut self, name: &str, index: u32, empty: T)
+    where
+        T: FromBytes + IntoBytes + Immutable + Copy + PartialEq + 'static,
+    {
+        let mut map: Array<_, Raw<T>> = self.map(name);
+        if map.get(&index, 0).unwrap().0 != empty {
+            map.set(index, Raw(empty), 0).unwrap();
+        }
     }
 
     fn remove_all<K, V>(&mut self, name: &str)
@@ -507,6 +529,7 @@ impl Fixture {
     /// Writes a service that differs from what it was at the start.
     pub(crate) fn change_service(&mut self, service: &TestService, change: impl FnOnce(&mut Service)) {
         let mut entry = Service {
+            vip: Address::from(service.vip.ip()),
             strategy: Strategy::ConsistentHash.number(),
             forward: service.forward.number(),
             in_use: 1,
@@ -527,6 +550,7 @@ impl Fixture {
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
         let mut settings = SETTINGS;
         change(&mut settings);
+        settings.tick_shifts = ageing::tick_shifts(&settings);
         self.apply(Operation::PutSettings(settings));
     }
 
@@ -620,13 +644,64 @@ impl Fixture {
         self.datapath().live_counts(&[backend]).unwrap()[&backend].flows()
     }
 
-    /// What the daemon has made of the live flows of a backend.
-    pub(crate) fn live_base(&mut self, backend: u32) -> u64 {
-        self.datapath().live_counts(&[backend]).unwrap()[&backend].base
+    /// Has a backend have more live flows or fewer, as the daemon does when it has found a count wrong.
+    pub(crate) fn adjust_live(&mut self, backend: u32, by: i64) {
+        self.datapath().adjust_live(backend, by).unwrap();
     }
 
-    pub(crate) fn set_live_base(&mut self, backend: u32, base: u64) {
-        self.datapath().set_live_base(backend, base).unwrap();
+    /// A whole pass of the daemon for what flows have left behind.
+    pub(crate) fn tidy(&mut self) {
+        let mut position = None;
+        loop {
+            position = self.datapath().tidy_flows(position).unwrap();
+            if position.is_none() {
+                return;
+            }
+        }
+    }
+
+    fn buckets(&mut self) -> Vec<Bucket> {
+        let buckets: Array<_, Raw<Bucket>> = self.instance().map("FLOWS");
+        buckets.iter().map(|bucket| bucket.unwrap().0).collect()
+    }
+
+    /// Key and meta words of all units that are in use, other than those that addresses are in.
+    pub(crate) fn units(&mut self) -> Vec<(u64, Meta)> {
+        let mut units = Vec::new();
+        for Bucket(words) in self.buckets() {
+            let meta = |unit: usize| Meta(words[meta_at(unit)]);
+            for unit in 0..UNITS {
+                let is_address = unit % 2 == 1 && meta(unit - 1).is(Kind::Long);
+                if !is_address && !meta(unit).is_empty() {
+                    units.push((words[key_at(unit)], meta(unit)));
+                }
+            }
+        }
+        units
+    }
+
+    /// How many units of a kind there are.
+    pub(crate) fn units_of(&mut self, kind: Kind) -> usize {
+        self.units().iter().filter(|(_, meta)| meta.is(kind)).count()
+    }
+
+    /// The way back to the client of an IPv4 flow whose source port is the client's.
+    pub(crate) fn client_link(&mut self, frame: &Frame) -> Option<ClientLink> {
+        let key = frame.key();
+        let wanted = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+        let units = self.units();
+        let (_, meta) = units
+            .iter()
+            .find(|(key, meta)| *key == wanted && meta.is(Kind::Short) && !meta.is_left())?;
+        let links: Array<_, Raw<ClientLink>> = self.instance().map("CLIENT_LINKS");
+        (meta.link() != 0).then(|| links.get(&meta.link(), 0).unwrap().0)
+    }
+
+    /// States of all ways back to clients, but for those that are free.
+    pub(crate) fn link_states(&mut self) -> Vec<u64> {
+        let links: Array<_, Raw<ClientLink>> = self.instance().map("CLIENT_LINKS");
+        let states = links.iter().map(|link| link.unwrap().0.state);
+        states.filter(|state| *state != ClientLink::FREE).collect()
     }
 
     pub(crate) fn flows(&mut self) -> BTreeMap<FlowKey, Flow> {

@@ -329,7 +329,7 @@ fn add_removed_services(contents: &mut Contents, model: &Model, actual: &Content
             continue;
         }
         let entry = abi::Service {
-            flags: ServiceFlags::REMOVED,
+            flags: entry.flags | ServiceFlags::REMOVED,
             ..*entry
         };
         contents.services.insert(*id, entry);

@@ -514,7 +514,10 @@ fn a_new_backend_gets_an_id_that_no_flow_can_follow() {
     assert_eq!(second.directory.backends[&(WEB.to_owned(), "c".to_owned())], 3);
 
     // The id is free again, and its next owner has another generation, also when the maps were empty between.
-    let empty = compiled(&self::model(Vec::new()), &second.contents);
+    let mut gone = self::model(Vec::new());
+    let leaving = compiled(&gone, &second.contents).contents;
+    (gone.left_services, gone.live_flows) = (BTreeSet::from([0]), BTreeMap::from([(1, 0), (2, 0), (3, 0)]));
+    let empty = compiled(&gone, &leaving);
     let third = compiled(&model, &empty.contents);
     assert_eq!(third.directory.backends[&(WEB.to_owned(), "c".to_owned())], 1);
     assert_ne!(
@@ -524,18 +527,95 @@ fn a_new_backend_gets_an_id_that_no_flow_can_follow() {
 }
 
 #[test]
-fn the_backends_of_a_removed_service_leave_at_once() {
-    let first = compiled(&web(), &Contents::default());
-    let mut model = model(Vec::new());
+fn the_ids_of_a_removed_service_and_its_backends_are_given_away_once_a_sweep_has_met_no_flow_of_them() {
+    let first = compiled(&web(), &Contents::default()).contents;
+    let other = || service("other", 20, &[80], vec![backend("a", 11, 8080)]);
+    let mut model = model(vec![other()]);
+    let second = compiled(&model, &first);
+    assert_eq!(second.directory.services["other"], 1);
+    assert_eq!(second.directory.backends[&("other".to_owned(), "a".to_owned())], 3);
+    let leaving = second.contents.services[&0];
+    assert_eq!(leaving.flags, ServiceFlags::REMOVED);
+    assert_eq!(leaving.vip, first.services[&0].vip, "its flows are told by it");
+    assert!(second.contents.service_keys.values().all(|id| *id == 1));
+    assert_eq!(second.contents.slots.keys().collect::<Vec<_>>(), [&1]);
+    for id in [1, 2] {
+        assert_eq!(second.contents.backends[&id].flags, BackendFlags::REMOVED);
+    }
+    // As long as no sweep has said that there are none.
     model.live_flows = BTreeMap::from([(1, 7), (2, 7)]);
-    let settings = first.contents.settings;
-    assert_eq!(
-        compiled(&model, &first.contents).contents,
-        Contents {
-            settings,
-            ..Contents::default()
-        }
-    );
+    assert_eq!(compiled(&model, &second.contents).contents, second.contents);
+
+    (model.left_services, model.live_flows) = (BTreeSet::from([0]), BTreeMap::from([(1, 0), (2, 0)]));
+    let third = compiled(&model, &second.contents).contents;
+    assert_eq!(third.services.keys().collect::<Vec<_>>(), [&1]);
+    assert_eq!(third.backends.keys().collect::<Vec<_>>(), [&3]);
+    (model.left_services, model.live_flows) = Default::default();
+    model.config.services.push(service("new", 30, &[80], vec![backend("b", 12, 0)]));
+    let fourth = compiled(&model, &third);
+    assert_eq!(fourth.directory.services["new"], 0);
+    assert_eq!(fourth.directory.backends[&("new".to_owned(), "b".to_owned())], 1);
+}
+
+#[test]
+fn a_service_with_another_vip_or_protocol_is_another_one_and_so_is_a_backend_with_another_address() {
+    let first = compiled(&web(), &Contents::default());
+    let changes: [&dyn Fn(&mut Service); 2] = [
+        &|service| service.vip = "203.0.113.11".parse().unwrap(),
+        &|service| service.protocol = Protocol::Udp,
+    ];
+    for change in changes {
+        let mut model = web();
+        change(&mut model.config.services[0]);
+        let second = compiled(&model, &first.contents);
+        assert_eq!(second.directory.services[WEB], 1);
+        let ids: Vec<u32> = second.directory.backends.into_values().collect();
+        assert_eq!(ids, [3, 4]);
+    }
+    let changes: [&dyn Fn(&mut Backend); 2] = [
+        &|backend| backend.address = "10.0.0.19".parse().unwrap(),
+        &|backend| backend.port = Some(8081),
+    ];
+    for change in changes {
+        let mut model = web();
+        change(&mut model.config.services[0].backends[0]);
+        let second = compiled(&model, &first.contents);
+        assert_eq!(second.directory.backends[&(WEB.to_owned(), "a".to_owned())], 3);
+    }
+}
+
+#[test]
+fn the_flow_table_keeps_its_seed_when_the_seed_changes() {
+    let first = compiled(&web(), &Contents::default()).contents;
+    assert_eq!(first.settings.table_seed, first.settings.seed);
+    let mut model = web();
+    model.seed = [3, 4];
+    let second = compiled(&model, &first).contents;
+    assert_eq!(second.settings.seed, [3, 4]);
+    assert_eq!(second.settings.table_seed, first.settings.table_seed);
+}
+
+#[test]
+fn flows_do_not_age_from_a_change_of_timeouts_on_until_a_sweep_has_brought_them_to_the_new_ticks() {
+    let ageless = |contents: &Contents| contents.settings.flags & SettingsFlags::AGELESS != 0;
+    let mut model = web();
+    let first = compiled(&model, &Contents::default()).contents;
+    assert!(!ageless(&first), "new maps have no flows");
+    // The same ticks, if more of them.
+    model.config.flow_table.tcp_idle_timeout += Duration::from_secs(60);
+    let first = compiled(&model, &first).contents;
+    assert!(!ageless(&first));
+
+    model.config.flow_table.tcp_idle_timeout *= 4;
+    let second = compiled(&model, &first).contents;
+    assert!(ageless(&second) && second.settings.tick_shifts != first.settings.tick_shifts);
+    assert_eq!(compiled(&model, &second).contents, second);
+    model.ages_are_renewed = true;
+    let third = compiled(&model, &second).contents;
+    assert!(!ageless(&third));
+    // What was renewed is no good after the next change.
+    model.config.flow_table.udp_idle_timeout *= 4;
+    assert!(ageless(&compiled(&model, &third).contents));
 }
 
 #[test]
@@ -705,6 +785,17 @@ proptest! {
                     (old.service_plus_one, old.address, old.port, old.generation),
                     (new.service_plus_one, new.address, new.port, new.generation)
                 );
+            }
+        }
+        let protocol = |contents: &Contents, id: u32| {
+            let of_service = contents.service_keys.iter().find(|(_, found)| **found == id);
+            of_service.map(|(key, _)| key.protocol)
+        };
+        for (id, new) in &desired.services {
+            if let Some(old) = actual.services.get(id) {
+                prop_assert_eq!(old.vip, new.vip);
+                let (old, new) = (protocol(&actual, *id), protocol(&desired, *id));
+                prop_assert!(old == new || new.is_none());
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::{
         close::{Connection, close},
         poke::{Poke, Segment},
     },
-    reconcile::{Reset, Scope, Step, Sweep, drained},
+    reconcile::{Reset, Scope, Step, Sweep, Swept, drained},
 };
 
 /// What is under way, and what is to begin after it.
@@ -91,6 +91,32 @@ impl Sweeps {
 }
 
 impl Controller {
+    /// Ends the flows that are there without a backend or a service: their ids may be given away from now on.
+    ///
+    /// # Errors
+    /// The flow table cannot be read.
+    pub(super) fn sweep_what_is_found(&mut self) -> Result<(), DatapathError> {
+        let scope = Scope {
+            now: monotonic_now(),
+            ..Scope::default()
+        };
+        let mut sweep = self.reconciler.begin_sweep(&scope)?;
+        loop {
+            if let Some(swept) = self.reconciler.sweep(&mut sweep)?.swept {
+                self.take_over(swept);
+                return Ok(());
+            }
+        }
+    }
+
+    /// What was found is what the model says from now on.
+    fn take_over(&mut self, swept: Swept) {
+        self.sweeps.drift = swept.drift;
+        self.model.live_flows = swept.live;
+        self.model.left_services = swept.left_services;
+        self.model.ages_are_renewed = swept.are_ages_renewed;
+    }
+
     /// Has flows that are over end soon, the others counted, and removed backends without flows gone.
     pub fn sweep_soon(&mut self) {
         self.sweeps.next.is_wanted = true;
@@ -163,10 +189,7 @@ impl Controller {
             return;
         };
         self.problems.remove("sweep");
-        self.sweeps.drift = swept.drift;
-        self.model.live_flows = swept.live;
-        self.model.left_services = swept.left_services;
-        self.model.ages_are_renewed = swept.are_ages_renewed;
+        self.take_over(swept);
         self.converge_or_retry();
         // If that has failed the next sweep does it again.
         self.model.ages_are_renewed = false;

@@ -2,7 +2,7 @@
 //! operations as the program's.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     io, mem,
     ops::Deref,
     os::fd::{AsRawFd, BorrowedFd},
