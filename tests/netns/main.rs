@@ -13,6 +13,7 @@ mod failure;
 mod forwarding;
 mod matrix;
 mod next_hops;
+mod probe_paths;
 mod reload;
 mod restart;
 mod scene;

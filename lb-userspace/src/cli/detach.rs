@@ -1,7 +1,12 @@
 //! `xlb detach`: removes what a daemon has left in the kernel.
 
 use super::{block_on, fail, output::print, require_root};
-use crate::{daemon, datapath::Pins, instance::Instance, net};
+use crate::{
+    daemon,
+    datapath::{Pins, probes},
+    instance::Instance,
+    net,
+};
 
 /// Removes the pinned program, links and maps of a stopped daemon, with all flows, and the VIPs and neighbours that it set
 #[derive(Debug, clap::Args)]
@@ -28,6 +33,9 @@ async fn detach(instance: &Instance) -> anyhow::Result<bool> {
     let _lock = daemon::lock(&instance.lock())?;
     let vips = net::remove_vips().await?;
     let neighbours = net::release_neighbours().await?;
+    for (interface, ..) in pins.list_links() {
+        probes::remove_left_behind(&interface);
+    }
     // Last, so that a further try finds the instance again.
     let removed = pins.remove_all()?;
     Ok(removed || !vips.is_empty() || neighbours > 0)

@@ -9,7 +9,7 @@ use aya::{
         lpm_trie::{self, LpmTrie},
     },
     programs::{
-        ProgramError, ProgramInfo, Xdp, XdpMode,
+        Program, ProgramError, ProgramInfo, Xdp, XdpMode,
         links::{FdLink, LinkError, PinnedLink},
         xdp::XdpLink,
     },
@@ -779,8 +779,21 @@ fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
     named_program(ebpf, PROGRAM)
 }
 
-/// The XDP program of that name in an object.
-pub(super) fn named_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, DatapathError> {
+/// Takes the map of that name out of an object.
+pub(super) fn named_map<T>(ebpf: &mut Ebpf, name: &str) -> Result<T, DatapathError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let missing = || DatapathError::new("open", name, io::Error::other("the object does not hold it"));
+    let map = ebpf.take_map(name).ok_or_else(missing)?;
+    T::try_from(map).map_err(|error| failed("open", name, error))
+}
+
+/// The program of that name in an object.
+pub(super) fn named_program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, DatapathError>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
     let missing = || {
         DatapathError::new(
             "load",

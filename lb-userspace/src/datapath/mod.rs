@@ -11,6 +11,7 @@ pub mod memory;
 mod packet_log;
 pub mod pass;
 mod pins;
+pub mod probes;
 mod syscall;
 
 use std::{collections::BTreeMap, io, sync::Arc};

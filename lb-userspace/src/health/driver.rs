@@ -5,7 +5,7 @@ use std::{
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
     mem,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -54,6 +54,8 @@ pub struct Target {
     pub check: HealthCheck,
     /// How the sockets of its probes are made.
     pub socket: SocketOptions,
+    /// The VIP that the probes' packets are for when they arrive, where that is not `address`.
+    pub vip: Option<IpAddr>,
     /// What is known already when the target is new.
     pub initial: Health,
 }
@@ -180,6 +182,7 @@ struct Watched {
     address: SocketAddr,
     check: HealthCheck,
     socket: SocketOptions,
+    vip: Option<IpAddr>,
     /// Passed on from each probing task to the next.
     turn: Turn,
     state: State,
@@ -219,6 +222,7 @@ impl Watched {
                 address,
                 check: check.clone(),
                 socket: target.socket,
+                vip: target.vip,
                 turn: turn.unwrap_or_default(),
                 state: State::new(target.initial, check.rise, check.fall),
                 announced: target.initial,
@@ -233,6 +237,7 @@ impl Watched {
         watched.address = address;
         watched.check = check.clone();
         watched.socket = target.socket;
+        watched.vip = target.vip;
         watched.run = run;
         watched._probing = match check.probe {
             Probe::None => {
@@ -253,7 +258,8 @@ impl Watched {
     }
 
     fn is_probed_as(&self, target: &Target) -> bool {
-        (self.address, self.socket) == (target.address, target.socket) && self.check == target.check
+        (self.address, self.socket, self.vip) == (target.address, target.socket, target.vip)
+            && self.check == target.check
     }
 
     /// Whether the health found so far is about the server at `address`: it is if only the probe went elsewhere on it.
@@ -268,7 +274,12 @@ impl Watched {
     ) -> Option<Health> {
         self.last_probe = Some(SystemTime::now());
         self.last_result = match result {
-            Ok(()) => format!("{} succeeded", Attempt::of(self.address, &self.check.probe)),
+            Ok(()) => format!(
+                "{}{} succeeded",
+                Attempt::of(self.address, &self.check.probe),
+                self.purpose()
+            ),
+            Err(ProbeError::Failed { attempt, failure }) => format!("{attempt}{}: {failure}", self.purpose()),
             Err(error) => error.to_string(),
         };
         let outcome = match result {
@@ -289,6 +300,11 @@ impl Watched {
         let transition = self.state.record(outcome?)?;
         self.cause = format!("{} ({} in a row)", self.last_result, self.state.in_a_row());
         Some(transition)
+    }
+
+    /// What else there is to say of an attempt: a server that answers by its own address may lack the VIP.
+    fn purpose(&self) -> String {
+        self.vip.map_or_else(String::new, |vip| format!(" for {vip}"))
     }
 
     fn report(&self) -> ProbeReport {
@@ -589,6 +605,7 @@ mod tests {
                     fall: 1,
                 },
                 socket: SocketOptions::default(),
+                vip: None,
                 initial: Health::Up,
             };
             let turn_with = |target: &Target| {
@@ -631,6 +648,7 @@ mod tests {
             state: State::new(Health::Up, check.rise, check.fall),
             check,
             socket: SocketOptions::default(),
+            vip: None,
             turn: Turn::default(),
             announced: Health::Up,
             cause: String::new(),
