@@ -32,7 +32,7 @@ use crate::{
     health::{Driver, Transition},
     instance::Instance,
     model::{Administrative, BackendName, Health, Model, NextHop},
-    net::{self, NextHopWatcher, poke::Poker},
+    net::{self, NextHopWatcher, Unresolved, poke::Poker},
     observe::{
         rates::Rates,
         status::{
@@ -317,7 +317,11 @@ impl Controller {
                     .to_owned(),
                     health: self.model.health_of(service, &backend.name),
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
-                    next_hop_problem: next_hop_problem(&self.model, &unresolved, &attached, backend.address),
+                    next_hop_problem: if service.forward == config::Forward::Local {
+                        local_problem(&unresolved, backend.address)
+                    } else {
+                        next_hop_problem(&self.model, &unresolved, &attached, backend.address)
+                    },
                     share: shares.get(&id).copied().unwrap_or(0.0),
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
                     live_flows: live.get(&id).map_or(0, Live::flows),
@@ -560,7 +564,7 @@ fn chain(error: impl Into<anyhow::Error>) -> String {
 
 fn next_hop_problem(
     model: &Model,
-    unresolved: &BTreeMap<IpAddr, String>,
+    unresolved: &BTreeMap<IpAddr, Unresolved>,
     attached: &BTreeSet<u32>,
     address: IpAddr,
 ) -> Option<String> {
@@ -579,9 +583,14 @@ fn next_hop_problem(
     Some(
         unresolved
             .get(&address)
-            .cloned()
-            .unwrap_or_else(|| "not resolved yet".to_owned()),
+            .map_or_else(|| "not resolved yet".to_owned(), ToString::to_string),
     )
+}
+
+/// With forward `local` it is the other way round: there is a way where no packet is sent on.
+fn local_problem(unresolved: &BTreeMap<IpAddr, Unresolved>, address: IpAddr) -> Option<String> {
+    let is_own = unresolved.get(&address) == Some(&Unresolved::OwnAddress);
+    (!is_own).then(|| "it is no address of this host, to which forward \"local\" delivers".to_owned())
 }
 
 /// The name of an interface, or its number where it is gone.

@@ -2,20 +2,25 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
+    fmt, fs,
     net::{IpAddr, SocketAddr},
+    sync::LazyLock,
     time::Duration,
 };
 
 use tests::{
     daemon::Daemon,
+    decap::Decap,
     echo::{self, Answer, Conversation, Echo},
     machine::{self, eventually},
     maps,
     nginx::big_file,
     services::Service,
 };
-use xlb::lab::{Family, Topology};
+use xlb::{
+    config,
+    lab::{Family, Namespace, Topology},
+};
 
 /// Client addresses, so that `ip-hash` has something to tell apart.
 const CLIENTS: usize = 8;
@@ -112,11 +117,6 @@ impl Forward {
     fn keeps_destination(self) -> bool {
         self == Self::Dsr || self.encapsulates()
     }
-
-    /// Replies come back through the program, which translates them.
-    fn translates(self) -> bool {
-        matches!(self, Self::Nat | Self::FullNat)
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -141,6 +141,8 @@ enum Expectation {
     Runs,
     /// It cannot exist: `xlb check` refuses it with these words.
     Refused(&'static str),
+    /// It is to exist, and `xlb check` takes it, but it does not balance yet: no test runs it.
+    Missing,
 }
 
 impl Cell {
@@ -156,12 +158,8 @@ impl Cell {
             (Family::V4, Family::V6) | (Family::V6, Family::V4) if !forward.encapsulates() => {
                 Expectation::Refused("address family")
             }
-            (Family::V4, Family::V6) => Expectation::Refused("is not built yet"),
-            _ if vip == Family::V6 => Expectation::Refused("IPv6 is not built yet"),
-            _ if !forward.translates() => Expectation::Refused("is not built yet"),
-            _ if matches!(self.strategy, Strategy::RoundRobin | Strategy::LeastConnections) => {
-                Expectation::Refused("is not built yet")
-            }
+            // The host refuses connections that are for one of its processes: nothing takes them there.
+            _ if forward == Forward::Local => Expectation::Missing,
             _ => Expectation::Runs,
         }
     }
@@ -235,38 +233,51 @@ macro_rules! groups {
 
 groups! {
     nat_balances_ipv4: Nat, V4, V4;
+    nat_balances_ipv6: Nat, V6, V6;
     full_nat_balances_ipv4: FullNat, V4, V4;
+    full_nat_balances_ipv6: FullNat, V6, V6;
+    dsr_balances_ipv4: Dsr, V4, V4;
+    dsr_balances_ipv6: Dsr, V6, V6;
+    ipip_balances_ipv4_in_ipv4: IpIp, V4, V4;
+    ipip_balances_ipv4_in_ipv6: IpIp, V4, V6;
+    ipip_balances_ipv6_in_ipv4: IpIp, V6, V4;
+    ipip_balances_ipv6_in_ipv6: IpIp, V6, V6;
+    gue_balances_ipv4_in_ipv4: Gue, V4, V4;
+    gue_balances_ipv4_in_ipv6: Gue, V4, V6;
+    gue_balances_ipv6_in_ipv4: Gue, V6, V4;
+    gue_balances_ipv6_in_ipv6: Gue, V6, V6;
 }
 
 #[test]
-fn every_cell_has_a_test_or_is_refused() {
+fn every_cell_has_a_test_or_is_refused_or_known_to_be_missing() {
     let expected: BTreeSet<Group> = Group::all()
         .filter(|group| group.cells().any(|cell| cell.expectation() == Expectation::Runs))
         .collect();
     assert_eq!(TESTED.iter().copied().collect::<BTreeSet<_>>(), expected);
     assert_eq!(TESTED.len(), expected.len());
 
-    machine::require_root_nginx_and_curl();
     let topology = Topology::routed(0).unwrap();
     let daemon = Daemon::new(&topology.balancer);
-    let (mut runs, mut refused) = (0, 0);
-    for cell in Group::all().flat_map(Group::cells) {
+    let (mut running, mut refused, mut missing) = (Vec::new(), Vec::new(), Vec::new());
+    for (number, cell) in Group::all().flat_map(Group::cells).enumerate() {
         daemon.configure(&["eth0"], &[service(cell)]);
-        let file = daemon.config();
-        let outcome = daemon.xlb(&["check", "-c", file.to_str().unwrap()]);
-        match cell.expectation() {
-            Expectation::Runs => {
-                assert_eq!(outcome.code, 0, "{cell}: {}", outcome.stderr);
-                runs += 1;
-            }
-            Expectation::Refused(why) => {
-                assert_eq!(outcome.code, 78, "{cell}: {}", outcome.stdout);
-                assert!(outcome.stderr.contains(why), "{cell}: {}", outcome.stderr);
-                refused += 1;
-            }
+        let text = fs::read_to_string(daemon.config()).unwrap();
+        let parsed = config::parse(&text, "xlb.toml").map_err(|diagnostics| diagnostics.render(false));
+        // A port of its own, for one file of many.
+        let service = service(cell).with("port", PORT + number as u16);
+        match (cell.expectation(), parsed) {
+            (Expectation::Runs, Ok(_)) => running.push(service),
+            (Expectation::Missing, Ok(_)) => missing.push(service),
+            (Expectation::Refused(why), Err(error)) if error.contains(why) => refused.push(service),
+            (expectation, parsed) => panic!("{cell}: {expectation:?}, but {parsed:?}"),
         }
     }
-    assert_eq!(runs + refused, 2 * 2 * 2 * 6 * 4);
+    assert_eq!((running.len(), refused.len(), missing.len()), (112, 64, 16));
+    for (services, code) in [(running, 0), (missing, 0), (refused, 78)] {
+        daemon.configure(&["eth0"], &services);
+        let outcome = daemon.xlb(&["check", "-c", daemon.config().to_str().unwrap()]);
+        assert_eq!(outcome.code, code, "{}", outcome.stderr);
+    }
 }
 
 /// The service of a cell, over the three backends of the lab.
@@ -286,9 +297,6 @@ fn service(cell: Cell) -> Service {
         .text("forward", forward.word())
         .text("strategy", cell.strategy.word())
         .health("type = \"none\"");
-    if forward == Forward::Local {
-        service = service.with("assign-vip", true);
-    }
     for (index, name) in NAMES.iter().enumerate() {
         let listen = listen_address(cell.group, index);
         let address = if forward.keeps_destination() {
@@ -330,8 +338,13 @@ fn balance(group: Group) {
     let topology = Topology::with_client_addresses(NAMES.len(), CLIENTS).unwrap();
     let interfaces = topology.balancer_interfaces();
     let interfaces: Vec<&str> = interfaces.iter().map(String::as_str).collect();
-    let _servers: Vec<Echo> = (NAMES.iter().enumerate())
-        .map(|(index, name)| Echo::start(&topology.backends[index], name, listen_address(group, index)))
+    let _decaps = prepare(&topology, group);
+    let hosts = (0..NAMES.len()).map(|index| match group.forward {
+        Forward::Local => &topology.balancer,
+        _ => &topology.backends[index],
+    });
+    let _servers: Vec<Echo> = (hosts.zip(NAMES).enumerate())
+        .map(|(index, (host, name))| Echo::start(host, name, listen_address(group, index)))
         .collect();
     let mut daemon = Daemon::new(&topology.balancer);
     daemon.configure(&interfaces, &[]);
@@ -357,19 +370,42 @@ fn balance(group: Group) {
         eventually("the tables are empty", Duration::from_secs(10), || {
             maps::flows(&daemon.pins()).is_empty() && maps::replies(&daemon.pins()) == 0
         });
-        let contents = maps::contents(&daemon.pins());
-        assert!(
-            contents.services.is_empty() && contents.backends.is_empty(),
-            "{cell}"
-        );
     }
+    let contents = maps::contents(&daemon.pins());
+    assert!(contents.services.is_empty() && contents.backends.is_empty());
 }
+
+/// What the forward wants of the hosts.
+fn prepare(topology: &Topology, group: Group) -> Vec<Decap> {
+    if group.forward.keeps_destination() {
+        topology.give_vips_to_backends().unwrap();
+    }
+    if group.forward == Forward::Local {
+        let vips = Family::ALL.map(|family| Topology::vip(family).into());
+        topology.balancer.add_addresses("lo", &vips).unwrap();
+    }
+    if !group.forward.encapsulates() {
+        return Vec::new();
+    }
+    // Room for the longest headers around what fits into a frame of the client's.
+    topology.set_backend_mtu(1600).unwrap();
+    let vip = Topology::vip(group.vip).to_string();
+    let start = |backend: &Namespace| {
+        // Its program takes that one's place.
+        backend.pass_no_longer();
+        Decap::start(backend, &["--interface", "eth0", "--vip", &vip])
+    };
+    topology.backends.iter().map(start).collect()
+}
+
+/// What is sent.
+static DATA: LazyLock<Vec<u8>> = LazyLock::new(big_file);
 
 /// Who has answered each flow, by the client's address and port.
 type Answers = BTreeMap<SocketAddr, Answer>;
 
 fn exchange_over_tcp(topology: &Topology, cell: Cell) -> Answers {
-    let data = &big_file()[..MEBIBYTE];
+    let data = &DATA[..machine::count(MEBIBYTE)];
     let server = cell.group.server();
     let mut answers = Answers::new();
     let all = || {
@@ -391,7 +427,6 @@ fn exchange_over_tcp(topology: &Topology, cell: Cell) -> Answers {
 }
 
 fn exchange_over_udp(topology: &Topology, cell: Cell) -> Answers {
-    let data = big_file();
     let server = cell.group.server();
     let mut answers = Answers::new();
     let all = || {
@@ -400,7 +435,7 @@ fn exchange_over_udp(topology: &Topology, cell: Cell) -> Answers {
             for datagram in 0..machine::count(DATAGRAMS) {
                 // All lengths up to what an Ethernet frame holds beside the longest headers.
                 let length = (number * DATAGRAMS + datagram) * 7 % 1360;
-                let payload = &data[number..number + length];
+                let payload = &DATA[number..number + length];
                 let answer = echo::ask(&socket, server, payload);
                 let answer = answer.unwrap_or_else(|error| {
                     panic!("{cell}, datagram {datagram} of {length} bytes from {source}: {error}")
@@ -458,10 +493,11 @@ fn check_answers(cell: Cell, answers: &Answers) {
 fn check_counters(cell: Cell, daemon: &Daemon<'_>, flows: usize) {
     let status = daemon.status();
     let service = &status.services[0];
-    let mut expected = vec!["forwarded"];
-    if cell.group.forward.translates() {
-        expected.push("returned");
-    }
+    let expected = match cell.group.forward {
+        Forward::Nat | Forward::FullNat => vec!["forwarded", "returned"],
+        Forward::Dsr | Forward::IpIp | Forward::Gue => vec!["forwarded"],
+        Forward::Local => vec!["local"],
+    };
     assert_eq!(service.reasons.keys().collect::<Vec<_>>(), expected, "{cell}");
     let counted: u64 = service.backends.iter().map(|backend| backend.flows_total).sum();
     assert_eq!(

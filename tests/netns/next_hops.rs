@@ -180,3 +180,24 @@ fn the_loss_of_one_next_hop_leaves_the_other_backends_alone() {
     let answers = requests(&topology.client, source, WEB, machine::count(3000));
     assert_shares(&answers, &[("a", 1), ("b", 1), ("c", 1)]);
 }
+
+#[test]
+fn a_backend_of_forward_local_is_to_be_this_host_itself() {
+    let topology = topology_of(1);
+    let mut daemon = Daemon::new(&topology.balancer);
+    let service = Service::tcp("web")
+        .text("forward", "local")
+        .health("type = \"none\"")
+        .backend("own", "10.1.0.1:8080")
+        .backend("loopback", "127.0.0.2:8080")
+        .backend("other", "10.2.1.2:8080");
+    daemon.configure(&["eth0", "eth1"], &[service]);
+    daemon.start();
+    let problem = |backend| daemon.backend("web", backend).next_hop_problem;
+    assert_eq!(problem("own"), None);
+    assert_eq!(problem("loopback"), None);
+    assert_eq!(
+        problem("other").as_deref(),
+        Some("it is no address of this host, to which forward \"local\" delivers")
+    );
+}

@@ -155,6 +155,8 @@ fn service_table(service: &ServiceStatus) -> String {
 mod tests {
     use std::collections::BTreeMap;
 
+    use lb_common::abi::{Reason, VerdictClass};
+
     use super::*;
     use crate::observe::status::BackendStatus;
 
@@ -200,6 +202,21 @@ mod tests {
                     ..backend("b", Health::Down)
                 },
             ],
+        }
+    }
+
+    #[test]
+    fn every_reason_is_documented_as_it_is() {
+        let page = include_str!("../../../docs/data-path.md");
+        for reason in Reason::ALL {
+            let word = match reason.class() {
+                VerdictClass::Forwarded => "sent on",
+                VerdictClass::Answered => "answered",
+                VerdictClass::Passed => "passed",
+                VerdictClass::Dropped => "dropped",
+            };
+            let line = format!("| `{}` | {word} | {} |\n", reason.name(), reason.help());
+            assert!(page.contains(&line), "docs/data-path.md lacks {line}");
         }
     }
 

@@ -17,7 +17,7 @@ use rtnetlink::Handle;
 use tokio::task::JoinHandle;
 
 pub use links::{Link, links_named};
-pub use next_hops::{NextHopWatcher, release_neighbours};
+pub use next_hops::{NextHopWatcher, Unresolved, release_neighbours};
 pub use source_ports::source_ports;
 pub use vips::{VipChanges, reconcile_vips, remove_vips};
 

@@ -51,7 +51,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct NextHopWatcher {
     commands: mpsc::UnboundedSender<SetAddresses>,
     next_hops: watch::Receiver<BTreeMap<IpAddr, NextHop>>,
-    unresolved: watch::Receiver<BTreeMap<IpAddr, String>>,
+    unresolved: watch::Receiver<BTreeMap<IpAddr, Unresolved>>,
     task: JoinHandle<()>,
 }
 
@@ -98,7 +98,7 @@ impl NextHopWatcher {
     }
 
     /// Why an address has no way, or a way whose neighbour has not answered, in words for the operator.
-    pub fn unresolved(&self) -> BTreeMap<IpAddr, String> {
+    pub fn unresolved(&self) -> BTreeMap<IpAddr, Unresolved> {
         self.unresolved.borrow().clone()
     }
 }
@@ -106,6 +106,23 @@ impl NextHopWatcher {
 impl Drop for NextHopWatcher {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+/// Why packets cannot be sent on to an address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unresolved {
+    /// Where forward `local` delivers to, and no other does.
+    #[error("it is an address of this host")]
+    OwnAddress,
+    /// Anything else, in words for the operator.
+    #[error("{0}")]
+    Because(String),
+}
+
+impl<T: Into<String>> From<T> for Unresolved {
+    fn from(reason: T) -> Self {
+        Self::Because(reason.into())
     }
 }
 
@@ -159,7 +176,7 @@ struct Host {
 
 impl Host {
     /// The way along a route, without the neighbour's MAC address; or why there is none.
-    fn way(&self, address: IpAddr, route: &Route) -> Result<Way, String> {
+    fn way(&self, address: IpAddr, route: &Route) -> Result<Way, Unresolved> {
         let link = self
             .links
             .get(&route.ifindex)
@@ -253,7 +270,7 @@ struct Watch {
     addresses: Option<BTreeSet<IpAddr>>,
     ways: BTreeMap<IpAddr, Way>,
     next_hops: watch::Sender<BTreeMap<IpAddr, NextHop>>,
-    unresolved: watch::Sender<BTreeMap<IpAddr, String>>,
+    unresolved: watch::Sender<BTreeMap<IpAddr, Unresolved>>,
 }
 
 impl Watch {
@@ -343,7 +360,7 @@ impl Watch {
                     if way.next_hop.next_hop_mac.is_none() {
                         let (_, neighbour) = way.neighbour;
                         let reason = format!("neighbour {neighbour} on {} does not answer", way.interface);
-                        unresolved.insert(address, reason);
+                        unresolved.insert(address, reason.into());
                     }
                     ways.insert(address, way);
                 }
@@ -376,18 +393,18 @@ fn replace<T: PartialEq>(published: &watch::Sender<T>, new: T) {
 
 impl Netlink {
     /// The way to an address without its neighbour's MAC address, or why there is none.
-    async fn way(&self, address: IpAddr, host: &Host) -> Result<Result<Way, String>, NetError> {
+    async fn way(&self, address: IpAddr, host: &Host) -> Result<Result<Way, Unresolved>, NetError> {
         if let IpAddr::V6(address) = address
             && address.is_unicast_link_local()
         {
-            return Ok(Err("a link-local address does not tell on which link".to_owned()));
+            return Ok(Err("a link-local address does not tell on which link".into()));
         }
         let route = self.route(address).await?;
         Ok(route.and_then(|route| host.way(address, &route)))
     }
 
     /// How the kernel would route to an address, or why not.
-    async fn route(&self, address: IpAddr) -> Result<Result<Route, String>, NetError> {
+    async fn route(&self, address: IpAddr) -> Result<Result<Route, Unresolved>, NetError> {
         let action = || format!("looking up the route to {address}");
         let prefix_length = if address.is_ipv4() { 32 } else { 128 };
         let request = RouteMessageBuilder::<IpAddr>::new()
@@ -397,13 +414,13 @@ impl Netlink {
         let answer = self.handle.route().get(request).execute().try_next().await;
         match answer {
             Ok(Some(message)) => Ok(parse_route(&message)),
-            Ok(None) => Ok(Err("the kernel knows no route".to_owned())),
+            Ok(None) => Ok(Err("the kernel knows no route".into())),
             // fib_props in net/ipv4/fib_semantics.c: what the types of routes answer.
             Err(rtnetlink::Error::NetlinkError(error)) => match -error.raw_code() {
-                libc::ENETUNREACH => Ok(Err("there is no route to it".to_owned())),
-                libc::EHOSTUNREACH => Ok(Err("its route says unreachable".to_owned())),
-                libc::EACCES => Ok(Err("its route says prohibit".to_owned())),
-                libc::EINVAL => Ok(Err("its route says blackhole".to_owned())),
+                libc::ENETUNREACH => Ok(Err("there is no route to it".into())),
+                libc::EHOSTUNREACH => Ok(Err("its route says unreachable".into())),
+                libc::EACCES => Ok(Err("its route says prohibit".into())),
+                libc::EINVAL => Ok(Err("its route says blackhole".into())),
                 _ => Err(NetError::kernel(action(), rtnetlink::Error::NetlinkError(error))),
             },
             Err(error) => Err(NetError::kernel(action(), error)),
@@ -480,17 +497,17 @@ impl Netlink {
     }
 }
 
-fn parse_route(message: &RouteMessage) -> Result<Route, String> {
+fn parse_route(message: &RouteMessage) -> Result<Route, Unresolved> {
     match message.header.kind {
         RouteType::Unicast => {}
-        RouteType::Local => return Err("it is an address of this host".to_owned()),
+        RouteType::Local => return Err(Unresolved::OwnAddress),
         RouteType::Broadcast | RouteType::Multicast | RouteType::Anycast => {
-            return Err("it is not the address of one host".to_owned());
+            return Err("it is not the address of one host".into());
         }
-        RouteType::BlackHole => return Err("its route says blackhole".to_owned()),
-        RouteType::Unreachable => return Err("its route says unreachable".to_owned()),
-        RouteType::Prohibit => return Err("its route says prohibit".to_owned()),
-        other => return Err(format!("its route is of the type {other:?}")),
+        RouteType::BlackHole => return Err("its route says blackhole".into()),
+        RouteType::Unreachable => return Err("its route says unreachable".into()),
+        RouteType::Prohibit => return Err("its route says prohibit".into()),
+        other => return Err(format!("its route is of the type {other:?}").into()),
     }
     let (mut ifindex, mut gateway, mut source, mut mtu) = (None, None, None, None);
     for attribute in &message.attributes {
@@ -911,7 +928,7 @@ mod tests {
             let mut published = watcher.next_hops();
             watcher.set_addresses(set(&["2001:db8:7::2"])).await;
             assert_eq!(
-                watcher.unresolved()[&ip("2001:db8:7::2")],
+                watcher.unresolved()[&ip("2001:db8:7::2")].to_string(),
                 "this host's address 2001:db8:7::1 on eth0 is not usable yet: it asks whether another host has it"
             );
             // The address of eth1, which the kernel would choose until then, is never published.
@@ -935,7 +952,7 @@ mod tests {
             .add_address_to_be_checked("eth0", "2001:db8:7::1/64")
             .unwrap();
         net.host(async |watcher| {
-            let reason = || watcher.unresolved().remove(&ip("2001:db8:7::2"));
+            let reason = || Some(watcher.unresolved().get(&ip("2001:db8:7::2"))?.to_string());
             watcher.set_addresses(set(&["2001:db8:7::2"])).await;
             let expected = "this host's address 2001:db8:7::1 on eth0 is another host's, too";
             let deadline = Instant::now() + Duration::from_secs(20);
@@ -1002,7 +1019,7 @@ mod tests {
                 net.first.remove_address(ip(peer)).unwrap();
                 becomes(&watcher, peer, Some(&gone)).await;
                 assert_eq!(
-                    watcher.unresolved()[&ip(peer)],
+                    watcher.unresolved()[&ip(peer)].to_string(),
                     format!("neighbour {peer} on eth0 does not answer")
                 );
                 let address = format!("{peer}/{}", family.length);
@@ -1032,7 +1049,10 @@ mod tests {
                 becomes(&watcher, peer, Some(&way)).await;
                 net.host.set_down("eth0").unwrap();
                 becomes(&watcher, peer, None).await;
-                assert_eq!(watcher.unresolved()[&ip(peer)], "there is no route to it");
+                assert_eq!(
+                    watcher.unresolved()[&ip(peer)].to_string(),
+                    "there is no route to it"
+                );
                 net.host.set_up("eth0").unwrap();
                 becomes(&watcher, peer, Some(&way)).await;
                 // The peer's end down takes the carrier away.
@@ -1065,11 +1085,12 @@ mod tests {
             watcher
                 .set_addresses(reasons.iter().map(|(address, _)| ip(address)).collect())
                 .await;
-            let expected = reasons
-                .iter()
-                .map(|(address, reason)| (ip(address), (*reason).to_owned()))
-                .collect();
-            assert_eq!(watcher.unresolved(), expected);
+            let unresolved = watcher.unresolved();
+            assert_eq!(unresolved.len(), reasons.len());
+            for (address, reason) in reasons {
+                assert_eq!(unresolved[&ip(address)].to_string(), reason, "{address}");
+            }
+            assert_eq!(unresolved[&ip("127.0.0.1")], Unresolved::OwnAddress);
             assert_eq!(*watcher.next_hops().borrow(), BTreeMap::new());
         });
     }

@@ -5,7 +5,12 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddrV4},
 };
 
-use lb_common::abi::{Address, Tags};
+use lb_common::abi::{Address, Backend, Tags};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
+use tests::machine;
 use xlb::{
     compile::{SlotTables, compile},
     config,
@@ -16,7 +21,7 @@ use xlb::{
 
 use crate::{
     fixture::{Fixture, SETTINGS, WEB},
-    frame::{Frame, SYN, tcp},
+    frame::{Frame, RST, SYN, tcp},
 };
 
 const FLOWS: usize = 10_000;
@@ -26,6 +31,8 @@ struct Balancer {
     fixture: Fixture,
     tables: SlotTables,
     strategy: &'static str,
+    /// What the maps hold, by id.
+    backends: BTreeMap<u32, Backend>,
 }
 
 impl Balancer {
@@ -34,6 +41,7 @@ impl Balancer {
             fixture: Fixture::empty(65_536),
             tables: SlotTables::default(),
             strategy,
+            backends: BTreeMap::new(),
         };
         balancer.set_backends(weights);
         balancer
@@ -72,7 +80,7 @@ impl Balancer {
                 .iter()
                 .map(|(host, _)| (IpAddr::from([10, 0, 0, *host]), way(*host)))
                 .collect(),
-            ramps: Default::default(),
+            ramps: BTreeMap::new(),
             live_flows: BTreeMap::new(),
         };
         let actual = self.fixture.datapath().read().unwrap();
@@ -80,6 +88,7 @@ impl Balancer {
         for operation in plan(&actual, &desired) {
             self.fixture.apply(operation);
         }
+        self.backends = desired.backends;
     }
 
     /// Has all flows begin anew, and tells by client which host each was put on.
@@ -89,16 +98,53 @@ impl Balancer {
         for syn in flows() {
             self.fixture.run(&syn.bytes());
         }
-        let backends = self.fixture.datapath().read().unwrap().backends;
-        let table = self.fixture.flows();
-        let host = |syn: &Frame| {
-            let flow = table
-                .get(&syn.key())
-                .unwrap_or_else(|| panic!("no flow of {}", syn.source));
-            host(backends[&flow.backend].address)
-        };
-        flows().map(|syn| (syn.source, host(&syn))).collect()
+        let hosts = self.hosts();
+        assert_eq!(hosts.len(), FLOWS);
+        hosts
     }
+
+    /// Runs the first segment of a flow, and tells the host that it was put on.
+    fn begin(&mut self, syn: &Frame) -> u8 {
+        let before = self.flows_by_backend();
+        self.fixture.run(&syn.bytes());
+        let after = self.flows_by_backend();
+        let mut grown = after.iter().filter(|(id, flows)| **flows > before[id]);
+        let (id, _) = grown.next().expect("a backend for the flow");
+        assert!(grown.next().is_none());
+        host(self.backends[id].address)
+    }
+
+    /// Flows that were ever put on each backend, by id.
+    fn flows_by_backend(&mut self) -> BTreeMap<u32, u64> {
+        let ids: Vec<u32> = self.backends.keys().copied().collect();
+        let counters = self.fixture.datapath().counters(&[], &ids).unwrap().backends;
+        counters
+            .into_iter()
+            .map(|(id, count)| (id, count.flows))
+            .collect()
+    }
+
+    /// By client, the host that each flow is on.
+    fn hosts(&mut self) -> BTreeMap<SocketAddrV4, u8> {
+        let table = self.fixture.flows();
+        let host = |syn: Frame| {
+            let flow = table.get(&syn.key())?;
+            Some((syn.source, host(self.backends[&flow.backend].address)))
+        };
+        flows().filter_map(host).collect()
+    }
+}
+
+/// Runs something on a certain CPU.
+fn on_cpu<T>(cpu: usize, work: impl FnOnce() -> T) -> T {
+    let this = Pid::from_raw(0);
+    let before = sched_getaffinity(this).unwrap();
+    let mut wanted = CpuSet::new();
+    wanted.set(cpu).unwrap();
+    sched_setaffinity(this, &wanted).unwrap();
+    let value = work();
+    sched_setaffinity(this, &before).unwrap();
+    value
 }
 
 /// The first segments of all flows: twenty of each of five hundred clients.
@@ -201,4 +247,92 @@ fn ip_hash_moves_hardly_a_client_without_need_when_a_backend_leaves() {
     let moved = moved_without_need(&all, &balancer.spread());
     // Five hundred clients are few: five of them, with all their flows.
     assert!(moved <= FLOWS / 100, "{moved} of {FLOWS} flows moved");
+}
+
+#[test]
+fn round_robin_gives_each_backend_its_share_of_any_round_on_each_cpu() {
+    for weights in [
+        vec![(1, 100), (2, 100), (3, 100)],
+        vec![(1, 100), (2, 200), (3, 500)],
+    ] {
+        let mut balancer = Balancer::new("round-robin", &weights);
+        let cpus = machine::cpus();
+        let mut turns = vec![Vec::new(); cpus];
+        // Without a pattern, as packets come.
+        let mut state = 1_u32;
+        let on_cpus: Vec<usize> = flows()
+            .map(|syn| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let cpu = (state >> 16) as usize % cpus;
+                on_cpu(cpu, || balancer.fixture.run(&syn.bytes()));
+                cpu
+            })
+            .collect();
+        let hosts = balancer.hosts();
+        for (cpu, syn) in on_cpus.into_iter().zip(flows()) {
+            turns[cpu].push(hosts[&syn.source]);
+        }
+        let round: u32 = weights.iter().map(|(_, weight)| weight / 100).sum();
+        for (cpu, turns) in turns.iter().enumerate() {
+            assert!(turns.len() > FLOWS / cpus / 2, "CPU {cpu}: {}", turns.len());
+            for (start, window) in turns.windows(round as usize).enumerate() {
+                for (host, weight) in &weights {
+                    let got = window.iter().filter(|turn| *turn == host).count() as u32;
+                    assert!(
+                        got.abs_diff(weight / 100) <= 1,
+                        "CPU {cpu}, from turn {start}: host {host} of weight {weight} in {window:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn least_connections_keeps_held_connections_even_whatever_the_cpu() {
+    let mut balancer = Balancer::new("least-connections", &equal(1..=3));
+    let mut live = BTreeMap::from([(1, 0_usize), (2, 0), (3, 0)]);
+    for (number, syn) in flows().enumerate().take(1_000) {
+        let host = on_cpu(number % machine::cpus(), || balancer.begin(&syn));
+        *live.entry(host).or_default() += 1;
+        let (most, least) = (live.values().max().unwrap(), live.values().min().unwrap());
+        assert!(most - least <= 1, "after {number} flows: {live:?}");
+    }
+}
+
+#[test]
+fn least_connections_spares_a_backend_whose_connections_stay_open() {
+    let mut balancer = Balancer::new("least-connections", &equal(1..=3));
+    let mut live = BTreeMap::from([(1, 0_usize), (2, 0), (3, 0)]);
+    let mut got = live.clone();
+    for (number, syn) in flows().enumerate() {
+        let host = balancer.begin(&syn);
+        *got.entry(host).or_default() += 1;
+        *live.entry(host).or_default() += 1;
+        let (most, least) = (live.values().max().unwrap(), live.values().min().unwrap());
+        assert!(most - least <= 2, "after {number} flows: {live:?}");
+        // Those of the first stay; the others' are over at once.
+        if host != 1 {
+            let rst = tcp(&syn.source.to_string(), WEB.vip, RST);
+            balancer.fixture.run(&rst.bytes());
+            *live.entry(host).or_default() -= 1;
+        }
+    }
+    // In turns it would have got a third.
+    assert!(got[&1] <= 2, "{got:?}");
+}
+
+#[test]
+fn least_connections_counts_connections_by_weight() {
+    let weights = [(1, 100), (2, 200), (3, 300)];
+    let mut balancer = Balancer::new("least-connections", &weights);
+    let spread = balancer.spread();
+    for (host, weight) in weights {
+        let flows = spread.values().filter(|backend| **backend == host).count();
+        let expected = FLOWS * weight as usize / 600;
+        assert!(
+            flows.abs_diff(expected) <= 2,
+            "host {host}: {flows}, not {expected}"
+        );
+    }
 }
