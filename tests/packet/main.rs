@@ -20,6 +20,7 @@ mod maps;
 mod nat;
 mod next_hop;
 mod pass;
+mod probe_paths;
 mod strategy;
 mod tcp_state;
 mod udp;
