@@ -196,13 +196,13 @@ impl Fixture {
 
 /// Each forward of each family.
 fn each(mut test: impl FnMut(&mut Fixture, Forward, usize, ProbePath, u32)) {
-    for forward in [Forward::Dsr, Forward::IpIp, Forward::Gue] {
-        for family in [0, 1] {
-            let path = path(forward, family);
-            let mut fixture = Fixture::new(&[path]);
-            let mark = fixture.0.mark(&path).unwrap();
-            test(&mut fixture, forward, family, path, mark);
-        }
+    let paths = [Forward::Dsr, Forward::IpIp, Forward::Gue]
+        .map(|forward| [0, 1].map(|family| (forward, family, path(forward, family))));
+    let paths = paths.as_flattened();
+    let mut fixture = Fixture::new(&paths.iter().map(|(.., path)| *path).collect::<Vec<_>>());
+    for (forward, family, path) in paths {
+        let mark = fixture.0.mark(path).unwrap();
+        test(&mut fixture, *forward, *family, *path, mark);
     }
 }
 
@@ -236,11 +236,6 @@ fn answers_of_the_vip_are_those_of_the_backend_for_the_probes_that_left() {
         for protocol in PROTOCOLS {
             let (host, backend, vip) = (at(HOST[family]), at(BACKEND[family]), at(VIP[family]));
             let answer = arriving(&packet(protocol, vip, host));
-            assert_eq!(
-                fixture.arrive(&answer),
-                (NEXT, answer.clone()),
-                "nothing left yet"
-            );
             fixture.out(mark, &leaving(&packet(protocol, host, backend)));
             let expected = arriving(&packet(protocol, backend, host));
             assert_eq!(
@@ -309,7 +304,7 @@ fn packets_of_others_stay_as_they_are_and_those_of_no_path_are_dropped() {
             assert_eq!(fixture.out(other, &frame), (NEXT, frame.clone()));
         }
         // Of none, of one that is not set, and of one that leads elsewhere by now.
-        for no_path in [0x786c_0000, mark + 1, 0x786c_ffff] {
+        for no_path in [0x786c_0000, 0x786c_0007, 0x786c_ffff] {
             assert_eq!(fixture.out(no_path, &frame).0, DROPPED, "{no_path:x}");
         }
         let elsewhere = to(["10.0.0.12:80", "[2001:db8::12]:80"][family]);

@@ -12,7 +12,7 @@ use aya_ebpf::{
     },
     helpers::generated::{
         bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_pull_data,
-        bpf_skb_store_bytes,
+        bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skb_vlan_push,
     },
 };
 use lb_common::{
@@ -154,6 +154,41 @@ impl Skb {
             return None;
         }
         self.store(offset, &new.0)
+    }
+
+    /// The first VLAN tag on the wire: the one that the kernel notes beside the frame, or else the first within, as its
+    /// four bytes lie there.
+    #[inline(always)]
+    pub fn outer_tag(&self, within: u32) -> (u16, u16) {
+        // SAFETY: as in `new`.
+        let (is_noted, protocol, control) = unsafe {
+            (
+                (*self.context).vlan_present,
+                (*self.context).vlan_proto,
+                (*self.context).vlan_tci,
+            )
+        };
+        if is_noted != 0 {
+            (protocol as u16, control as u16)
+        } else {
+            (within as u16, u16::from_be((within >> 16) as u16))
+        }
+    }
+
+    /// Takes the first VLAN tag away; the next is noted beside the frame then.
+    #[inline(always)]
+    pub fn pop_tag(&self) -> Option<()> {
+        // SAFETY: as in `store`.
+        let result = unsafe { bpf_skb_vlan_pop(self.context) };
+        (result == 0).then_some(())
+    }
+
+    /// Puts a VLAN tag, EtherType as it lies in the frame and control information, before all others.
+    #[inline(always)]
+    pub fn push_tag(&self, (protocol, control): (u16, u16)) -> Option<()> {
+        // SAFETY: as in `store`.
+        let result = unsafe { bpf_skb_vlan_push(self.context, protocol, control) };
+        (result == 0).then_some(())
     }
 
     /// Makes room for outer headers between the Ethernet header and the packet.

@@ -12,7 +12,10 @@ use lb_common::{
         outer::{Outer, entropy, overhead},
     },
 };
-use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+};
 
 use crate::{
     frame::Skb,
@@ -86,18 +89,28 @@ fn wrap(frame: &Skb, packet: &Packet, path: &ProbePath) -> Option<()> {
     if is_gue {
         flags |= BPF_F_ADJ_ROOM_ENCAP_L4_UDP as u64;
     }
+    // The kernel makes room behind an Ethernet header, not behind a tag: that of two which lies in the frame becomes
+    // the one that is noted beside it, and the other way round.
+    let tag = (packet.tags.0[0] != 0).then(|| frame.outer_tag(packet.tags.0[0]));
+    if tag.is_some() {
+        frame.pop_tag()?;
+    }
     frame.make_room(overhead(path.forward, is_v4), flags)?;
+    let ip_offset = EthHdr::LEN as u32;
     let transport_offset = if is_v4 {
-        frame.store(packet.ip_offset, &outer.ipv4())?;
-        packet.ip_offset + Ipv4Hdr::LEN as u32
+        frame.store(ip_offset, &outer.ipv4())?;
+        ip_offset + Ipv4Hdr::LEN as u32
     } else {
-        frame.store(packet.ip_offset, &outer.ipv6())?;
-        packet.ip_offset + Ipv6Hdr::LEN as u32
+        frame.store(ip_offset, &outer.ipv6())?;
+        ip_offset + Ipv6Hdr::LEN as u32
     };
     if is_gue {
         frame.store(transport_offset, &outer.udp())?;
     }
-    Some(())
+    match tag {
+        Some(tag) => frame.push_tag(tag),
+        None => Some(()),
+    }
 }
 
 #[inline(always)]

@@ -17,9 +17,9 @@ use crate::{
 
 /// What a problem with the paths is listed under.
 const PATHS: &str = "probe paths";
-/// Hops that a probe may go from where it is for the VIP: a host that does not have that must not send it on, perhaps
-/// back to a balancer and so to another backend, which would answer for it.
-const HOPS: u8 = 1;
+/// Hops that a probe may go from where it is for the VIP: to a container on the backend's host, but not by way of a
+/// balancer, which has none left to take, to another backend that would answer for one without the VIP.
+const HOPS: u8 = 2;
 /// Largest segment of probes, in bytes: with all headers of `gue` and options of TCP it fits into the smallest MTU of
 /// IPv6, 1280, whatever that of the way to the backend is.
 const MAX_SEGMENT: u32 = 1280 - 48 - 40 - 20;
