@@ -99,7 +99,7 @@ pub fn rejection(context: *mut xdp_md, scratch: &mut Scratch, verdict: Verdict) 
         return verdict.dropped(Reason::NoBackend);
     }
     if packet.key.protocol == TCP as u32 {
-        if packet.tcp_flags & flags::RST != 0 || reset(context) != 0 {
+        if reset(context, BACK) != 0 {
             return verdict.dropped(Reason::NoBackend);
         }
         return verdict.sent(XDP_TX, Reason::Rejected);
@@ -120,7 +120,7 @@ pub fn too_big(
     backend: &Backend,
 ) -> Verdict {
     let packet = &scratch.packet;
-    let fits = backend.mtu - overhead(forward, backend.address.is_v4());
+    let fits = (backend.mtu).saturating_sub(overhead(forward, backend.address.is_v4()));
     let fits = if packet.is_v6 != 0 && fits < MIN_MTU_V6 {
         MIN_MTU_V6
     } else {
@@ -133,28 +133,42 @@ pub fn too_big(
     verdict.sent(XDP_TX, Reason::TooBigAnswered)
 }
 
-/// Ends a flow whose backend was removed, at a packet of its client. Where the backend's packets do not come by, the
-/// first packet becomes a reset for the backend; all others are answered with one.
+/// Tells the sender of a segment that the backend of its flow was removed.
 #[inline(always)]
-pub fn reset_of_client(context: *mut xdp_md, scratch: &mut Scratch, verdict: Verdict) -> Verdict {
-    let packet = &scratch.packet;
-    if packet.fragment != Fragment::Whole as u8 || packet.tcp_flags & flags::RST != 0 || reset(context) != 0 {
+pub fn reset_of_sender(context: *mut xdp_md, scratch: &Scratch, verdict: Verdict) -> Verdict {
+    if scratch.packet.fragment != Fragment::Whole as u8 || reset(context, BACK) != 0 {
         return verdict.dropped(Reason::NoBackend);
     }
     verdict.sent(XDP_TX, Reason::Reset)
 }
 
-/// Makes of a whole TCP segment the reset that answers it (RFC 9293 section 3.10.7.1). Gives 0, or 1 where it could not.
+/// Makes of a client's segment the reset that ends its flow at the backend: of the same sequence number, as any other
+/// would be challenged (RFC 5961 section 3.2). Nothing where it is no whole segment.
+#[inline(always)]
+pub fn reset_of_backend(context: *mut xdp_md, scratch: &mut Scratch) -> Option<()> {
+    if scratch.packet.fragment != Fragment::Whole as u8 || reset(context, ONWARD) != 0 {
+        return None;
+    }
+    scratch.packet.end = scratch.packet.transport_offset + TcpHdr::LEN as u32;
+    Some(())
+}
+
+/// Directions of [`reset`].
+const BACK: u32 = 0;
+const ONWARD: u32 = 1;
+
+/// Makes of a whole TCP segment the reset that answers it (RFC 9293 section 3.10.7.1), or one in its place. Gives 0,
+/// or 1 where it could not.
 #[unsafe(no_mangle)]
-extern "C" fn reset(context: *mut xdp_md) -> u32 {
-    match scratch().and_then(|scratch| try_reset(context, &scratch.packet)) {
+extern "C" fn reset(context: *mut xdp_md, direction: u32) -> u32 {
+    match scratch().and_then(|scratch| try_reset(context, &scratch.packet, direction)) {
         Some(()) => 0,
         None => 1,
     }
 }
 
 #[inline(always)]
-fn try_reset(context: *mut xdp_md, packet: &Packet) -> Option<()> {
+fn try_reset(context: *mut xdp_md, packet: &Packet, direction: u32) -> Option<()> {
     let frame = Cursor::new(context);
     let offset = packet.transport_offset as usize;
     let tcp = frame.view::<{ TcpHdr::LEN }>(offset)?;
@@ -163,7 +177,9 @@ fn try_reset(context: *mut xdp_md, packet: &Packet) -> Option<()> {
     let payload = packet.end - packet.transport_offset - header_length;
 
     let frame = frame.cut_to(offset + TcpHdr::LEN)?;
-    turn(&frame, packet)?;
+    if direction == BACK {
+        turn(&frame, packet)?;
+    }
     let length = packet.transport_offset - packet.ip_offset + TcpHdr::LEN as u32;
     if packet.is_v6 != 0 {
         let ip = frame.view::<{ Ipv6Hdr::LEN }>(packet.ip_offset as usize)?;
@@ -180,7 +196,9 @@ fn try_reset(context: *mut xdp_md, packet: &Packet) -> Option<()> {
 
     let opens = packet.tcp_flags & flags::SYN != 0;
     let ends = packet.tcp_flags & flags::FIN != 0;
-    let (sequence, acknowledgement, tcp_flags) = if packet.tcp_flags & flags::ACK != 0 {
+    let (sequence, acknowledgement, tcp_flags) = if direction == ONWARD {
+        (sequence, 0, flags::RST)
+    } else if packet.tcp_flags & flags::ACK != 0 {
         (acknowledgement, 0, flags::RST)
     } else {
         let next = u32::from_be(sequence)
@@ -191,8 +209,10 @@ fn try_reset(context: *mut xdp_md, packet: &Packet) -> Option<()> {
     let tcp = frame.view::<{ TcpHdr::LEN }>(offset)?;
     let ports = (packet.key.source_port as u32) << 16 | packet.key.destination_port as u32;
     let data_offset_and_flags = u16::from_be_bytes([5 << 4, tcp_flags]).to_be();
-    tcp.set_u16(0, packet.key.destination_port);
-    tcp.set_u16(2, packet.key.source_port);
+    if direction == BACK {
+        tcp.set_u16(0, packet.key.destination_port);
+        tcp.set_u16(2, packet.key.source_port);
+    }
     tcp.set_u32(4, sequence);
     tcp.set_u32(8, acknowledgement);
     tcp.set_u16(12, data_offset_and_flags);

@@ -95,11 +95,7 @@ impl Frame for Cursor {
 
     #[inline(always)]
     fn view<const N: usize>(&self, offset: usize) -> Option<Checked> {
-        let start = self.data + (offset & OFFSET_MASK);
-        if start + N > self.data_end {
-            return None;
-        }
-        Some(Checked(start))
+        Checked::between::<N>(self.data, self.data_end, offset)
     }
 }
 
@@ -111,6 +107,16 @@ impl Frame for Cursor {
 pub struct Checked(usize);
 
 impl Checked {
+    /// The `N` bytes at an offset between two pointers of a context, or nothing where they end before.
+    #[inline(always)]
+    pub fn between<const N: usize>(data: usize, data_end: usize, offset: usize) -> Option<Self> {
+        let start = data + (offset & OFFSET_MASK);
+        if start + N > data_end {
+            return None;
+        }
+        Some(Self(start))
+    }
+
     #[inline(always)]
     pub fn set_u8(&self, at: usize, value: u8) {
         // SAFETY: within the checked bytes, see the type.

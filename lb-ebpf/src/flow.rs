@@ -1,7 +1,7 @@
 //! The flow table: what holds a connection on its backend. The kernel maps behind it are seen nowhere else.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST, xdp_md},
+    bindings::{BPF_ANY, BPF_NOEXIST},
     helpers::generated::bpf_ktime_get_coarse_ns,
 };
 use lb_common::{
@@ -39,11 +39,36 @@ pub struct Known {
     pub forward: u8,
     /// Source port that the backend sees, network byte order.
     pub source_port: u16,
+    pub reset: Reset,
+}
+
+/// Who is to be told that a flow's backend was removed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reset {
+    /// Nobody: it was not, or the segment is a reset itself.
+    None,
+    /// The backend, by a reset in place of the client's segment: its own segments do not come by to be answered.
+    OfBackend,
+    /// The sender of the segment.
+    OfSender,
 }
 
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
 pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> Option<Known> {
+    let (flow, reset) = going_on(settings, packet, now)?;
+    remember_client_link(frame, packet, flow);
+    Some(Known::of(flow, reset))
+}
+
+/// As [`known`], where replies need no way back to the client.
+#[inline(always)]
+pub fn known_local(settings: &Settings, packet: &Packet, now: u64) -> Option<Known> {
+    going_on(settings, packet, now).map(|(flow, reset)| Known::of(flow, reset))
+}
+
+#[inline(always)]
+fn going_on(settings: &Settings, packet: &Packet, now: u64) -> Option<(&'static mut Flow, Reset)> {
     let flow = get(&packet.key)?;
     let backend = maps::backend(flow.backend)?;
     // The key of the old one's replies stays: another flow may have it by now, and while it leads here, a late
@@ -55,15 +80,36 @@ pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> 
         return None;
     }
     flow.last_seen = now;
-    if packet.tcp_flags != 0 {
+    let reset = reset(backend, packet);
+    let reset = if reset == Reset::OfSender && !Forward::translates(flow.forward) && !is_closed(flow) {
+        Reset::OfBackend
+    } else {
+        reset
+    };
+    if reset != Reset::None {
+        advance(flow, Sender::Client, flags::RST);
+    } else if packet.tcp_flags != 0 {
         advance(flow, Sender::Client, packet.tcp_flags);
     }
-    remember_client_link(frame, packet, flow);
-    Some(Known {
-        backend_id: flow.backend,
-        forward: flow.forward,
-        source_port: flow.source_port,
-    })
+    Some((flow, reset))
+}
+
+/// Brings the flow of a connection up to date that the kernel has a socket for, however long it was idle.
+#[inline(always)]
+pub fn seen(key: &FlowKey, sender: Sender, tcp_flags: u8) -> Option<&'static mut Flow> {
+    let flow = get(key)?;
+    if maps::backend(flow.backend)?.generation != flow.generation {
+        return None;
+    }
+    flow.last_seen = now();
+    advance(flow, sender, tcp_flags);
+    Some(flow)
+}
+
+/// Tells whether packets of a client go to another host: where its service has become `local` since the flow began.
+#[inline(always)]
+pub fn leaves_host(key: &FlowKey) -> bool {
+    get(key).is_some_and(|flow| flow.forward != Forward::Local.number())
 }
 
 /// Puts a client's packet that belongs to no flow on a backend and records the flow.
@@ -71,22 +117,30 @@ pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> 
 /// A function that the verifier checks for itself: it is the longest way, and few packets take it. Gives the flow as a
 /// number, see [`Known::from_bits`].
 #[unsafe(no_mangle)]
-pub extern "C" fn begin(context: *mut xdp_md, service_id: u32) -> u64 {
-    let (Some(scratch), Some(settings), Some(service)) =
-        (scratch(), maps::settings(), maps::service(service_id))
-    else {
+pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
+    let (Some(scratch), Some(service)) = (scratch(), maps::service(service_id)) else {
         return FAILED | Reason::Internal.index() as u64;
     };
-    match try_begin(context, scratch, settings, service, service_id) {
+    match try_begin(client_ifindex, scratch, service, service_id) {
         Ok(known) => known.into_bits(),
         Err(reason) => FAILED | reason.index() as u64,
     }
 }
 
-/// In a number of [`begin`]: not a flow but a reason.
+/// In a number of [`begin`] or [`claim`]: not what was asked for but a reason.
 const FAILED: u64 = 1 << 63;
 
 impl Known {
+    #[inline(always)]
+    fn of(flow: &Flow, reset: Reset) -> Self {
+        Self {
+            backend_id: flow.backend,
+            forward: flow.forward,
+            source_port: flow.source_port,
+            reset,
+        }
+    }
+
     #[inline(always)]
     fn into_bits(self) -> u64 {
         (self.forward as u64) << 48 | (self.source_port as u64) << 32 | self.backend_id as u64
@@ -105,15 +159,15 @@ impl Known {
             backend_id: bits as u32,
             forward: (bits >> 48) as u8,
             source_port: (bits >> 32) as u16,
+            reset: Reset::None,
         })
     }
 }
 
 #[inline(always)]
 fn try_begin(
-    context: *mut xdp_md,
+    client_ifindex: u32,
     scratch: &mut Scratch,
-    settings: &Settings,
     service: &Service,
     service_id: u32,
 ) -> Result<Known, Reason> {
@@ -125,13 +179,14 @@ fn try_begin(
         return Err(Reason::NoFlow);
     }
     source::admit(service, service_id, &packet.key, now)?;
-    let backend_id = select::backend(settings, service, service_id, &packet.key)?;
+    let backend_id = select::backend(service_id)?;
     let Some(backend) = maps::backend(backend_id) else {
         return Err(Reason::Internal);
     };
     let forward = forward_of(service, &packet.key);
-    let source_port = if Forward::translates(forward) {
-        claim_source_port(settings, scratch, forward, backend, now)?
+    let has_reply_key = Forward::has_reply_key(forward, packet.key.protocol);
+    let source_port = if has_reply_key {
+        claimed_source_port(forward, backend_id)?
     } else {
         packet.key.source_port
     };
@@ -142,7 +197,7 @@ fn try_begin(
         backend: backend_id,
         generation: backend.generation,
         service: service_id,
-        client_ifindex: Cursor::new(context).ingress_ifindex(),
+        client_ifindex,
         client_link: reversed(&packet.link),
         client_tags: Tags([packet.tags.0[0], packet.tags.0[1]]),
         source_port,
@@ -157,7 +212,7 @@ fn try_begin(
         .insert(&scratch.packet.key, &scratch.flow, BPF_ANY as u64)
         .is_err()
     {
-        if Forward::translates(forward) {
+        if has_reply_key {
             let _ = REPLIES.remove(&scratch.reply);
         }
         return Err(Reason::FlowTableFull);
@@ -172,6 +227,7 @@ fn try_begin(
         backend_id,
         forward,
         source_port,
+        reset: Reset::None,
     })
 }
 
@@ -186,17 +242,36 @@ fn forward_of(service: &Service, key: &FlowKey) -> u8 {
     }
 }
 
-/// The flow of a backend's packet, brought up to date; the client's 5-tuple of it is put into [`Scratch::client`].
-/// Nothing where the packet answers none.
+/// The flow of a backend's packet, brought up to date, and whether the packet is to be answered with a reset; the
+/// client's 5-tuple of it is put into [`Scratch::client`]. Nothing where the packet answers none.
 #[inline(always)]
-pub fn of_reply(scratch: &mut Scratch) -> Option<&'static mut Flow> {
+pub fn of_reply(scratch: &mut Scratch) -> Option<(&'static mut Flow, Reset)> {
     scratch.reply = scratch.packet.key.by_words();
-    let flow = replied(scratch)?;
+    let (flow, backend) = replied(scratch)?;
     flow.last_seen = now();
-    if scratch.packet.tcp_flags != 0 {
+    let reset = reset(backend, &scratch.packet);
+    if reset != Reset::None {
+        advance(flow, Sender::Backend, flags::RST);
+    } else if scratch.packet.tcp_flags != 0 {
         advance(flow, Sender::Backend, scratch.packet.tcp_flags);
     }
-    Some(flow)
+    Some((flow, reset))
+}
+
+/// Whether a flow's packet is to be answered with a reset.
+#[inline(always)]
+fn reset(backend: &Backend, packet: &Packet) -> Reset {
+    let resets = backend.flags & BackendFlags::RESETS != 0 && packet.key.protocol == TCP as u32;
+    if resets && packet.tcp_flags & flags::RST == 0 {
+        Reset::OfSender
+    } else {
+        Reset::None
+    }
+}
+
+#[inline(always)]
+fn is_closed(flow: &Flow) -> bool {
+    flow.tcp_state == TcpState::Closed as u8
 }
 
 /// Tells whether a 5-tuple is, or was lately, that of a flow's replies.
@@ -205,23 +280,23 @@ pub fn is_reply(key: &FlowKey) -> bool {
     REPLIES.get_ptr(key).is_some()
 }
 
-/// The flow that [`Scratch::reply`] leads to, unless it has ended or gone to another backend; the client's 5-tuple of
-/// it is put into [`Scratch::client`].
+/// The flow that [`Scratch::reply`] leads to, and its backend, unless it has ended or gone to another one; the client's
+/// 5-tuple of it is put into [`Scratch::client`].
 #[inline(always)]
-pub fn replied(scratch: &mut Scratch) -> Option<&'static mut Flow> {
+pub fn replied(scratch: &mut Scratch) -> Option<(&'static mut Flow, &'static Backend)> {
     let client = REPLIES.get_ptr(&scratch.reply)?;
     // SAFETY: an entry may be recycled under its reader; what was read is checked against the flow below.
     scratch.client = unsafe { &*client }.by_words();
     let flow = get(&scratch.client)?;
     let backend = maps::backend(flow.backend)?;
     if backend.generation != flow.generation
-        || backend.address.0 != scratch.reply.source.0
+        || reply_source(flow.forward, backend).0 != scratch.reply.source.0
         || backend_port(&scratch.client, backend) != scratch.reply.source_port
         || flow.source_port != scratch.reply.destination_port
     {
         return None;
     }
-    Some(flow)
+    Some((flow, backend))
 }
 
 /// The flow that [`Scratch::client`] is the client's 5-tuple of, unless its backend has gone.
@@ -276,7 +351,7 @@ fn get(key: &FlowKey) -> Option<&'static mut Flow> {
 #[inline(always)]
 fn advance(flow: &mut Flow, sender: Sender, tcp_flags: u8) {
     let former = TcpState::from_number(flow.tcp_state);
-    let state = if Forward::translates(flow.forward) {
+    let state = if Forward::sees_replies(flow.forward) {
         next(former, sender, tcp_flags)
     } else {
         next_of_client_alone(former, tcp_flags)
@@ -332,6 +407,17 @@ pub fn source_address(forward: u8, client: &FlowKey, backend: &Backend) -> Addre
     }
 }
 
+/// The source of replies, as it is in their key. A process on this host that is bound to no address answers from the
+/// one that the route to the client has, whatever address the client's packet was for: none is in the key.
+#[inline(always)]
+fn reply_source(forward: u8, backend: &Backend) -> Address {
+    if forward == Forward::Local.number() {
+        Address::default()
+    } else {
+        backend.address.by_words()
+    }
+}
+
 /// The port that the backend is reached on.
 #[inline(always)]
 pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
@@ -339,6 +425,34 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
         client.destination_port
     } else {
         backend.port
+    }
+}
+
+/// The source port of a new flow, network byte order.
+///
+/// # Errors
+/// [`Reason::NoSourceAddress`], [`Reason::NoSourcePort`].
+#[inline(always)]
+fn claimed_source_port(forward: u8, backend_id: u32) -> Result<u16, Reason> {
+    let claimed = claim(forward as u32, backend_id);
+    if claimed & FAILED != 0 {
+        Err(Reason::from_index(claimed as u32))
+    } else {
+        Ok(claimed as u16)
+    }
+}
+
+/// A function that the verifier checks for itself, once for all that follows its loop. Gives the port.
+#[unsafe(no_mangle)]
+extern "C" fn claim(forward: u32, backend_id: u32) -> u64 {
+    let (Some(scratch), Some(settings), Some(backend)) =
+        (scratch(), maps::settings(), maps::backend(backend_id))
+    else {
+        return FAILED | Reason::Internal.index() as u64;
+    };
+    match claim_source_port(settings, scratch, forward as u8, backend, now()) {
+        Ok(port) => port as u64,
+        Err(reason) => FAILED | reason.index() as u64,
     }
 }
 
@@ -361,7 +475,7 @@ fn claim_source_port(
     }
     let start = first_choice(settings, client);
     scratch.reply = FlowKey {
-        source: backend.address.by_words(),
+        source: reply_source(forward, backend),
         destination: source,
         source_port: backend_port(client, backend),
         destination_port: client.source_port,

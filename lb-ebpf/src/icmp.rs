@@ -9,8 +9,8 @@ use aya_ebpf::bindings::{xdp_action::XDP_TX, xdp_md};
 use lb_common::{
     abi::{Address, BackendFlags, Flow, FlowKey, Forward, ICMP, Reason, TCP, UDP},
     logic::{
-        checksum::{difference_of_addresses, difference16, update},
-        headers::{Frame, View},
+        checksum::{difference_of_addresses, difference16, update, update_udp},
+        headers::{Frame, View, extension},
         icmp::{LEN, is_error, v4, v6},
     },
 };
@@ -62,9 +62,9 @@ fn try_message(context: *mut xdp_md, scratch: &mut Scratch) -> Verdict {
         return Verdict::pass(Reason::NotForService);
     }
     match quoted(&frame, scratch) {
-        Some(quote) => about(context, scratch, &quote, to_vip),
-        None if to_vip => Verdict::drop(Reason::TruncatedTransport),
-        None => Verdict::pass(Reason::NotForService),
+        Ok(quote) => about(context, scratch, &quote, to_vip),
+        Err(Unquoted::Malformed) => truncated(to_vip),
+        Err(Unquoted::Other) => Verdict::pass(Reason::NotForService),
     }
 }
 
@@ -83,45 +83,76 @@ struct Quote {
     transport_offset: usize,
 }
 
-/// Decodes the quoted packet: the reverse of its 5-tuple is put into [`Scratch::reply`]. Nothing where it is neither
-/// TCP nor UDP, or its ports are not quoted.
+/// Why an error quotes no packet of a flow.
+enum Unquoted {
+    /// No IP header and ports, which every error has to quote (RFC 792, RFC 4443 section 2.4).
+    Malformed,
+    /// Neither TCP nor UDP, as an echo reply, or without ports, as a later fragment.
+    Other,
+}
+
+/// Decodes the quoted packet: the reverse of its 5-tuple is put into [`Scratch::reply`].
 #[inline(always)]
-fn quoted(frame: &Cursor, scratch: &mut Scratch) -> Option<Quote> {
+fn quoted(frame: &Cursor, scratch: &mut Scratch) -> Result<Quote, Unquoted> {
     let ip_offset = scratch.packet.transport_offset as usize + LEN;
+    // What follows the message in the frame is none of it.
+    let end = scratch.packet.end as usize;
     let (protocol, transport_offset) = if scratch.packet.is_v6 == 0 {
-        let ip = frame.view::<{ Ipv4Hdr::LEN }>(ip_offset)?;
+        let ip = frame
+            .view::<{ Ipv4Hdr::LEN }>(ip_offset)
+            .ok_or(Unquoted::Malformed)?;
         let vihl = ip.u8(0);
         let header_length = (vihl & 0x0f) as usize * 4;
         // Ports are in the first fragment alone.
         let offset = ip.u16(offset_of!(Ipv4Hdr, frags)) & 0x1fff_u16.to_be();
-        if vihl >> 4 != 4 || header_length < Ipv4Hdr::LEN || offset != 0 {
-            return None;
+        if vihl >> 4 != 4 || header_length < Ipv4Hdr::LEN || ip_offset + header_length > end {
+            return Err(Unquoted::Malformed);
+        }
+        if offset != 0 {
+            return Err(Unquoted::Other);
         }
         scratch.reply.source = Address::from_v4_word(ip.u32(offset_of!(Ipv4Hdr, dst_addr)));
         scratch.reply.destination = Address::from_v4_word(ip.u32(offset_of!(Ipv4Hdr, src_addr)));
         (ip.u8(offset_of!(Ipv4Hdr, proto)), ip_offset + header_length)
     } else {
-        let ip = frame.view::<{ Ipv6Hdr::LEN }>(ip_offset)?;
-        if ip.u8(0) >> 4 != 6 {
-            return None;
+        let ip = frame
+            .view::<{ Ipv6Hdr::LEN }>(ip_offset)
+            .ok_or(Unquoted::Malformed)?;
+        if ip.u8(0) >> 4 != 6 || ip_offset + Ipv6Hdr::LEN > end {
+            return Err(Unquoted::Malformed);
         }
         let at = offset_of!(Ipv6Hdr, dst_addr);
         scratch.reply.source = Address([ip.u32(at), ip.u32(at + 4), ip.u32(at + 8), ip.u32(at + 12)]);
         let at = offset_of!(Ipv6Hdr, src_addr);
         scratch.reply.destination = Address([ip.u32(at), ip.u32(at + 4), ip.u32(at + 8), ip.u32(at + 12)]);
-        (ip.u8(offset_of!(Ipv6Hdr, next_hdr)), ip_offset + Ipv6Hdr::LEN)
+        let next = ip.u8(offset_of!(Ipv6Hdr, next_hdr));
+        if next == extension::FRAGMENT {
+            // The one extension header that the ends of a flow put in by themselves, as large datagrams need it.
+            let header = frame
+                .view::<{ extension::FRAGMENT_LEN }>(ip_offset + Ipv6Hdr::LEN)
+                .ok_or(Unquoted::Malformed)?;
+            if ip_offset + Ipv6Hdr::LEN + extension::FRAGMENT_LEN > end {
+                return Err(Unquoted::Malformed);
+            }
+            if header.u16(2) & extension::FRAGMENT_OFFSET != 0 {
+                return Err(Unquoted::Other);
+            }
+            (header.u8(0), ip_offset + Ipv6Hdr::LEN + extension::FRAGMENT_LEN)
+        } else {
+            (next, ip_offset + Ipv6Hdr::LEN)
+        }
     };
     if protocol != TCP && protocol != UDP {
-        return None;
+        return Err(Unquoted::Other);
     }
-    let ports = frame.view::<4>(transport_offset)?;
-    if transport_offset as u32 + 4 > scratch.packet.end {
-        return None;
+    let ports = frame.view::<4>(transport_offset).ok_or(Unquoted::Malformed)?;
+    if transport_offset + 4 > end {
+        return Err(Unquoted::Malformed);
     }
     scratch.reply.source_port = ports.u16(2);
     scratch.reply.destination_port = ports.u16(0);
     scratch.reply.protocol = protocol as u32;
-    Some(Quote {
+    Ok(Quote {
         ip_offset,
         transport_offset,
     })
@@ -143,14 +174,21 @@ fn about(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, to_vip: boo
         return Verdict::pass(Reason::NotForService);
     }
     match flow::replied(scratch) {
-        Some(flow) => to_client(context, scratch, quote, flow),
+        Some((flow, _)) => to_client(context, scratch, quote, flow),
         None => Verdict::pass(Reason::NotForService),
     }
 }
 
 #[inline(always)]
 fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: &Flow) -> Verdict {
+    if flow.forward == Forward::Local.number() {
+        return Verdict::pass(Reason::Local);
+    }
     let verdict = Verdict::of_service(flow.service).sent(XDP_TX, Reason::ErrorForwarded);
+    // The process that it is for is on this host, and has sent the quoted packet as it is quoted.
+    if flow.forward == Forward::Local.number() {
+        return verdict.passed(Reason::Local);
+    }
     if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
@@ -165,7 +203,7 @@ fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: 
             return verdict.dropped(Reason::TooBig);
         }
         // The flow's own outer port or address: the error stays in the queue of its flow.
-        scratch.packet.key.source_port = flow.source_port;
+        scratch.packet.key = scratch.client.by_words();
         return match encapsulation::wrap(context, flow.forward as u32, flow.backend) {
             0 => forward::redirect(
                 &Cursor::new(context),
@@ -296,9 +334,12 @@ fn try_translate(frame: &Cursor, scratch: &mut Scratch, quote: &Quote) -> Option
     if new.protocol == UDP as u32 {
         if quoted >= UdpHdr::LEN
             && let Some(udp) = frame.view::<{ UdpHdr::LEN }>(quote.transport_offset)
-            && udp.u16(offset_of!(UdpHdr, check)) != 0
         {
-            message += set_checksum(&udp, offset_of!(UdpHdr, check), addresses + ports);
+            let at = offset_of!(UdpHdr, check);
+            let old = udp.u16(at);
+            let new = update_udp(old, addresses + ports);
+            udp.set_u16(at, new);
+            message += difference16(old, new);
         }
     } else if quoted >= offset_of!(TcpHdr, check) + 2
         && let Some(tcp) = frame.view::<{ offset_of!(TcpHdr, check) + 2 }>(quote.transport_offset)

@@ -1,4 +1,5 @@
-//! The data path of xlb: one XDP program, one module per stage, in the order in which a packet meets them.
+//! The data path of xlb: an XDP program, one module per stage, in the order in which a packet meets them, and two
+//! programs of traffic control for processes on this host, in `local`.
 //!
 //! `cursor → (lb_common::logic::headers) → fragment → service → flow → (source → select) → forward → verdict`; a known
 //! flow skips `source` and `select`, a reply goes from `flow` straight to `forward`, an ICMP message to `icmp`.
@@ -17,6 +18,8 @@ mod fragment;
 #[cfg(target_arch = "bpf")]
 mod icmp;
 #[cfg(target_arch = "bpf")]
+mod local;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod program;
@@ -26,6 +29,8 @@ mod scratch;
 mod select;
 #[cfg(target_arch = "bpf")]
 mod service;
+#[cfg(target_arch = "bpf")]
+mod skb;
 #[cfg(target_arch = "bpf")]
 mod source;
 #[cfg(target_arch = "bpf")]

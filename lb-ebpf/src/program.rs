@@ -2,14 +2,14 @@
 
 use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
 use lb_common::{
-    abi::{BackendFlags, Reason, Settings, TCP},
+    abi::{Forward, Reason, Settings},
     logic::headers::{Fragment, Kind, Undecodable, decode},
 };
 
 use crate::{
     answer,
     cursor::Cursor,
-    flow::{self, Known},
+    flow::{self, Known, Reset},
     forward, fragment, icmp, maps,
     scratch::{Scratch, scratch},
     service,
@@ -48,7 +48,7 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
     };
     match service::find(settings, &scratch.packet.key) {
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
-        None => from_backend(frame, scratch),
+        None => from_backend(context, frame, scratch),
     }
 }
 
@@ -72,15 +72,21 @@ fn from_client(
     service_id: u32,
 ) -> Verdict {
     let verdict = Verdict::of_service(service_id);
-    if scratch.packet.ttl <= 1 {
+    let is_local = service::is_local(settings, service_id) && !flow::leaves_host(&scratch.packet.key);
+    let is_last_hop = scratch.packet.ttl <= 1;
+    if is_last_hop && !is_local {
         return verdict.dropped(Reason::TtlExceeded);
     }
     if scratch.packet.fragment == Fragment::First as u8 {
         fragment::remember(scratch);
     }
+    // The backend is selected where the host's own packets pass, too.
+    if is_local {
+        return Verdict::pass(Reason::Local);
+    }
     let known = match flow::known(settings, &frame, &scratch.packet, flow::now()) {
         Some(known) => known,
-        None => match Known::from_bits(flow::begin(context, service_id)) {
+        None => match Known::from_bits(flow::begin(frame.ingress_ifindex(), service_id)) {
             Ok(known) => known,
             Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),
             Err(reason) => return verdict.dropped(reason),
@@ -89,20 +95,31 @@ fn from_client(
     let Some(backend) = maps::backend(known.backend_id) else {
         return verdict.dropped(Reason::Internal);
     };
-    if backend.flags & BackendFlags::RESETS != 0 && scratch.packet.key.protocol == TCP as u32 {
-        return answer::reset_of_client(context, scratch, verdict);
+    // The flow may be older than its service's forward.
+    if is_last_hop && known.forward != Forward::Local.number() {
+        return verdict.dropped(Reason::TtlExceeded);
+    }
+    match known.reset {
+        Reset::None => {}
+        Reset::OfBackend => {
+            if answer::reset_of_backend(context, scratch).is_none() {
+                return verdict.dropped(Reason::NoBackend);
+            }
+        }
+        Reset::OfSender => return answer::reset_of_sender(context, scratch, verdict),
     }
     forward::to_backend(context, scratch, verdict, &known, backend)
 }
 
 /// A packet for no service: a backend's reply to a client, or none of ours.
 #[inline(always)]
-fn from_backend(frame: Cursor, scratch: &mut Scratch) -> Verdict {
+fn from_backend(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
     if !service::is_backend(&scratch.packet.key.source) {
         return Verdict::pass(Reason::NotForService);
     }
     match flow::of_reply(scratch) {
-        Some(flow) => forward::to_client(frame, scratch, flow),
+        Some((flow, Reset::None)) => forward::to_client(frame, scratch, flow),
+        Some((flow, _)) => answer::reset_of_sender(context, scratch, Verdict::of_service(flow.service)),
         None if flow::is_reply(&scratch.packet.key) => Verdict::drop(Reason::NoFlow),
         None => Verdict::pass(Reason::NotForService),
     }

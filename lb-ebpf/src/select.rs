@@ -5,24 +5,49 @@ use lb_common::{
     logic::hash::{client_hash, flow_hash, slot_of},
 };
 
-use crate::maps::{self, LIVE, LIVE_BASE, SLOT_TABLES};
+use crate::{
+    maps::{self, LIVE, LIVE_BASE, SLOT_TABLES},
+    scratch::scratch,
+};
 
 /// Slots that are tried until a backend takes the flow.
-const TRIES: u32 = 16;
+const TRIES: u32 = 128;
 /// Backends that `least-connections` compares: all of a service that has no more, else some that the flow's hash says.
 const COMPARED: u32 = 32;
 
-/// The id of the backend for a new flow.
+/// The id of the backend for a new flow of a service.
 ///
 /// # Errors
 /// [`Reason::NoBackend`], [`Reason::BackendsFull`].
 #[inline(always)]
-pub fn backend(
-    settings: &Settings,
-    service: &Service,
-    service_id: u32,
-    key: &FlowKey,
-) -> Result<u32, Reason> {
+pub fn backend(service_id: u32) -> Result<u32, Reason> {
+    let selected = select(service_id);
+    if selected & FAILED != 0 {
+        Err(Reason::from_index(selected as u32))
+    } else {
+        Ok(selected as u32)
+    }
+}
+
+/// In a number of [`select`]: not a backend but a reason.
+const FAILED: u64 = 1 << 63;
+
+/// A function that the verifier checks for itself, once for all that follows its loops. Gives the backend's id.
+#[unsafe(no_mangle)]
+extern "C" fn select(service_id: u32) -> u64 {
+    let (Some(scratch), Some(settings), Some(service)) =
+        (scratch(), maps::settings(), maps::service(service_id))
+    else {
+        return FAILED | Reason::Internal.index() as u64;
+    };
+    match try_select(settings, service, service_id, &scratch.packet.key) {
+        Ok(id) => id as u64,
+        Err(reason) => FAILED | reason.index() as u64,
+    }
+}
+
+#[inline(always)]
+fn try_select(settings: &Settings, service: &Service, service_id: u32, key: &FlowKey) -> Result<u32, Reason> {
     if service.strategy == Strategy::LeastConnections.number() {
         return least_connections(settings, service_id, key);
     }

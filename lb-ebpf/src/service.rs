@@ -1,8 +1,10 @@
 //! Which service a packet is for.
 
-use lb_common::abi::{Address, FlowKey, ROLE_BACKEND, ROLE_VIP, ServiceKey, Settings, SettingsFlags};
+use lb_common::abi::{
+    Address, FlowKey, Forward, ROLE_BACKEND, ROLE_VIP, ServiceKey, Settings, SettingsFlags,
+};
 
-use crate::maps::{ADDRESSES, SERVICE_KEYS};
+use crate::maps::{self, ADDRESSES, SERVICE_KEYS};
 
 /// The id of the service that a packet's destination belongs to.
 #[inline(always)]
@@ -28,6 +30,14 @@ pub fn find(settings: &Settings, key: &FlowKey) -> Option<u32> {
 fn id(service_key: &ServiceKey) -> Option<u32> {
     // SAFETY: the daemon may replace the value while it is read; a u32 is read whole.
     unsafe { SERVICE_KEYS.get(service_key) }.copied()
+}
+
+/// Tells whether a service is delivered to processes on this host.
+#[inline(always)]
+pub fn is_local(settings: &Settings, service_id: u32) -> bool {
+    // Asked only where there is such a service.
+    settings.flags & SettingsFlags::LOCAL != 0
+        && maps::service(service_id).is_some_and(|service| service.forward == Forward::Local.number())
 }
 
 /// Tells whether an address is the VIP of a service.

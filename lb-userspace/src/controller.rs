@@ -8,6 +8,7 @@ mod sweeps;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::{Instant, SystemTime},
@@ -23,7 +24,7 @@ use self::{slow_starts::Rising, sweeps::Sweeps};
 use crate::{
     api::{Change, Done, Refusal, Refused},
     compile::{self, Directory, SlotTables},
-    config::{self, Config, Service, XdpMode},
+    config::{self, Config, Forward, Service, XdpMode},
     datapath::{
         Datapath, Live,
         kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
@@ -44,6 +45,9 @@ use crate::{
     seed,
 };
 
+/// What is tried when it is looked for addresses of this host.
+const LOCAL_ADDRESSES: &str = "addresses of local services";
+
 /// The state of a running daemon.
 #[expect(missing_debug_implementations, reason = "nobody prints a whole daemon")]
 pub struct Controller {
@@ -63,6 +67,8 @@ pub struct Controller {
     rising: Rising,
     sweeps: Sweeps,
     poker: Poker,
+    /// Addresses of `local` services and backends that are not this host's.
+    not_local: BTreeSet<IpAddr>,
     /// Problems that the last attempt at something has left, by what was tried.
     problems: BTreeMap<&'static str, String>,
 }
@@ -120,6 +126,7 @@ impl Controller {
             rising: Rising::default(),
             sweeps: Sweeps::judging_sources(),
             poker: Poker::start(),
+            not_local: BTreeSet::new(),
             problems: BTreeMap::new(),
         };
         controller.follow_configuration().await;
@@ -318,7 +325,10 @@ impl Controller {
                     health: self.model.health_of(service, &backend.name),
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
                     next_hop_problem: if service.forward == config::Forward::Local {
-                        local_problem(&unresolved, backend.address)
+                        let is_missing = self.not_local.contains(&backend.address);
+                        is_missing.then(|| {
+                            "it is no address of this host, to which forward \"local\" delivers".to_owned()
+                        })
                     } else {
                         next_hop_problem(&self.model, &unresolved, &attached, backend.address)
                     },
@@ -434,6 +444,14 @@ impl Controller {
             }
         }
         self.attachments = attachments;
+        let hooked: Vec<String> = if local_services(&self.model.config).next().is_some() {
+            // What clients on this host send is seen on loopback alone.
+            let network = self.model.config.interfaces.iter().cloned();
+            iter::once("lo".to_owned()).chain(network).collect()
+        } else {
+            Vec::new()
+        };
+        self.reconciler.datapath_mut().attach_local(&hooked)?;
         Ok(())
     }
 
@@ -446,6 +464,8 @@ impl Controller {
             .config
             .services
             .iter()
+            // There is no way to a process on this host, only a port.
+            .filter(|service| service.forward != Forward::Local)
             .flat_map(|service| &service.backends);
         self.watcher
             .set_addresses(addresses.map(|backend| backend.address).collect())
@@ -473,6 +493,28 @@ impl Controller {
                 }
             }
             Err(error) => self.problem("assign VIPs", &error.into()),
+        }
+        self.look_for_local_addresses().await;
+    }
+
+    /// Finds out which addresses of `local` services are not this host's, which has no process get their packets.
+    async fn look_for_local_addresses(&mut self) {
+        let services = || local_services(&self.model.config);
+        let addresses = services().flat_map(|service| {
+            let backends = service.backends.iter().map(|backend| backend.address);
+            iter::once(service.vip).chain(backends)
+        });
+        match net::not_local(&addresses.collect()).await {
+            Ok(not_local) => self.not_local = not_local,
+            Err(error) => return self.problem(LOCAL_ADDRESSES, &error.into()),
+        }
+        let missing =
+            local_services(&self.model.config).filter(|service| self.not_local.contains(&service.vip));
+        let problems: Vec<String> = missing.map(vip_not_local).collect();
+        if problems.is_empty() {
+            self.problems.remove(LOCAL_ADDRESSES);
+        } else if self.problems.get(LOCAL_ADDRESSES) != Some(&problems.join("; ")) {
+            self.problem(LOCAL_ADDRESSES, &anyhow::anyhow!(problems.join("; ")));
         }
     }
 
@@ -538,6 +580,22 @@ impl Controller {
     }
 }
 
+/// Services that are delivered to processes on this host.
+pub fn local_services(config: &Config) -> impl Iterator<Item = &Service> {
+    let services = config.services.iter();
+    services.filter(|service| service.forward == Forward::Local)
+}
+
+/// What is wrong where the VIP of a `local` service is not this host's, and what mends it.
+pub fn vip_not_local(service: &Service) -> String {
+    let Service { name, vip, .. } = service;
+    let bits = if vip.is_ipv4() { 32 } else { 128 };
+    format!(
+        "the vip {vip} of {name:?} is no address of this host, so that no process gets its packets: set \
+         `assign-vip = true`, or `ip address add {vip}/{bits} dev lo`"
+    )
+}
+
 /// Address and port of each backend.
 fn servers(config: &Config) -> BTreeMap<BackendName, (IpAddr, Option<u16>)> {
     let named = |service: &Service, backend: &config::Backend| {
@@ -585,12 +643,6 @@ fn next_hop_problem(
             .get(&address)
             .map_or_else(|| "not resolved yet".to_owned(), ToString::to_string),
     )
-}
-
-/// With forward `local` it is the other way round: there is a way where no packet is sent on.
-fn local_problem(unresolved: &BTreeMap<IpAddr, Unresolved>, address: IpAddr) -> Option<String> {
-    let is_own = unresolved.get(&address) == Some(&Unresolved::OwnAddress);
-    (!is_own).then(|| "it is no address of this host, to which forward \"local\" delivers".to_owned())
 }
 
 /// The name of an interface, or its number where it is gone.

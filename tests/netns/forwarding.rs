@@ -11,6 +11,7 @@ use tests::{
     load::{assert_shares, requests},
     machine,
     nginx::Nginx,
+    ping::ping,
     services::Service,
     udp::{self, UdpEcho},
 };
@@ -263,51 +264,9 @@ fn what_is_for_no_service_passes_to_the_host() {
         "b"
     );
 
-    let echoes = topology
-        .client
-        .run(|| ping("10.1.0.1".parse().unwrap(), 5))
-        .unwrap();
+    let echoes = ping(&topology.client, "10.1.0.1".parse().unwrap(), 5).unwrap();
     assert_eq!(echoes, 5, "of five pings to the balancer");
-    let echoes = topology
-        .client
-        .run(|| ping("10.2.3.2".parse().unwrap(), 5))
-        .unwrap();
+    let echoes = ping(&topology.client, "10.2.3.2".parse().unwrap(), 5).unwrap();
     assert_eq!(echoes, 5, "of five pings to a backend, through the balancer");
     assert!(daemon.status().reasons.contains_key("not-for-service"));
-}
-
-/// Sends ICMP echo requests, and counts the answers.
-fn ping(address: std::net::Ipv4Addr, count: u16) -> usize {
-    use nix::sys::{
-        socket::{
-            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt,
-            socket, sockopt::ReceiveTimeout,
-        },
-        time::TimeVal,
-    };
-    use std::os::fd::AsRawFd;
-
-    let raw = socket(
-        AddressFamily::Inet,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::Icmp,
-    )
-    .unwrap();
-    setsockopt(&raw, ReceiveTimeout, &TimeVal::new(2, 0)).unwrap();
-    let mut answered = 0;
-    for sequence in 0..count {
-        let mut request = [8, 0, 0, 0, 0x12, 0x34, 0, 0];
-        request[6..].copy_from_slice(&sequence.to_be_bytes());
-        let sum = 0x0800_u32 + 0x1234 + u32::from(sequence);
-        request[2..4].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-        let to = SockaddrIn::from(std::net::SocketAddrV4::new(address, 0));
-        sendto(raw.as_raw_fd(), &request, &to, MsgFlags::empty()).unwrap();
-        let mut answer = [0; 128];
-        let received = recv(raw.as_raw_fd(), &mut answer, MsgFlags::empty());
-        // The IP header, 20 bytes, is part of what a raw socket receives.
-        let is_answer = received == Ok(28) && answer[20] == 0 && answer[24..28] == request[4..];
-        answered += usize::from(is_answer);
-    }
-    answered
 }

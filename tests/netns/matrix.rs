@@ -50,7 +50,7 @@ enum Strategy {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Forward {
+pub enum Forward {
     Nat,
     FullNat,
     Dsr,
@@ -109,12 +109,12 @@ impl Forward {
         }
     }
 
-    fn encapsulates(self) -> bool {
+    pub fn encapsulates(self) -> bool {
         matches!(self, Self::IpIp | Self::Gue)
     }
 
     /// Packets get to the backends with the VIP as their destination.
-    fn keeps_destination(self) -> bool {
+    pub fn keeps_destination(self) -> bool {
         self == Self::Dsr || self.encapsulates()
     }
 }
@@ -128,10 +128,10 @@ struct Cell {
 
 /// Cells that share a lab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Group {
-    forward: Forward,
-    vip: Family,
-    backends: Family,
+pub struct Group {
+    pub forward: Forward,
+    pub vip: Family,
+    pub backends: Family,
 }
 
 /// What is to be expected of a cell.
@@ -206,7 +206,7 @@ impl Group {
         Protocol::ALL.into_iter().flat_map(with)
     }
 
-    fn server(self) -> SocketAddr {
+    pub fn server(self) -> SocketAddr {
         SocketAddr::new(Topology::vip(self.vip), PORT)
     }
 }
@@ -282,25 +282,24 @@ fn every_cell_has_a_test_or_is_refused_or_known_to_be_missing() {
 
 /// The service of a cell, over the three backends of the lab.
 fn service(cell: Cell) -> Service {
-    let Group {
-        forward,
-        vip,
-        backends,
-    } = cell.group;
     let service = match cell.protocol {
         Protocol::Tcp => Service::tcp(&cell.to_string()),
         Protocol::Udp => Service::udp(&cell.to_string()),
     };
+    of_group(service, cell.group, &NAMES).text("strategy", cell.strategy.word())
+}
+
+/// Gives a service what is the group's, over the lab's backends by these names.
+pub fn of_group(service: Service, group: Group, names: &[&str]) -> Service {
     let mut service = service
-        .text("vip", &Topology::vip(vip).to_string())
+        .text("vip", &Topology::vip(group.vip).to_string())
         .with("port", PORT)
-        .text("forward", forward.word())
-        .text("strategy", cell.strategy.word())
+        .text("forward", group.forward.word())
         .health("type = \"none\"");
-    for (index, name) in NAMES.iter().enumerate() {
-        let listen = listen_address(cell.group, index);
-        let address = if forward.keeps_destination() {
-            backend_address(index, backends).to_string()
+    for (index, name) in names.iter().enumerate() {
+        let listen = listen_address(group, index);
+        let address = if group.forward.keeps_destination() {
+            backend_address(index, group.backends).to_string()
         } else {
             listen.to_string()
         };
@@ -321,7 +320,7 @@ fn backend_address(index: usize, family: Family) -> IpAddr {
 }
 
 /// Where a backend's server listens.
-fn listen_address(group: Group, index: usize) -> SocketAddr {
+pub fn listen_address(group: Group, index: usize) -> SocketAddr {
     match group.forward {
         Forward::Nat | Forward::FullNat => {
             SocketAddr::new(backend_address(index, group.backends), BACKEND_PORT)
@@ -376,7 +375,7 @@ fn balance(group: Group) {
 }
 
 /// What the forward wants of the hosts.
-fn prepare(topology: &Topology, group: Group) -> Vec<Decap> {
+pub fn prepare(topology: &Topology, group: Group) -> Vec<Decap> {
     if group.forward.keeps_destination() {
         topology.give_vips_to_backends().unwrap();
     }

@@ -22,7 +22,7 @@ use tests::{
 };
 use xlb::{
     config::{HealthCheck, Probe},
-    datapath::probes::{self, Hook, Probes},
+    datapath::probes::{self, LinkKind, Probes},
     health::{self, SocketOptions, Target, Turn},
     lab::{Namespace, VlanTag, http_backend::HttpBackend},
     model::Health,
@@ -385,7 +385,7 @@ fn the_programs_are_there_while_a_daemon_needs_them() {
     daemon.configure(&["eth0"], &with("nat"));
     daemon.start();
     all_are(&daemon, Health::Up);
-    if Hook::of_this_kernel() == Hook::Clsact {
+    if LinkKind::of_this_kernel() == LinkKind::Clsact {
         return;
     }
     assert_eq!(scene.programs(), 0);
@@ -404,7 +404,7 @@ fn the_programs_are_there_while_a_daemon_needs_them() {
 
 #[test]
 fn where_the_kernel_takes_no_program_backends_are_asked_themselves_and_the_status_says_so() {
-    if Hook::of_this_kernel() == Hook::Clsact {
+    if LinkKind::of_this_kernel() == LinkKind::Clsact {
         return;
     }
     let scene = Scene::new();
@@ -495,7 +495,7 @@ fn kernels_without_tcx_have_filters_of_clsact_and_no_second_one_after_a_kill() {
         listed.concat().matches(" direct-action ").count()
     };
     let attach = || {
-        let mut probes = Probes::load(Hook::Clsact).unwrap();
+        let mut probes = Probes::load(LinkKind::Clsact).unwrap();
         probes.set_paths(&[path(0), path(1)].into()).unwrap();
         probes.attach(&interfaces).unwrap();
         probes
@@ -527,7 +527,7 @@ fn kernels_without_tcx_have_filters_of_clsact_and_no_second_one_after_a_kill() {
 #[test]
 fn a_path_that_goes_and_comes_back_is_followed_and_others_keep_their_marks() {
     machine::require_root_nginx_and_curl();
-    let mut probes = Probes::load(Hook::of_this_kernel()).unwrap();
+    let mut probes = Probes::load(LinkKind::of_this_kernel()).unwrap();
     let path = |host: u8| ProbePath {
         backend: Address::from(IpAddr::from([10, 0, 0, host])),
         ..ProbePath::default()

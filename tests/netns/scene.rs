@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use tests::{http::Connection, machine, nginx::Nginx, services::Service};
+use tests::{daemon::Daemon, http::Connection, machine, nginx::Nginx, services::Service};
 use xlb::{
     datapath::pass::PassAll,
     lab::{Namespace, Topology},
@@ -45,6 +45,28 @@ pub fn web() -> Service {
         .backend("a", "10.2.1.2:8080")
         .backend("b", "10.2.2.2:8080")
         .backend("c", "10.2.3.2:8080")
+}
+
+/// Starts a daemon on all interfaces of the balancer, and waits until all backends may get packets.
+pub fn balance<'a>(topology: &'a Topology, services: &[Service]) -> Daemon<'a> {
+    let mut daemon = Daemon::new(&topology.balancer);
+    configure(&daemon, topology, services);
+    daemon.start_up();
+    daemon
+}
+
+/// Writes the configuration of a daemon on all interfaces of the balancer.
+pub fn configure(daemon: &Daemon, topology: &Topology, services: &[Service]) {
+    let interfaces = topology.balancer_interfaces();
+    let interfaces: Vec<&str> = interfaces.iter().map(String::as_str).collect();
+    daemon.configure(&interfaces, services);
+}
+
+/// Packets that the first service has counted for a reason.
+pub fn counted(daemon: &Daemon, reason: &str) -> u64 {
+    let status = daemon.status();
+    let traffic = status.services[0].reasons.get(reason);
+    traffic.map_or(0, |traffic| traffic.packets)
 }
 
 /// An open connection to a certain backend of `web`.

@@ -1,15 +1,16 @@
 //! An instance of the data path with known services, whose every counter is watched.
 
 use std::{
-    collections::BTreeMap,
-    net::{Ipv4Addr, SocketAddrV4},
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::atomic::{AtomicU32, Ordering},
 };
 
 use aya::programs::{TestRun, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, Link, ROLE_BACKEND,
-    ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, Strategy, TCP, Totals, UDP,
+    Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, LENGTH_SLOT, Link,
+    ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, Strategy, TCP,
+    Totals, UDP,
 };
 use xlb::datapath::{
     Datapath, Operation, Pins,
@@ -32,7 +33,7 @@ pub(crate) const OTHER_INTERFACE: u32 = 7;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TestService {
     pub id: u32,
-    pub vip: SocketAddrV4,
+    pub vip: SocketAddr,
     pub protocol: u8,
     pub forward: Forward,
     pub backends: [TestBackend; 2],
@@ -41,47 +42,116 @@ pub(crate) struct TestService {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TestBackend {
     pub id: u32,
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
     pub ifindex: u32,
 }
 
-const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
-/// This host's address towards the backends: the source that `full-nat` writes.
-pub(crate) const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 10));
+const VIP6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 0x10));
+/// This host's addresses towards the backends: the sources that `full-nat` and `gue` write.
+pub(crate) const SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+pub(crate) const SOURCE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1));
 
-const fn service(id: u32, port: u16, protocol: u8, forward: Forward, backend_port: u16) -> TestService {
+const fn v4(host: u8) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(10, 0, 0, host))
+}
+
+const fn v6(host: u16) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, host))
+}
+
+const fn service(
+    id: u32,
+    vip: (IpAddr, u16),
+    protocol: u8,
+    forward: Forward,
+    backends: [IpAddr; 2],
+    backend_port: u16,
+) -> TestService {
     TestService {
         id,
-        vip: SocketAddrV4::new(VIP, port),
+        vip: SocketAddr::new(vip.0, vip.1),
         protocol,
         forward,
         backends: [
             TestBackend {
                 id: 2 * id - 1,
-                address: SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 11), backend_port),
+                address: SocketAddr::new(backends[0], backend_port),
                 ifindex: INGRESS,
             },
             TestBackend {
                 id: 2 * id,
-                address: SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 12), backend_port),
+                address: SocketAddr::new(backends[1], backend_port),
                 ifindex: OTHER_INTERFACE,
             },
         ],
     }
 }
 
-/// `nat`, TCP.
-pub(crate) const WEB: TestService = service(1, 80, TCP, Forward::Nat, 8080);
-/// `full-nat`, TCP.
-pub(crate) const SHOP: TestService = service(2, 443, TCP, Forward::FullNat, 8443);
-/// `nat`, UDP.
-pub(crate) const DNS: TestService = service(3, 53, UDP, Forward::Nat, 5300);
-/// `full-nat`, UDP.
-pub(crate) const RELAY: TestService = service(4, 3478, UDP, Forward::FullNat, 3479);
-/// `nat`, TCP, on the same servers and ports as [`WEB`].
-pub(crate) const MIRROR: TestService = service(5, 8000, TCP, Forward::Nat, 8080);
+const V4: [IpAddr; 2] = [v4(11), v4(12)];
+const V6: [IpAddr; 2] = [v6(11), v6(12)];
+/// A tunnel leads to either family.
+const EITHER: [IpAddr; 2] = [v4(11), v6(12)];
 
-const SERVICES: [TestService; 5] = [WEB, SHOP, DNS, RELAY, MIRROR];
+/// `nat`, TCP.
+pub(crate) const WEB: TestService = service(1, (VIP, 80), TCP, Forward::Nat, V4, 8080);
+/// `full-nat`, TCP.
+pub(crate) const SHOP: TestService = service(2, (VIP, 443), TCP, Forward::FullNat, V4, 8443);
+/// `nat`, UDP.
+pub(crate) const DNS: TestService = service(3, (VIP, 53), UDP, Forward::Nat, V4, 5300);
+/// `full-nat`, UDP.
+pub(crate) const RELAY: TestService = service(4, (VIP, 3478), UDP, Forward::FullNat, V4, 3479);
+/// `nat`, TCP, on the same servers and ports as [`WEB`].
+pub(crate) const MIRROR: TestService = service(5, (VIP, 8000), TCP, Forward::Nat, V4, 8080);
+pub(crate) const WEB6: TestService = service(6, (VIP6, 80), TCP, Forward::Nat, V6, 8080);
+pub(crate) const SHOP6: TestService = service(7, (VIP6, 443), TCP, Forward::FullNat, V6, 8443);
+pub(crate) const DNS6: TestService = service(8, (VIP6, 53), UDP, Forward::Nat, V6, 5300);
+pub(crate) const RELAY6: TestService = service(9, (VIP6, 3478), UDP, Forward::FullNat, V6, 3479);
+/// `dsr`.
+pub(crate) const DIRECT: TestService = service(10, (VIP, 81), TCP, Forward::Dsr, V4, 81);
+pub(crate) const DIRECT_UDP: TestService = service(11, (VIP, 81), UDP, Forward::Dsr, V4, 81);
+pub(crate) const DIRECT6: TestService = service(12, (VIP6, 81), TCP, Forward::Dsr, V6, 81);
+/// `ipip`.
+pub(crate) const TUNNEL: TestService = service(13, (VIP, 82), TCP, Forward::IpIp, EITHER, 82);
+pub(crate) const TUNNEL_UDP: TestService = service(14, (VIP, 82), UDP, Forward::IpIp, EITHER, 82);
+pub(crate) const TUNNEL6: TestService = service(15, (VIP6, 82), TCP, Forward::IpIp, EITHER, 82);
+pub(crate) const TUNNEL6_UDP: TestService = service(16, (VIP6, 82), UDP, Forward::IpIp, EITHER, 82);
+/// `gue`.
+pub(crate) const GUE: TestService = service(17, (VIP, 83), TCP, Forward::Gue, EITHER, 83);
+pub(crate) const GUE_UDP: TestService = service(18, (VIP, 83), UDP, Forward::Gue, EITHER, 83);
+pub(crate) const GUE6: TestService = service(19, (VIP6, 83), TCP, Forward::Gue, EITHER, 83);
+pub(crate) const GUE6_UDP: TestService = service(20, (VIP6, 83), UDP, Forward::Gue, EITHER, 83);
+/// `local`.
+pub(crate) const LOCAL: TestService = service(21, (VIP, 84), TCP, Forward::Local, V4, 8400);
+pub(crate) const LOCAL6: TestService = service(22, (VIP6, 84), UDP, Forward::Local, V6, 8400);
+
+/// Those that [`Fixture::new`] has.
+pub(crate) const FIRST: [TestService; 5] = [WEB, SHOP, DNS, RELAY, MIRROR];
+/// Those of every forward, family and protocol.
+pub(crate) const EVERY: [TestService; 22] = [
+    WEB,
+    SHOP,
+    DNS,
+    RELAY,
+    MIRROR,
+    WEB6,
+    SHOP6,
+    DNS6,
+    RELAY6,
+    DIRECT,
+    DIRECT_UDP,
+    DIRECT6,
+    TUNNEL,
+    TUNNEL_UDP,
+    TUNNEL6,
+    TUNNEL6_UDP,
+    GUE,
+    GUE_UDP,
+    GUE6,
+    GUE6_UDP,
+    LOCAL,
+    LOCAL6,
+];
 
 /// Long enough that no flow of a test ends by itself.
 const LONG: u64 = 3_600_000_000_000;
@@ -94,7 +164,7 @@ pub(crate) const SETTINGS: Settings = Settings {
     udp_idle: LONG,
     source_port_first: 1024,
     source_port_count: 31744,
-    flags: 0,
+    flags: SettingsFlags::LOCAL,
     ipip_source_v4: Address::from_v4_word(u32::from_ne_bytes([172, 16, 0, 0])),
     ipip_source_v6: Address([0x100_0000_u32.to_be(), 0, 0, 0]),
     ipip_varying_v4: 0xffff_u32.to_be(),
@@ -107,11 +177,21 @@ impl TestBackend {
         Link::new([0x02, 0, 0, 0, 1, self.id as u8], BALANCER_MAC)
     }
 
+    /// This host's address towards it.
+    pub(crate) fn source(&self) -> IpAddr {
+        if self.address.is_ipv4() { SOURCE } else { SOURCE6 }
+    }
+
+    /// The verdict on a packet that leaves to this backend.
+    pub(crate) fn verdict(&self) -> u32 {
+        if self.ifindex == INGRESS { TX } else { REDIRECT }
+    }
+
     /// The backend as it is when it is up.
     pub(crate) fn entry(&self, service: u32) -> Backend {
         Backend {
-            address: Address::from(*self.address.ip()),
-            source: Address::from(SOURCE),
+            address: Address::from(self.address.ip()),
+            source: Address::from(self.source()),
             ifindex: self.ifindex,
             link: self.link(),
             port: self.address.port().to_be(),
@@ -128,11 +208,12 @@ impl TestBackend {
     }
 }
 
-/// The data path with [`WEB`], [`SHOP`], [`DNS`], [`RELAY`] and [`MIRROR`]; all slots of a service hold its first
-/// backend.
+/// The data path with some services; all slots of a service hold its first backend.
 pub(crate) struct Fixture {
     datapath: Option<KernelDatapath>,
     pins: Pins,
+    /// Ids of services and backends whose counters are watched.
+    watched: (BTreeSet<u32>, BTreeSet<u32>),
 }
 
 impl Drop for Fixture {
@@ -149,34 +230,47 @@ pub(crate) fn unique_pins() -> Pins {
 }
 
 impl Fixture {
+    /// With the services of [`FIRST`].
     pub(crate) fn new() -> Self {
         Self::with_flow_table(65_536)
     }
 
     /// Room for so many flows.
     pub(crate) fn with_flow_table(size: u32) -> Self {
-        let mut fixture = Self::empty(size);
+        Self::with(&FIRST, size)
+    }
+
+    /// With the services of [`EVERY`].
+    pub(crate) fn every() -> Self {
+        Self::with(&EVERY, 65_536)
+    }
+
+    /// With these services alone.
+    pub(crate) fn of(services: &[TestService]) -> Self {
+        Self::with(services, 65_536)
+    }
+
+    fn with(services: &[TestService], flow_table_size: u32) -> Self {
+        let mut fixture = Self::empty(flow_table_size);
         fixture.apply(Operation::PutSettings(SETTINGS));
-        fixture.apply(Operation::PutAddress(Address::from(VIP), ROLE_VIP));
-        for service in SERVICES {
+        for vip in [VIP, VIP6] {
+            fixture.apply(Operation::PutAddress(Address::from(vip), ROLE_VIP));
+        }
+        for service in services {
+            fixture.watched.0.insert(service.id);
             for backend in service.backends {
+                fixture.watched.1.insert(backend.id);
                 fixture.apply(Operation::PutAddress(
-                    Address::from(*backend.address.ip()),
+                    Address::from(backend.address.ip()),
                     ROLE_BACKEND,
                 ));
                 fixture.apply(Operation::PutBackend(backend.id, backend.entry(service.id)));
             }
-            fixture.all_slots(&service, service.backends[0].id);
-            let entry = Service {
-                strategy: Strategy::ConsistentHash.number(),
-                forward: service.forward.number(),
-                in_use: 1,
-                ..Service::default()
-            };
-            fixture.apply(Operation::PutService(service.id, entry));
+            fixture.all_slots(service, service.backends[0].id);
+            fixture.change_service(service, |_| ());
             fixture.apply(Operation::PutServiceKey(
                 ServiceKey {
-                    vip: Address::from(*service.vip.ip()),
+                    vip: Address::from(service.vip.ip()),
                     port: service.vip.port().to_be(),
                     protocol: service.protocol,
                     _pad: 0,
@@ -190,7 +284,11 @@ impl Fixture {
     /// No service, all maps empty.
     pub(crate) fn empty(flow_table_size: u32) -> Self {
         let pins = unique_pins();
-        let mut fixture = Self { datapath: None, pins };
+        let mut fixture = Self {
+            datapath: None,
+            pins,
+            watched: ((0..=6).collect(), (0..=12).collect()),
+        };
         fixture.datapath = Some(KernelDatapath::open(fixture.pins.clone(), flow_table_size).unwrap());
         fixture
     }
@@ -234,6 +332,26 @@ impl Fixture {
         self.apply(Operation::PutBackend(backend.id, entry));
     }
 
+    /// Writes a service that differs from what it was at the start.
+    pub(crate) fn change_service(&mut self, service: &TestService, change: impl FnOnce(&mut Service)) {
+        let mut entry = Service {
+            strategy: Strategy::ConsistentHash.number(),
+            forward: service.forward.number(),
+            in_use: 1,
+            ..Service::default()
+        };
+        change(&mut entry);
+        self.apply(Operation::PutService(service.id, entry));
+    }
+
+    /// Gives a service these slots from slot 1 on, as the strategies by position have them.
+    pub(crate) fn sequence(&mut self, service: &TestService, backends: &[u32]) {
+        let mut slots = vec![0; SLOT_COUNT as usize];
+        slots[LENGTH_SLOT as usize] = backends.len() as u32;
+        slots[LENGTH_SLOT as usize + 1..][..backends.len()].copy_from_slice(backends);
+        self.apply(Operation::PutSlots(service.id, slots.into()));
+    }
+
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
         let mut settings = SETTINGS;
         change(&mut settings);
@@ -254,7 +372,8 @@ impl Fixture {
             .unwrap()
             .try_into()
             .unwrap();
-        let mut output = vec![0; 4096];
+        // Room for what is put around a packet.
+        let mut output = vec![0; input.len().max(4096) + 256];
         // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
         let context = [0, input.len() as u32, 0, ingress.unwrap_or(0), 0, 0].map(u32::to_ne_bytes);
         let result = program
@@ -283,8 +402,11 @@ impl Fixture {
 
     /// All counters.
     pub(crate) fn counted(&mut self) -> Counted {
-        let services: Vec<u32> = (0..=6).collect();
-        let backends: Vec<u32> = (0..=12).collect();
+        let (services, backends) = &self.watched;
+        let (services, backends): (Vec<_>, Vec<_>) = (
+            services.iter().copied().collect(),
+            backends.iter().copied().collect(),
+        );
         let counters = self.datapath().counters(&services, &backends).unwrap();
         let mut totals = Totals::default();
         for cpu in &counters.totals {
@@ -311,6 +433,20 @@ impl Fixture {
             reasons,
             backends: counters.backends,
         }
+    }
+
+    /// Live flows of a backend.
+    pub(crate) fn live(&mut self, backend: u32) -> u64 {
+        self.datapath().live_counts(&[backend]).unwrap()[&backend].flows()
+    }
+
+    /// What the daemon has made of the live flows of a backend.
+    pub(crate) fn live_base(&mut self, backend: u32) -> u64 {
+        self.datapath().live_counts(&[backend]).unwrap()[&backend].base
+    }
+
+    pub(crate) fn set_live_base(&mut self, backend: u32, base: u64) {
+        self.datapath().set_live_base(backend, base).unwrap();
     }
 
     pub(crate) fn flows(&mut self) -> BTreeMap<FlowKey, Flow> {
@@ -413,13 +549,18 @@ impl Expected {
         }
     }
 
-    /// A SYN is answered with a reset.
-    pub(crate) fn rejected(frame: &Frame) -> Self {
+    /// Answered in its place, on the interface it came in by.
+    pub(crate) fn answered(reason: Reason, answer: Vec<u8>) -> Self {
         Self {
             verdict: TX,
-            output: Some(frame.reset_of_syn()),
-            ..Self::passed(Reason::Rejected)
+            output: Some(answer),
+            ..Self::passed(reason)
         }
+    }
+
+    /// A SYN is answered with a reset.
+    pub(crate) fn rejected(frame: &Frame) -> Self {
+        Self::answered(Reason::Rejected, frame.reset().bytes())
     }
 
     /// Counted for a service.
@@ -431,29 +572,61 @@ impl Expected {
     }
 
     /// Sent to a backend from a source address and port, out of the backend's interface.
-    pub(crate) fn to_backend(
-        service: &TestService,
-        which: usize,
-        frame: &Frame,
-        source: SocketAddrV4,
-    ) -> Self {
+    pub(crate) fn to_backend(service: &TestService, which: usize, frame: &Frame, source: SocketAddr) -> Self {
+        let backend = &service.backends[which];
+        Self::forwarded(
+            service,
+            which,
+            frame.sent(backend.link(), source, backend.address).bytes(),
+        )
+    }
+
+    /// Sent to a backend as these bytes, out of the backend's interface.
+    pub(crate) fn forwarded(service: &TestService, which: usize, output: Vec<u8>) -> Self {
         let backend = &service.backends[which];
         Self {
-            verdict: if backend.ifindex == INGRESS { TX } else { REDIRECT },
-            output: Some(frame.sent(backend.link(), source, backend.address).bytes()),
+            verdict: backend.verdict(),
+            output: Some(output),
             backend: Some(backend.id),
             ..Self::passed(Reason::Forwarded).of(service)
         }
     }
 
+    /// Sent to a backend in its place, with MAC addresses of the backend's link alone (`dsr`).
+    pub(crate) fn direct(service: &TestService, which: usize, frame: &Frame) -> Self {
+        let link = service.backends[which].link();
+        Self::forwarded(
+            service,
+            which,
+            frame.sent(link, frame.source, frame.destination).bytes(),
+        )
+    }
+
     /// Sent to a client the way that its packets come.
     pub(crate) fn to_client(service: &TestService, which: usize, answer: &Frame, client: &Frame) -> Self {
-        let back = Link::new(client.link.source(), client.link.destination());
+        let sent = Frame {
+            tags: client.tags,
+            ..answer.sent(client.back(), client.destination, client.source)
+        };
+        Self::returned(service, which, sent.bytes())
+    }
+
+    /// Sent to a client as these bytes, the way that its packets come.
+    pub(crate) fn returned(service: &TestService, which: usize, output: Vec<u8>) -> Self {
         Self {
             verdict: TX,
-            output: Some(answer.sent(back, client.destination, client.source).bytes()),
+            output: Some(output),
             backend: Some(service.backends[which].id),
             ..Self::passed(Reason::Returned).of(service)
+        }
+    }
+
+    /// An ICMP error about a flow of a service, sent on as these bytes with a verdict.
+    pub(crate) fn error(service: &TestService, reason: Reason, verdict: u32, output: Vec<u8>) -> Self {
+        Self {
+            verdict,
+            output: Some(output),
+            ..Self::passed(reason).of(service)
         }
     }
 

@@ -20,7 +20,7 @@ const CLIENT: &str = "198.51.100.7:5000";
 const BEYOND: Duration = Duration::from_millis(60);
 const SHORT: u64 = 5_000_000;
 
-fn answer(service: &TestService, which: usize, to: std::net::SocketAddrV4, flags: u8) -> Frame {
+fn answer(service: &TestService, which: usize, to: std::net::SocketAddr, flags: u8) -> Frame {
     Frame::answer(
         service.backends[which].address,
         to,
@@ -181,7 +181,7 @@ fn a_late_reply_is_dropped_when_the_new_backend_is_another_port_of_the_same_serv
         let mut fixture = Fixture::new();
         let port = WEB.backends[0].address.port() + 1;
         fixture.change_backend(&WEB, 1, |backend| {
-            backend.address = (*WEB.backends[0].address.ip()).into();
+            backend.address = WEB.backends[0].address.ip().into();
             backend.port = port.to_be();
         });
         let syn = tcp(CLIENT, WEB.vip, SYN);

@@ -1,6 +1,6 @@
 //! `full-nat`: the backend sees this host's address and a port that tells the flow.
 
-use std::{collections::BTreeSet, net::SocketAddrV4};
+use std::{collections::BTreeSet, net::SocketAddr};
 
 use lb_common::{
     abi::{
@@ -19,9 +19,9 @@ use crate::{
 const CLIENT: &str = "198.51.100.7:5000";
 
 /// The source that a flow is given where its first choice is free.
-fn first_source(settings: &Settings, frame: &Frame) -> SocketAddrV4 {
+fn first_source(settings: &Settings, frame: &Frame) -> SocketAddr {
     let start = first_choice(settings, &frame.key());
-    SocketAddrV4::new(SOURCE, candidate(settings, start, 0))
+    SocketAddr::new(SOURCE, candidate(settings, start, 0))
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn two_thousand_flows_to_one_backend_have_a_source_port_each() {
         syn.source.set_port(10_000 + number);
         let (_, output) = fixture.run(&syn.bytes());
         let (source, _) = ends(&output);
-        assert_eq!(source.ip(), &SOURCE);
+        assert_eq!(source.ip(), SOURCE);
         let last = SETTINGS.source_port_first + SETTINGS.source_port_count - 1;
         assert!((SETTINGS.source_port_first..=last).contains(&source.port()));
         assert!(sources.insert(source), "{source} was given twice");
@@ -110,7 +110,7 @@ fn the_same_source_port_serves_two_backends() {
         fixture.all_slots(&SHOP, SHOP.backends[which].id);
         let mut syn = tcp(CLIENT, SHOP.vip, SYN);
         syn.source.set_port(5000 + which as u16);
-        let source = SocketAddrV4::new(SOURCE, SETTINGS.source_port_first);
+        let source = SocketAddr::new(SOURCE, SETTINGS.source_port_first);
         let expected = Expected::to_backend(&SHOP, which, &syn, source).new_flow();
         fixture.expect("SYN", &syn.bytes(), expected);
     }
@@ -143,7 +143,7 @@ fn a_source_port_is_free_again_when_its_flow_is_over() {
     let first = tcp(CLIENT, SHOP.vip, SYN);
     let mut second = tcp(CLIENT, SHOP.vip, SYN);
     second.source.set_port(5001);
-    let source = SocketAddrV4::new(SOURCE, SETTINGS.source_port_first);
+    let source = SocketAddr::new(SOURCE, SETTINGS.source_port_first);
     fixture.expect(
         "first",
         &first.bytes(),

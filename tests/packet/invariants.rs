@@ -1,6 +1,6 @@
 //! What holds for any bytes at all, against the same decoder on this side of the kernel boundary.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddr;
 
 use lb_common::{
     abi::{
@@ -39,11 +39,11 @@ fn run<S: Strategy>(cases: u32, strategy: &S, test: impl Fn(S::Value) -> Result<
     TestRunner::new(config).run(strategy, test).unwrap();
 }
 
-fn ends_of_packets() -> impl Strategy<Value = (SocketAddrV4, SocketAddrV4, u8)> {
-    let anywhere = (any::<[u8; 4]>(), any::<u16>())
-        .prop_map(|(octets, port)| SocketAddrV4::new(Ipv4Addr::from(octets), port));
-    let client = (1..=250u8, 1..=9u16)
-        .prop_map(|(host, port)| SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, host), 5000 + port));
+fn ends_of_packets() -> impl Strategy<Value = (SocketAddr, SocketAddr, u8)> {
+    let anywhere =
+        (any::<[u8; 4]>(), any::<u16>()).prop_map(|(octets, port)| SocketAddr::from((octets, port)));
+    let client =
+        (1..=250u8, 1..=9u16).prop_map(|(host, port)| SocketAddr::from(([198, 51, 100, host], 5000 + port)));
     let service = (0..SERVICES.len()).prop_map(|index| SERVICES[index]);
     prop_oneof![
         6 => (client.clone(), service.clone()).prop_map(|(client, service)| (client, service.vip, service.protocol)),
@@ -143,11 +143,7 @@ fn checksum_sums(bytes: &[u8], packet: &Packet) -> (u16, u16) {
 
 /// What the headers alone decide; `None` where the flow table has a say.
 fn decided_by_headers(bytes: &[u8]) -> Result<Expected, Box<(Kind, Packet, Option<TestService>)>> {
-    let is_vip = |address| {
-        SERVICES
-            .iter()
-            .any(|service| address == (*service.vip.ip()).into())
-    };
+    let is_vip = |address| SERVICES.iter().any(|service| address == service.vip.ip().into());
     let mut packet = Packet::default();
     let kind = match decode(&bytes, &mut packet) {
         Err(Undecodable::NotTransport(reason)) => return Ok(Expected::passed(reason)),
@@ -167,7 +163,7 @@ fn decided_by_headers(bytes: &[u8]) -> Result<Expected, Box<(Kind, Packet, Optio
             )
     });
     let from_backend = SERVICES.iter().any(|service| {
-        (service.backends.iter()).any(|backend| packet.key.source == (*backend.address.ip()).into())
+        (service.backends.iter()).any(|backend| packet.key.source == backend.address.ip().into())
     });
     match (kind, service) {
         (Kind::Transport, Some(service)) if packet.ttl <= 1 => {

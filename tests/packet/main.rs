@@ -10,17 +10,29 @@
 )]
 
 mod decap;
+mod dsr;
+mod encapsulation;
 mod fixture;
 mod flows;
+mod fragments;
 mod frame;
 mod full_nat;
+mod hairpin;
+mod icmp;
 mod invariants;
+mod ipv6;
+mod large;
+mod live;
+mod local;
 mod malformed;
 mod maps;
 mod nat;
 mod next_hop;
 mod pass;
 mod probe_paths;
+mod rejection;
+mod source;
 mod strategy;
 mod tcp_state;
 mod udp;
+mod vlan;

@@ -1,19 +1,22 @@
 //! Malformed packets: dropped with their reason where they are for a VIP, left alone where they are not.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use lb_common::{
-    abi::Reason::{
-        self, BadFragment, BadIpHeaderLength, BadIpLength, BadIpVersion, BadSourceAddress, BadTcpFlags,
-        BadTcpOffset, BadUdpLength, FragmentUnknown, NotForService, NotIp, TruncatedTransport, TtlExceeded,
-        ZeroPort,
+    abi::{
+        Reason::{
+            self, BadExtensionHeader, BadFragment, BadIpHeaderLength, BadIpLength, BadIpVersion,
+            BadSourceAddress, BadTcpFlags, BadTcpOffset, BadUdpLength, FragmentUnknown, NotForService, NotIp,
+            TruncatedTransport, TtlExceeded, ZeroPort,
+        },
+        Tags,
     },
     logic::tcp_state::flags_are_sane,
 };
 
 use crate::{
-    fixture::{DNS, Expected, Fixture, SHOP, TX, WEB},
-    frame::{ACK, Frame, IP, SYN, TRANSPORT, tcp, udp},
+    fixture::{DNS, DNS6, EVERY, Expected, Fixture, SHOP, TX, WEB, WEB6},
+    frame::{ACK, Frame, IP, SYN, TRANSPORT, icmp, service_vlan, tcp, udp, vlan},
 };
 
 const CLIENT: &str = "198.51.100.7:5000";
@@ -118,7 +121,7 @@ fn a_source_address_that_no_host_may_use_is_dropped() {
         "203.0.113.10",
     ] {
         for mut frame in [web(), dns()] {
-            frame.source = SocketAddrV4::new(source.parse().unwrap(), 5000);
+            frame.source = SocketAddr::new(source.parse().unwrap(), 5000);
             expect(&mut fixture, source, &frame.bytes(), BadSourceAddress);
         }
     }
@@ -129,7 +132,7 @@ fn the_addresses_next_to_those_that_no_host_may_use_are_served() {
     let mut fixture = Fixture::new();
     for source in ["1.0.0.0", "126.255.255.255", "128.0.0.0", "223.255.255.255"] {
         let mut frame = web();
-        frame.source = SocketAddrV4::new(source.parse().unwrap(), 5000);
+        frame.source = SocketAddr::new(source.parse().unwrap(), 5000);
         let expected = Expected::to_backend(&WEB, 0, &frame, frame.source).new_flow();
         fixture.expect(source, &frame.bytes(), expected);
     }
@@ -289,7 +292,7 @@ fn a_time_to_live_that_is_used_up_is_dropped_and_counted_for_the_service() {
 #[test]
 fn a_malformed_packet_for_a_vip_is_dropped_on_any_port_of_it() {
     let mut fixture = Fixture::new();
-    let other = tcp(CLIENT, SocketAddrV4::new(*WEB.vip.ip(), 22), SYN);
+    let other = tcp(CLIENT, SocketAddr::new(WEB.vip.ip(), 22), SYN);
     let bytes = changed(&other, |bytes| bytes[TRANSPORT + 13] = 0);
     expect(&mut fixture, "no flags", &bytes, BadTcpFlags);
 }
@@ -333,4 +336,430 @@ fn a_frame_that_is_cut_anywhere_is_dropped_or_passed_as_it_came() {
             fixture.expect(&format!("cut to {length}"), &whole[..length], expected);
         }
     }
+}
+
+/// What is done to a frame whose IP header is at an offset.
+type Change = Box<dyn Fn(&mut Vec<u8>, usize)>;
+
+fn bytes_at(at: usize, values: &'static [u8]) -> Change {
+    Box::new(move |frame, ip| frame[ip + at..ip + at + values.len()].copy_from_slice(values))
+}
+
+/// Cuts or lengthens the IP packet to a length, and says so in its header.
+fn ip_length(length: usize) -> Change {
+    Box::new(move |frame, ip| {
+        frame.resize(ip + length, 0);
+        if frame[ip] >> 4 == 4 {
+            set(frame, ip + 2, length as u16);
+        } else {
+            set(frame, ip + 4, length.saturating_sub(40) as u16);
+        }
+    })
+}
+
+/// Puts an extension header of a number before the transport header.
+fn extended(number: u8, header: &'static [u8]) -> Change {
+    Box::new(move |frame, ip| {
+        let mut header = header.to_vec();
+        header[0] = frame[ip + 6];
+        frame[ip + 6] = number;
+        let length = u16::from_be_bytes([frame[ip + 4], frame[ip + 5]]) + header.len() as u16;
+        set(frame, ip + 4, length);
+        frame.splice(ip + 40..ip + 40, header);
+    })
+}
+
+fn all(changes: Vec<Change>) -> Change {
+    Box::new(move |frame, ip| changes.iter().for_each(|change| change(frame, ip)))
+}
+
+/// Malformed or hostile headers: what is changed of a SYN over IPv4, and the reason for which it is dropped.
+fn of_tcp_v4() -> Vec<(&'static str, Change, Reason)> {
+    vec![
+        ("version 0", bytes_at(0, &[0x05]), BadIpVersion),
+        ("version 6", bytes_at(0, &[0x65]), BadIpVersion),
+        ("version 15", bytes_at(0, &[0xf5]), BadIpVersion),
+        ("header of 0 bytes", bytes_at(0, &[0x40]), BadIpHeaderLength),
+        ("header of 16 bytes", bytes_at(0, &[0x44]), BadIpHeaderLength),
+        (
+            "header beyond the packet",
+            all(vec![ip_length(40), bytes_at(0, &[0x4b])]),
+            BadIpHeaderLength,
+        ),
+        ("total length 0", bytes_at(2, &[0, 0]), BadIpLength),
+        ("total length 19", bytes_at(2, &[0, 19]), BadIpLength),
+        ("largest total length", bytes_at(2, &[0xff, 0xff]), BadIpLength),
+        ("no transport header", ip_length(20), TruncatedTransport),
+        ("half of the ports", ip_length(22), TruncatedTransport),
+        ("a TCP header but for a byte", ip_length(39), TruncatedTransport),
+        (
+            "options over the TCP header",
+            bytes_at(0, &[0x4f]),
+            TruncatedTransport,
+        ),
+        ("source 0.0.0.0", bytes_at(12, &[0, 0, 0, 0]), BadSourceAddress),
+        (
+            "source 127.0.0.1",
+            bytes_at(12, &[127, 0, 0, 1]),
+            BadSourceAddress,
+        ),
+        (
+            "source 224.0.0.1",
+            bytes_at(12, &[224, 0, 0, 1]),
+            BadSourceAddress,
+        ),
+        (
+            "source 240.0.0.1",
+            bytes_at(12, &[240, 0, 0, 1]),
+            BadSourceAddress,
+        ),
+        ("broadcast source", bytes_at(12, &[255; 4]), BadSourceAddress),
+        (
+            "the VIP's own (land)",
+            bytes_at(12, &[203, 0, 113, 10]),
+            BadSourceAddress,
+        ),
+        ("fragment over the ports", bytes_at(6, &[0x20, 0x01]), BadFragment),
+        ("fragment over the flags", bytes_at(6, &[0x00, 0x02]), BadFragment),
+        (
+            "fragment beyond the largest packet",
+            bytes_at(6, &[0x1f, 0xff]),
+            BadFragment,
+        ),
+        (
+            "fragment of no packet",
+            bytes_at(6, &[0x01, 0x00]),
+            FragmentUnknown,
+        ),
+        (
+            "first fragment of 16 bytes",
+            all(vec![ip_length(36), bytes_at(6, &[0x20, 0])]),
+            TruncatedTransport,
+        ),
+        (
+            "first fragment without the options",
+            all(vec![
+                ip_length(44),
+                bytes_at(6, &[0x20, 0]),
+                bytes_at(32, &[0x70]),
+            ]),
+            BadTcpOffset,
+        ),
+        ("data offset 0", bytes_at(32, &[0x00]), BadTcpOffset),
+        ("data offset 16", bytes_at(32, &[0x40]), BadTcpOffset),
+        (
+            "data offset beyond the packet",
+            all(vec![ip_length(44), bytes_at(32, &[0xf0])]),
+            BadTcpOffset,
+        ),
+        ("no flags (null scan)", bytes_at(33, &[0x00]), BadTcpFlags),
+        ("FIN alone", bytes_at(33, &[0x01]), BadTcpFlags),
+        ("SYN, FIN", bytes_at(33, &[0x03]), BadTcpFlags),
+        ("SYN, RST", bytes_at(33, &[0x06]), BadTcpFlags),
+        (
+            "FIN, PSH, URG (Christmas tree)",
+            bytes_at(33, &[0x29]),
+            BadTcpFlags,
+        ),
+        ("all flags", bytes_at(33, &[0xff]), BadTcpFlags),
+        ("source port 0", bytes_at(20, &[0, 0]), ZeroPort),
+        ("destination port 0", bytes_at(22, &[0, 0]), ZeroPort),
+    ]
+}
+
+fn of_udp_v4() -> Vec<(&'static str, Change, Reason)> {
+    vec![
+        ("no transport header", ip_length(20), TruncatedTransport),
+        ("a UDP header but for a byte", ip_length(27), TruncatedTransport),
+        ("UDP length 0", bytes_at(24, &[0, 0]), BadUdpLength),
+        ("UDP length 7", bytes_at(24, &[0, 7]), BadUdpLength),
+        ("largest UDP length", bytes_at(24, &[0xff, 0xff]), BadUdpLength),
+        ("source port 0", bytes_at(20, &[0, 0]), ZeroPort),
+        ("destination port 0", bytes_at(22, &[0, 0]), ZeroPort),
+        (
+            "fragment beyond the largest packet",
+            bytes_at(6, &[0x1f, 0xff]),
+            BadFragment,
+        ),
+        (
+            "fragment of no packet",
+            bytes_at(6, &[0x00, 0x01]),
+            FragmentUnknown,
+        ),
+        (
+            "first fragment of 4 bytes",
+            all(vec![ip_length(24), bytes_at(6, &[0x20, 0])]),
+            TruncatedTransport,
+        ),
+        (
+            "first fragment with UDP length 7",
+            all(vec![bytes_at(6, &[0x20, 0]), bytes_at(24, &[0, 7])]),
+            BadUdpLength,
+        ),
+    ]
+}
+
+fn of_tcp_v6() -> Vec<(&'static str, Change, Reason)> {
+    const VIP: &[u8] = &[
+        0x20, 0x01, 0x0d, 0xb8, 0x01, 0x13, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10,
+    ];
+    vec![
+        ("version 0", bytes_at(0, &[0x00]), BadIpVersion),
+        ("version 4", bytes_at(0, &[0x45]), BadIpVersion),
+        ("version 7", bytes_at(0, &[0x7f]), BadIpVersion),
+        ("largest payload length", bytes_at(4, &[0xff, 0xff]), BadIpLength),
+        (
+            "payload length 0 (jumbogram)",
+            bytes_at(4, &[0, 0]),
+            TruncatedTransport,
+        ),
+        ("no transport header", ip_length(40), TruncatedTransport),
+        ("a TCP header but for a byte", ip_length(59), TruncatedTransport),
+        ("unspecified source", bytes_at(8, &[0; 16]), BadSourceAddress),
+        (
+            "loopback source",
+            bytes_at(8, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+            BadSourceAddress,
+        ),
+        ("multicast source", bytes_at(8, &[0xff, 0x02]), BadSourceAddress),
+        (
+            "mapped source",
+            bytes_at(8, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 198, 51, 100, 7]),
+            BadSourceAddress,
+        ),
+        ("the VIP's own (land)", bytes_at(8, VIP), BadSourceAddress),
+        ("data offset 16", bytes_at(52, &[0x40]), BadTcpOffset),
+        ("no flags", bytes_at(53, &[0x00]), BadTcpFlags),
+        ("SYN, FIN", bytes_at(53, &[0x03]), BadTcpFlags),
+        ("source port 0", bytes_at(40, &[0, 0]), ZeroPort),
+        ("destination port 0", bytes_at(42, &[0, 0]), ZeroPort),
+        (
+            "hop-by-hop options beyond the packet",
+            extended(0, &[0, 255, 1, 4, 0, 0, 0, 0]),
+            BadExtensionHeader,
+        ),
+        (
+            "destination options to the last byte",
+            all(vec![ip_length(40), extended(60, &[0, 0, 1, 4, 0, 0, 0, 0])]),
+            TruncatedTransport,
+        ),
+        (
+            "an authentication header beyond the packet",
+            extended(51, &[0, 255, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]),
+            BadExtensionHeader,
+        ),
+        (
+            "half an extension header",
+            all(vec![ip_length(44), bytes_at(6, &[0])]),
+            BadExtensionHeader,
+        ),
+        (
+            "routing header with a segment left",
+            extended(43, &[0, 0, 4, 1, 0, 0, 0, 0]),
+            BadExtensionHeader,
+        ),
+        (
+            "source routing of type 0 (RFC 5095)",
+            extended(
+                43,
+                &[
+                    0, 2, 0, 1, 0, 0, 0, 0, 0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9,
+                ],
+            ),
+            BadExtensionHeader,
+        ),
+        (
+            "seven extension headers",
+            Box::new(|frame, ip| {
+                for _ in 0..7 {
+                    extended(60, &[0, 0, 1, 4, 0, 0, 0, 0])(frame, ip);
+                }
+            }),
+            BadExtensionHeader,
+        ),
+        (
+            "two fragment headers",
+            all(vec![
+                extended(44, &[0, 0, 0, 0, 0, 0, 0, 9]),
+                extended(44, &[0, 0, 0, 1, 0, 0, 0, 9]),
+            ]),
+            BadFragment,
+        ),
+        (
+            "fragment over the flags",
+            extended(44, &[0, 0, 0, 8, 0, 0, 0, 9]),
+            BadFragment,
+        ),
+        (
+            "fragment beyond the largest packet",
+            extended(44, &[0, 0, 0xff, 0xf8, 0, 0, 0, 9]),
+            BadFragment,
+        ),
+        (
+            "fragment of no packet",
+            extended(44, &[0, 0, 0x05, 0xa8, 0, 0, 0, 9]),
+            FragmentUnknown,
+        ),
+        (
+            "first fragment of 16 bytes",
+            all(vec![ip_length(56), extended(44, &[0, 0, 0, 1, 0, 0, 0, 9])]),
+            TruncatedTransport,
+        ),
+        (
+            "first fragment without the options",
+            all(vec![
+                ip_length(64),
+                bytes_at(52, &[0x70]),
+                extended(44, &[0, 0, 0, 1, 0, 0, 0, 9]),
+            ]),
+            BadTcpOffset,
+        ),
+    ]
+}
+
+fn of_udp_v6() -> Vec<(&'static str, Change, Reason)> {
+    vec![
+        ("no transport header", ip_length(40), TruncatedTransport),
+        ("a UDP header but for a byte", ip_length(47), TruncatedTransport),
+        ("UDP length 0 (jumbogram)", bytes_at(44, &[0, 0]), BadUdpLength),
+        ("UDP length 7", bytes_at(44, &[0, 7]), BadUdpLength),
+        ("largest UDP length", bytes_at(44, &[0xff, 0xff]), BadUdpLength),
+        ("source port 0", bytes_at(40, &[0, 0]), ZeroPort),
+        ("destination port 0", bytes_at(42, &[0, 0]), ZeroPort),
+        (
+            "fragment of no packet",
+            extended(44, &[0, 0, 0, 8, 0, 0, 0, 9]),
+            FragmentUnknown,
+        ),
+        (
+            "fragment beyond the largest packet",
+            extended(44, &[0, 0, 0xff, 0xf9, 0, 0, 0, 9]),
+            BadFragment,
+        ),
+        (
+            "first fragment of 4 bytes",
+            all(vec![ip_length(44), extended(44, &[0, 0, 0, 1, 0, 0, 0, 9])]),
+            TruncatedTransport,
+        ),
+    ]
+}
+
+/// Echo requests: what is changed of one. Those of another kind pass, which other tests look at.
+fn of_icmp() -> Vec<(&'static str, Change, Reason)> {
+    vec![
+        (
+            "no ICMP header",
+            Box::new(|frame, ip| ip_length(if frame[ip] >> 4 == 4 { 20 } else { 40 })(frame, ip)),
+            TruncatedTransport,
+        ),
+        (
+            "an ICMP header but for a byte",
+            Box::new(|frame, ip| ip_length(if frame[ip] >> 4 == 4 { 27 } else { 47 })(frame, ip)),
+            TruncatedTransport,
+        ),
+        (
+            "an error without a quote",
+            Box::new(|frame, ip| {
+                let (at, kind) = if frame[ip] >> 4 == 4 { (20, 3) } else { (40, 1) };
+                frame[ip + at] = kind;
+                ip_length(at + 8)(frame, ip);
+            }),
+            TruncatedTransport,
+        ),
+        (
+            "an error that quotes no IP packet",
+            Box::new(|frame, ip| {
+                let (at, kind) = if frame[ip] >> 4 == 4 { (20, 11) } else { (40, 3) };
+                frame[ip + at] = kind;
+                ip_length(at + 8 + 60)(frame, ip);
+                frame[ip + at + 8..].fill(0);
+            }),
+            TruncatedTransport,
+        ),
+        (
+            "a source that no host may use",
+            Box::new(|frame, ip| {
+                let (at, length) = if frame[ip] >> 4 == 4 { (12, 4) } else { (8, 16) };
+                frame[ip + at..ip + at + length].fill(0);
+            }),
+            BadSourceAddress,
+        ),
+    ]
+}
+
+/// Each with no tag, one and two; dropped with its reason for a VIP, and left alone where it is for another address.
+#[test]
+fn every_header_of_the_table_is_dropped_for_its_reason_and_passes_where_it_is_none_of_ours() {
+    let mut fixture = Fixture::of(&EVERY);
+    let v6 = "[2001:db8:7::7]:5000";
+    let echo = |vip: std::net::IpAddr, source, kind| icmp(source, vip, (kind, 0, 1), b"ping");
+    let tables = [
+        (web(), of_tcp_v4()),
+        (dns(), of_udp_v4()),
+        (tcp(v6, WEB6.vip, SYN), of_tcp_v6()),
+        (udp(v6, DNS6.vip), of_udp_v6()),
+        (echo(WEB.vip.ip(), "198.51.100.7", 8), of_icmp()),
+        (echo(WEB6.vip.ip(), "2001:db8:7::7", 128), of_icmp()),
+    ];
+    let mut entries = 0;
+    for (frame, table) in tables {
+        for (what, change, reason) in table {
+            entries += 1;
+            for tags in [
+                Tags::default(),
+                Tags([vlan(100), 0]),
+                Tags([service_vlan(7), vlan(100)]),
+            ] {
+                let mut tagged = frame.clone();
+                tagged.tags = tags;
+                let mut bytes = tagged.bytes();
+                let ip = IP + tags.count() as usize * 4;
+                change(&mut bytes, ip);
+                let what = format!("{what}, {} tags, {}", tags.count(), frame.destination);
+                fixture.expect(&what, &bytes, Expected::dropped(reason));
+                // Another address, and so the source that was the same.
+                let ends = if frame.is_v4() {
+                    [ip + 19, ip + 15]
+                } else {
+                    [ip + 39, ip + 23]
+                };
+                bytes[ends[0]] ^= 0x80;
+                if what.contains("own") {
+                    bytes[ends[1]] ^= 0x80;
+                }
+                let what = format!("{what}, not to a VIP");
+                fixture.expect(&what, &bytes, Expected::passed(NotForService));
+            }
+        }
+    }
+    assert!(entries >= 90, "{entries}");
+    assert!(fixture.flows().is_empty());
+}
+
+/// Nothing for a balancer, and nothing malformed: the host may know it.
+#[test]
+fn other_protocols_of_a_vip_pass() {
+    let mut fixture = Fixture::of(&[WEB, WEB6]);
+    let v6 = tcp("[2001:db8:7::7]:5000", WEB6.vip, SYN);
+    for (frame, at, numbers) in [
+        (web(), 9, &[0, 2, 4, 41, 47, 50, 51, 58, 89, 132, 255][..]),
+        (
+            v6.clone(),
+            6,
+            &[1, 2, 4, 41, 47, 50, 59, 89, 132, 135, 139, 140, 253],
+        ),
+    ] {
+        for number in numbers {
+            let bytes = changed(&frame, |bytes| bytes[IP + at] = *number);
+            fixture.expect(
+                &format!("protocol {number}"),
+                &bytes,
+                Expected::passed(NotForService),
+            );
+        }
+    }
+    let mut bytes = v6.bytes();
+    extended(60, &[0, 0, 1, 4, 0, 0, 0, 0])(&mut bytes, IP);
+    bytes[IP + 40] = 50;
+    fixture.expect("ESP behind options", &bytes, Expected::passed(NotForService));
 }

@@ -1,6 +1,6 @@
 //! `nat`: the client's address is kept, the destination is the backend's.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use lb_common::abi::Reason::{NotForService, TtlExceeded};
 
@@ -11,7 +11,7 @@ use crate::{
 
 const CLIENT: &str = "198.51.100.7:5000";
 
-fn answer(which: usize, client: SocketAddrV4, flags: u8) -> Frame {
+fn answer(which: usize, client: SocketAddr, flags: u8) -> Frame {
     let transport = Transport::Tcp {
         flags,
         options: vec![],
@@ -95,7 +95,7 @@ fn a_backend_without_a_port_is_reached_on_the_one_that_the_client_used() {
     for service in [WEB, DNS] {
         fixture.change_backend(&service, 0, |backend| backend.port = 0);
     }
-    let kept = |which: SocketAddrV4, port| SocketAddrV4::new(*which.ip(), port);
+    let kept = |which: SocketAddr, port| SocketAddr::new(which.ip(), port);
     let syn = tcp(CLIENT, WEB.vip, SYN);
     let backend = kept(WEB.backends[0].address, WEB.vip.port());
     let output = syn.sent(WEB.backends[0].link(), syn.source, backend).bytes();

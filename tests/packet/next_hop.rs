@@ -1,6 +1,6 @@
 //! By which interface and link a packet leaves.
 
-use std::{net::SocketAddrV4, process::Command, thread};
+use std::{net::SocketAddr, process::Command, thread};
 
 use lb_common::abi::{BackendFlags, Link};
 use nix::{
@@ -149,14 +149,14 @@ fn the_source_that_full_nat_writes_is_the_backends() {
     let mut fixture = Fixture::new();
     let syn = tcp(CLIENT, SHOP.vip, SYN);
     let (_, output) = fixture.run(&syn.bytes());
-    assert_eq!(*ends(&output).0.ip(), SOURCE);
-    let other = "10.0.0.2".parse().unwrap();
+    assert_eq!(ends(&output).0.ip(), SOURCE);
+    let other: std::net::IpAddr = "10.0.0.2".parse().unwrap();
     fixture.change_backend(&SHOP, 1, |backend| {
-        backend.source = std::net::Ipv4Addr::into(other);
+        backend.source = other.into();
     });
     fixture.all_slots(&SHOP, SHOP.backends[1].id);
     let mut syn = syn;
-    syn.source = SocketAddrV4::new(*syn.source.ip(), 5001);
+    syn.source = SocketAddr::new(syn.source.ip(), 5001);
     let (_, output) = fixture.run(&syn.bytes());
-    assert_eq!(*ends(&output).0.ip(), other);
+    assert_eq!(ends(&output).0.ip(), other);
 }

@@ -1,6 +1,6 @@
 //! What is for no service leaves as it came.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use lb_common::{
     abi::Reason::{NotForService, NotIp},
@@ -63,7 +63,7 @@ fn short_garbage_of_every_length_passes_as_it_came() {
 #[test]
 fn a_packet_for_another_destination_passes_as_it_came() {
     let mut fixture = Fixture::new();
-    let port = |vip: SocketAddrV4, port| SocketAddrV4::new(*vip.ip(), port);
+    let port = |vip: SocketAddr, port| SocketAddr::new(vip.ip(), port);
     for (what, frame) in [
         ("other port of the VIP", tcp(CLIENT, port(WEB.vip, 81), SYN)),
         ("other protocol on the VIP", udp(CLIENT, WEB.vip)),

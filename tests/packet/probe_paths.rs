@@ -8,7 +8,7 @@ use lb_common::{
     abi::{FlowKey, Forward, ProbePath},
     logic::outer::entropy,
 };
-use xlb::datapath::probes::{Hook, Probes};
+use xlb::datapath::probes::{LinkKind, Probes};
 
 /// To the next program.
 const NEXT: u32 = u32::MAX;
@@ -161,7 +161,7 @@ struct Fixture(Probes);
 
 impl Fixture {
     fn new(paths: &[ProbePath]) -> Self {
-        let mut probes = Probes::load(Hook::of_this_kernel()).unwrap();
+        let mut probes = Probes::load(LinkKind::of_this_kernel()).unwrap();
         probes.set_paths(&paths.iter().copied().collect()).unwrap();
         Self(probes)
     }
@@ -181,15 +181,20 @@ impl Fixture {
         let mut context = [0_u32; 48];
         context[2] = mark;
         let context = context.map(u32::to_ne_bytes);
+        let mut after = [0; 192];
         let result = program
             .test_run(TestRunOptions {
                 data_in: Some(frame),
                 data_out: Some(&mut output),
                 ctx_in: Some(context.as_flattened()),
+                ctx_out: Some(&mut after),
                 ..TestRunOptions::default()
             })
             .unwrap();
         output.truncate(result.data_size_out as usize);
+        // On its way to an interface below it would be taken for one that has yet to be changed.
+        let keeps_mark = after[8..12] == mark.to_ne_bytes();
+        assert_eq!(keeps_mark, mark == 0 || output == frame, "the mark {mark:x}");
         (result.return_value, output)
     }
 }

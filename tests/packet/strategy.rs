@@ -1,6 +1,7 @@
 //! Which backend a new flow gets, against slot tables that tell each slot apart.
 
 mod properties;
+mod sequences;
 
 use std::collections::BTreeSet;
 

@@ -136,7 +136,7 @@ fn a_full_nat_datagram_without_a_checksum_leaves_without_one() {
     query.transport = Transport::Udp { checksum: false };
     let start = lb_common::logic::source_port::first_choice(&SETTINGS, &query.key());
     let port = lb_common::logic::source_port::candidate(&SETTINGS, start, 0);
-    let source = std::net::SocketAddrV4::new(SOURCE, port);
+    let source = std::net::SocketAddr::new(SOURCE, port);
     let expected = Expected::to_backend(&RELAY, 0, &query, source).new_flow();
     fixture.expect("query", &query.bytes(), expected);
 }

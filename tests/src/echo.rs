@@ -187,7 +187,22 @@ pub fn ask(socket: &UdpSocket, server: SocketAddr, data: &[u8]) -> io::Result<An
             "the answer comes from {from}, not {server}"
         )));
     }
-    let answer = &answer[..length];
+    take_back(&answer[..length], data)
+}
+
+/// As [`ask`], on a socket that is connected: the kernel gives it answers of that server alone, and its refusals.
+///
+/// # Errors
+/// As for [`ask`].
+pub fn ask_connected(socket: &UdpSocket, data: &[u8]) -> io::Result<Answer> {
+    socket.send(data)?;
+    let mut answer = vec![0; data.len() + 256];
+    let length = socket.recv(&mut answer)?;
+    take_back(&answer[..length], data)
+}
+
+fn take_back(answer: &[u8], data: &[u8]) -> io::Result<Answer> {
+    let length = answer.len();
     let head = answer.iter().position(|byte| *byte == b'\n').unwrap_or(length);
     if answer.get(head + 1..) != Some(data) {
         return Err(io::Error::other(

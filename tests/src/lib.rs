@@ -10,5 +10,6 @@ pub mod machine;
 pub mod maps;
 pub mod nginx;
 pub mod packet_socket;
+pub mod ping;
 pub mod services;
 pub mod udp;

@@ -9,7 +9,14 @@ use crate::machine::Pace;
 pub struct Service {
     keys: Vec<(String, String)>,
     health: Option<String>,
-    backends: Vec<(String, String, u32)>,
+    backends: Vec<Backend>,
+}
+
+/// A `[[service.backend]]`.
+#[derive(Clone, Debug)]
+struct Backend {
+    name: String,
+    keys: String,
 }
 
 impl Service {
@@ -54,12 +61,23 @@ impl Service {
     }
 
     pub fn weighted(mut self, name: &str, address: &str, weight: u32) -> Self {
-        self.backends.push((name.to_owned(), address.to_owned(), weight));
+        self.backends.push(Backend {
+            name: name.to_owned(),
+            keys: format!("address = \"{address}\"\nweight = {weight}\n"),
+        });
+        self
+    }
+
+    /// Sets a key of the backend that was added last, to a value that is written without quotes.
+    pub fn with_last(mut self, key: &str, value: impl fmt::Display) -> Self {
+        if let Some(backend) = self.backends.last_mut() {
+            backend.keys += &format!("{key} = {value}\n");
+        }
         self
     }
 
     pub fn without(mut self, backend: &str) -> Self {
-        self.backends.retain(|(name, ..)| name != backend);
+        self.backends.retain(|known| known.name != backend);
         self
     }
 
@@ -87,9 +105,8 @@ impl fmt::Display for Service {
                 writeln!(f, "rise = {}\nfall = {}", pace.rise, pace.fall)?;
             }
         }
-        for (name, address, weight) in &self.backends {
-            writeln!(f, "[[service.backend]]")?;
-            writeln!(f, "name = \"{name}\"\naddress = \"{address}\"\nweight = {weight}")?;
+        for Backend { name, keys } in &self.backends {
+            writeln!(f, "[[service.backend]]\nname = \"{name}\"\n{keys}")?;
         }
         Ok(())
     }

@@ -57,7 +57,10 @@ reasons! {
     NotIp, "not-ip", Passed, "Neither IPv4 nor IPv6, or a header that is not whole enough to tell the destination.";
     NotForService, "not-for-service", Passed, "The destination is no service and the packet no reply of one.";
     NextHopUnknown, "next-hop-unknown", Passed, "Rewritten, then left to the host's stack because the next hop of the backend is not resolved.";
-    Local, "local", Passed, "For a process on this host.";
+    Local, "local", Passed, "For a process on this host: left to the program that delivers to it, which counts it for its service.";
+    Delivered, "delivered", Passed, "From a client to the process on this host that is its backend.";
+    Refused, "refused", Passed, "No process may get it or listens on its backend's port: left to the host's stack, which refuses it.";
+    ReusePort, "reuse-port", Passed, "As `refused`: the process listens with SO_REUSEPORT, to which the kernel delivers from Linux 6.6 on.";
     Forwarded, "forwarded", Forwarded, "Sent from a client to its backend.";
     Returned, "returned", Forwarded, "Sent from a backend back to its client.";
     ErrorForwarded, "error-forwarded", Forwarded, "An ICMP error about a backend's packet, sent to the backend.";
@@ -83,6 +86,7 @@ reasons! {
     SourceRate, "source-rate", Dropped, "The source prefix starts more new flows than the service's cap.";
     NoBackend, "no-backend", Dropped, "No backend of the service is up and enabled, and the packet is none to be answered.";
     BackendsFull, "backends-full", Dropped, "Every backend that was tried has as many live flows as it takes.";
+    VipOccupied, "vip-occupied", Dropped, "As `refused`, but the stack would give it to another process, which listens on the VIP's port itself.";
     NoFlow, "no-flow", Dropped, "A packet that ends or answers a flow that is not in the flow table.";
     NextHopMissing, "next-hop-missing", Dropped, "The next hop of the backend is not resolved, and the host's stack could not send the packet on.";
     NoSourceAddress, "no-source-address", Dropped, "No route to the backend tells which address of this host to write.";

@@ -1,6 +1,6 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Address;
+use super::{Address, UDP};
 
 /// What a packet's destination must be to belong to a service.
 #[repr(C)]
@@ -124,6 +124,18 @@ impl Forward {
     #[inline(always)]
     pub const fn translates(number: u8) -> bool {
         number == Self::Nat as u8 || number == Self::FullNat as u8
+    }
+
+    /// Tells whether the backend's replies are seen, so that a flow has ended when both ends say so.
+    #[inline(always)]
+    pub const fn sees_replies(number: u8) -> bool {
+        Self::translates(number) || number == Self::Local as u8
+    }
+
+    /// Tells whether a key of replies leads to the flow. Processes on this host answer over TCP as the VIP itself.
+    #[inline(always)]
+    pub const fn has_reply_key(number: u8, protocol: u32) -> bool {
+        Self::translates(number) || (number == Self::Local as u8 && protocol == UDP as u32)
     }
 
     /// Tells whether packets travel inside another IP packet.

@@ -39,4 +39,6 @@ pub struct SettingsFlags;
 impl SettingsFlags {
     /// There is a service of all ports of a VIP: its key has port 0.
     pub const ANY_PORT: u32 = 1 << 0;
+    /// There is a service with the forward `local`, whose packets XDP leaves to the next program.
+    pub const LOCAL: u32 = 1 << 1;
 }

@@ -20,7 +20,7 @@ pub const fn idle_timeout(settings: &Settings, state: TcpState) -> u64 {
 pub const fn has_ended(forward: u8, state: TcpState) -> bool {
     match state {
         TcpState::Closed => true,
-        TcpState::FinClient => !Forward::translates(forward),
+        TcpState::FinClient => !Forward::sees_replies(forward),
         TcpState::None
         | TcpState::SynSent
         | TcpState::SynReceived
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn a_flow_whose_replies_are_not_seen_has_ended_with_the_clients_fin() {
-        let two_way = [Forward::Nat, Forward::FullNat];
+        let two_way = [Forward::Nat, Forward::FullNat, Forward::Local];
         let one_way = [Forward::Dsr, Forward::IpIp, Forward::Gue];
         let ended = |forward: Forward, state| has_ended(forward.number(), state);
         for forward in two_way.into_iter().chain(one_way) {

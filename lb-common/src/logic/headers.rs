@@ -22,6 +22,14 @@ pub trait Frame {
 
     /// The `N` bytes at an offset, or nothing where the frame ends before.
     fn view<const N: usize>(&self, offset: usize) -> Option<Self::View>;
+
+    /// Length of a packet of the host's own stack, which need not look like one of the network: what it sends to itself has
+    /// loopback addresses, or the same one at both ends, and what it handles at once may be too long for an IP header to
+    /// tell, which says 0 then (`iph_set_totlen`, Linux 6.3).
+    #[inline(always)]
+    fn length_in_stack(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// Reads at offsets within the bytes that [`Frame::view`] has checked; words come as they lie in memory.
@@ -49,19 +57,21 @@ const MORE_FRAGMENTS: u16 = 0x2000_u16.to_be();
 const FRAGMENT_OFFSET: u16 = 0x1fff_u16.to_be();
 /// "Don't fragment", in network byte order.
 pub const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
-/// The offset of a fragment of IPv6 (RFC 8200 section 4.5), in network byte order.
-const FRAGMENT_OFFSET_V6: u16 = 0xfff8_u16.to_be();
 const MORE_FRAGMENTS_V6: u16 = 0x0001_u16.to_be();
 
 /// Extension headers of IPv6 that are walked at most: RFC 8200 section 4.1 recommends an order of six.
 const MAX_EXTENSION_HEADERS: usize = 6;
 /// Numbers of extension headers (RFC 8200 section 4, RFC 4302).
-mod extension {
+pub mod extension {
     pub const HOP_BY_HOP: u8 = 0;
     pub const ROUTING: u8 = 43;
     pub const FRAGMENT: u8 = 44;
     pub const AUTHENTICATION: u8 = 51;
     pub const DESTINATION_OPTIONS: u8 = 60;
+    /// Length of a fragment header in bytes.
+    pub const FRAGMENT_LEN: usize = 8;
+    /// The offset in bytes in the second word of a fragment header, in network byte order.
+    pub const FRAGMENT_OFFSET: u16 = 0xfff8_u16.to_be();
 }
 
 /// A packet, decoded as far as a balancer looks.
@@ -198,7 +208,13 @@ fn decode_ipv4<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Re
         return malformed(Reason::BadIpVersion);
     }
     let header_length = ((vihl & 0x0f) as usize) * 4;
-    let total_length = u16::from_be(ip.u16(offset_of!(Ipv4Hdr, tot_len))) as usize;
+    let total_length = match (
+        u16::from_be(ip.u16(offset_of!(Ipv4Hdr, tot_len))),
+        frame.length_in_stack(),
+    ) {
+        (0, Some(length)) => length - ip_offset,
+        (total_length, _) => total_length as usize,
+    };
     if header_length < Ipv4Hdr::LEN || !frame.reaches(ip_offset + header_length) {
         return malformed(Reason::BadIpHeaderLength);
     }
@@ -209,7 +225,7 @@ fn decode_ipv4<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Re
     if protocol != TCP && protocol != UDP && protocol != ICMP {
         return Err(Undecodable::NotTransport(Reason::NotForService));
     }
-    if !may_be_source(source) || source == destination {
+    if frame.length_in_stack().is_none() && (!may_be_source(source) || source == destination) {
         return malformed(Reason::BadSourceAddress);
     }
     let fragment_word = ip.u16(offset_of!(Ipv4Hdr, frags));
@@ -256,7 +272,13 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
     if first_word >> 28 != 6 {
         return malformed(Reason::BadIpVersion);
     }
-    let payload_length = u16::from_be(ip.u16(offset_of!(Ipv6Hdr, payload_len))) as usize;
+    let payload_length = match (
+        u16::from_be(ip.u16(offset_of!(Ipv6Hdr, payload_len))),
+        frame.length_in_stack(),
+    ) {
+        (0, Some(length)) => length - ip_offset - Ipv6Hdr::LEN,
+        (payload_length, _) => payload_length as usize,
+    };
     let end = ip_offset + Ipv6Hdr::LEN + payload_length;
     if !frame.reaches(end) {
         return malformed(Reason::BadIpLength);
@@ -285,7 +307,7 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
                 return malformed(Reason::BadFragment);
             }
             let word = header.u16(2);
-            fragment_offset = u16::from_be(word & FRAGMENT_OFFSET_V6) as usize;
+            fragment_offset = u16::from_be(word & extension::FRAGMENT_OFFSET) as usize;
             packet.identification = header.u32(4);
             packet.fragment = if fragment_offset != 0 {
                 Fragment::Later as u8
@@ -295,7 +317,7 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
                 // An atomic fragment (RFC 6946) is a whole packet.
                 Fragment::Whole as u8
             };
-            offset += 8;
+            offset += extension::FRAGMENT_LEN;
         } else if next == extension::AUTHENTICATION {
             offset += (header.u8(1) as usize + 2) * 4;
         } else {
@@ -319,7 +341,9 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
     if next != TCP && next != UDP && next != ICMPV6 {
         return Err(Undecodable::NotTransport(Reason::NotForService));
     }
-    if !may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0 {
+    if frame.length_in_stack().is_none()
+        && (!may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0)
+    {
         return malformed(Reason::BadSourceAddress);
     }
     decode_transport(frame, packet, next, offset, fragment_offset)
@@ -566,6 +590,49 @@ mod tests {
         match decoded(bytes) {
             Err(Undecodable::NotTransport(reason) | Undecodable::Malformed(reason)) => reason,
             Ok(packet) => panic!("{packet:?}"),
+        }
+    }
+
+    /// A packet of the host's own stack, whose bytes are the first of `length`.
+    struct OfStack<'a> {
+        bytes: &'a [u8],
+        length: usize,
+    }
+
+    impl<'a> Frame for OfStack<'a> {
+        type View = <&'a [u8] as Frame>::View;
+
+        fn reaches(&self, end: usize) -> bool {
+            end <= self.length
+        }
+
+        fn view<const N: usize>(&self, offset: usize) -> Option<Self::View> {
+            self.bytes.view::<N>(offset)
+        }
+
+        fn length_in_stack(&self) -> Option<usize> {
+            Some(self.length)
+        }
+    }
+
+    #[test]
+    fn what_the_hosts_own_stack_handles_may_be_longer_than_a_header_can_tell_and_come_from_its_own_address() {
+        // No total length, and the destination as the source.
+        let v4 = changed(ACK, &[(16, 0), (17, 0), (26, 203), (27, 0), (28, 113), (29, 10)]);
+        let mut v6 = [0; 74];
+        v6[12..21].copy_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0, 0, 0, 6]);
+        (v6[37], v6[53]) = (1, 1);
+        v6[54..].copy_from_slice(&ACK[34..]);
+        for (bytes, length) in [(&v4[..], 100_000), (&v6[..], 200_000)] {
+            let mut packet = Packet::default();
+            let kind = decode(&OfStack { bytes, length }, &mut packet);
+            assert_eq!(kind, Ok(Kind::Transport));
+            assert_eq!(packet.end as usize, length);
+            assert_eq!(packet.key.source, packet.key.destination);
+            assert!(
+                matches!(decoded(bytes), Err(Undecodable::Malformed(_))),
+                "from the network"
+            );
         }
     }
 

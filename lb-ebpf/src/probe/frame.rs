@@ -15,13 +15,8 @@ use aya_ebpf::{
         bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skb_vlan_push,
     },
 };
-use lb_common::{
-    abi::Address,
-    logic::headers::{Frame, View},
-};
-
-/// Offsets stay below this: Ethernet, two VLAN tags, IPv6 with six extension headers, and what an ICMP error quotes.
-const OFFSET_MASK: usize = 0x3fff;
+use lb_common::{abi::Address, logic::headers::Frame};
+use lb_ebpf::cursor::Checked;
 
 /// The linear part of a frame.
 pub struct Skb {
@@ -209,7 +204,7 @@ fn difference(old: &Address, new: &Address) -> u32 {
 }
 
 impl Frame for Skb {
-    type View = Read;
+    type View = Checked;
 
     #[inline(always)]
     fn reaches(&self, end: usize) -> bool {
@@ -217,35 +212,12 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    fn view<const N: usize>(&self, offset: usize) -> Option<Read> {
-        let start = self.data + (offset & OFFSET_MASK);
-        if start + N > self.data_end {
-            return None;
-        }
-        Some(Read(start))
-    }
-}
-
-/// Bytes of the frame that are known to be there, see `Checked` of the XDP programs.
-#[derive(Clone, Copy)]
-pub struct Read(usize);
-
-impl View for Read {
-    #[inline(always)]
-    fn u8(&self, at: usize) -> u8 {
-        // SAFETY: within the checked bytes, see the type.
-        unsafe { *((self.0 + at) as *const u8) }
+    fn view<const N: usize>(&self, offset: usize) -> Option<Checked> {
+        Checked::between::<N>(self.data, self.data_end, offset)
     }
 
     #[inline(always)]
-    fn u16(&self, at: usize) -> u16 {
-        // SAFETY: within the checked bytes, see the type.
-        unsafe { *((self.0 + at) as *const u16) }
-    }
-
-    #[inline(always)]
-    fn u32(&self, at: usize) -> u32 {
-        // SAFETY: within the checked bytes, see the type.
-        unsafe { *((self.0 + at) as *const u32) }
+    fn length_in_stack(&self) -> Option<usize> {
+        Some(self.length() as usize)
     }
 }

@@ -13,10 +13,6 @@ mod out;
 #[cfg(target_arch = "bpf")]
 mod program;
 
-// For its panic handler.
-#[cfg(target_arch = "bpf")]
-use lb_ebpf as _;
-
 /// The programs are for the kernel alone; on other targets the crate only takes part in `--workspace`.
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

@@ -1,14 +1,19 @@
 //! `xlb check`: parses and validates a configuration.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Write},
+    net::IpAddr,
     path::PathBuf,
 };
 
 use serde::Serialize;
 
-use super::output::OutputFormat;
-use crate::config::{self, Config, ConfigError, diagnostic::Located};
+use super::{block_on, output::OutputFormat};
+use crate::{
+    config::{self, Config, ConfigError, diagnostic::Located},
+    controller, net,
+};
 
 /// Parses and validates a configuration; prints every error with its line and the fix
 #[derive(Clone, Debug, clap::Args)]
@@ -40,8 +45,27 @@ fn report(args: &Args, out: &mut impl Write, err: &mut impl Write) -> io::Result
             writeln!(out)?;
         }
     }
+    if let (OutputFormat::Table, Ok(config)) = (args.output, &result) {
+        for warning in of_this_host(config) {
+            writeln!(err, "warning: {warning}")?;
+        }
+    }
     out.flush()?;
     Ok(result.map_or_else(|error| error.exit_code(), |_| 0))
+}
+
+/// What this host lacks for the configuration, which may be another's: nothing where the kernel does not tell.
+fn of_this_host(config: &Config) -> Vec<String> {
+    let local = || controller::local_services(config).filter(|service| !service.assign_vip);
+    let vips: BTreeSet<IpAddr> = local().map(|service| service.vip).collect();
+    if vips.is_empty() {
+        return Vec::new();
+    }
+    let missing = block_on(async { Ok(net::not_local(&vips).await?) }).unwrap_or_default();
+    local()
+        .filter(|service| missing.contains(&service.vip))
+        .map(controller::vip_not_local)
+        .collect()
 }
 
 fn summary(args: &Args, config: &Config) -> String {

@@ -101,6 +101,10 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
     if contents.service_keys.keys().any(|key| key.port == 0) {
         contents.settings.flags |= SettingsFlags::ANY_PORT;
     }
+    let is_local = |service: &abi::Service| service.forward == abi::Forward::Local.number();
+    if contents.services.values().any(is_local) {
+        contents.settings.flags |= SettingsFlags::LOCAL;
+    }
     add_addresses(&mut contents);
     check_limits(&contents, actual)?;
     Ok(Compiled { contents, directory })

@@ -10,7 +10,7 @@ use crate::{
     config::{Backend, Probe, Service},
     datapath::{
         DatapathError,
-        probes::{Hook, Probes},
+        probes::{LinkKind, Probes},
     },
     health::{SocketOptions, Target},
 };
@@ -49,7 +49,7 @@ impl Controller {
         }
         let former = self.probes.take();
         let follow = || {
-            let mut probes = former.map_or_else(|| Probes::load(Hook::of_this_kernel()), Ok)?;
+            let mut probes = former.map_or_else(|| Probes::load(LinkKind::of_this_kernel()), Ok)?;
             probes.set_paths(&paths)?;
             probes.attach(&config.interfaces)?;
             Ok(probes)

@@ -10,7 +10,10 @@ use super::{Controller, chain, monotonic_now};
 use crate::{
     api::{Done, Refused},
     datapath::{Contents, Datapath, DatapathError, Position},
-    net::poke::{Poke, Segment},
+    net::{
+        close::{Connection, close},
+        poke::{Poke, Segment},
+    },
     reconcile::{Reset, Scope, Step, Sweep, drained},
 };
 
@@ -141,12 +144,24 @@ impl Controller {
     }
 
     fn step_sweep(&mut self, mut sweep: Sweep) {
-        let Step { resets, swept } = match self.reconciler.sweep(&mut sweep) {
+        let Step {
+            resets,
+            closes,
+            swept,
+        } = match self.reconciler.sweep(&mut sweep) {
             Ok(step) => step,
             Err(error) => return self.sweep_failed(sweep.scope(), error),
         };
         if !resets.is_empty() {
             self.poker.poke(resets.iter().map(poke).collect());
+        }
+        if !closes.is_empty()
+            && let Err(error) = close(&closes.iter().map(connection).collect::<Vec<_>>())
+        {
+            warn!(
+                "connections whose flows have ended go on until they end by themselves: {}",
+                chain(error)
+            );
         }
         let Some(swept) = swept else {
             self.sweeps.running = Some(sweep);
@@ -178,7 +193,6 @@ impl Controller {
 /// What has both ends of a flow send a packet, which the program answers with a reset for its sender, and passes on as
 /// one for the other end where the client's packets are all that it sees: then the client has to send two.
 fn poke(reset: &Reset) -> Poke {
-    let end = |address: Address, port: u16| SocketAddr::new(address.into(), u16::from_be(port));
     let back = |key: &FlowKey| Segment {
         source: end(key.destination, key.destination_port),
         destination: end(key.source, key.source_port),
@@ -189,6 +203,18 @@ fn poke(reset: &Reset) -> Poke {
         second: reset.reply.as_ref().map_or(to_client, back),
         apart: reset.reply.is_none(),
     }
+}
+
+/// The connection of a process on this host, given the 5-tuple of its client's packets.
+fn connection(client: &FlowKey) -> Connection {
+    Connection {
+        local: end(client.destination, client.destination_port),
+        remote: end(client.source, client.source_port),
+    }
+}
+
+fn end(address: Address, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), u16::from_be(port))
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
     AttachMode, Contents, Counters, Datapath, DatapathError, Live, Operation, Pins, Position, SlotTable,
-    counters, packet_log, reply_key, syscall,
+    counters, local, packet_log, reply_key, syscall,
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -201,11 +201,10 @@ impl KernelDatapath {
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|error| failed("load", "the program's maps", error))?;
-        let program = xdp_program(&mut ebpf)?;
-        program
+        xdp_program(&mut ebpf)?
             .load()
             .map_err(|error| failed("load", "the program", error))?;
-        pin_program(program, &pins.program(PROGRAM))?;
+        pin_program(&mut ebpf, PROGRAM, &pins.program(PROGRAM))?;
 
         let data =
             |name: &str| MapData::from_pin(pins.map(name)).map_err(|error| failed("open", name, error));
@@ -285,6 +284,15 @@ impl KernelDatapath {
         Ok(attachments)
     }
 
+    /// Attaches the programs that deliver to processes on this host to exactly these interfaces, in front of the host's
+    /// stack and behind it; where there is none, they are not even loaded.
+    ///
+    /// # Errors
+    /// An interface is missing, or the kernel refuses a program; what was attached before stays.
+    pub fn attach_local(&mut self, interfaces: &[String]) -> Result<(), DatapathError> {
+        local::attach(&mut self.ebpf, &self.pins, interfaces)
+    }
+
     fn attach_one(&mut self, interface: &str, mode: Mode) -> Result<Attachment, DatapathError> {
         let index = nix::net::if_::if_nametoindex(interface)
             .map_err(|errno| DatapathError::new("attach", interface, io::Error::from(errno)))?;
@@ -330,12 +338,7 @@ impl KernelDatapath {
         let pinned = PinnedLink::from_pin(path).map_err(|error| failed("open", &object, error))?;
         let link = FdLink::from(pinned);
         let program = xdp_program(&mut self.ebpf)?;
-        let running = link.info().ok().map(|info| info.program_id());
-        if let (Some(running), Ok(own)) = (running, program.info())
-            && aya::programs::loaded_programs()
-                .flatten()
-                .any(|info| info.id() == running && same_program(&info, &own))
-        {
+        if program.info().is_ok_and(|own| runs(&link, &own)) {
             return Ok(());
         }
         let link = XdpLink::try_from(link).map_err(|error| failed("open", &object, error))?;
@@ -652,17 +655,11 @@ impl Datapath for KernelDatapath {
             totals: totals.iter().map(|Raw(totals)| *totals).collect(),
             ..Counters::default()
         };
-        for reason in 0..REASON_COUNT {
-            let count = sum(&self.reasons, reason).map_err(|error| failed("read", "COUNTERS", error))?;
-            result.reasons.push(count);
-        }
+        result.reasons =
+            by_reason(&self.reasons, 0).map_err(|error| DatapathError::new("read", "COUNTERS", error))?;
         for service in services {
-            let mut counts = Vec::with_capacity(REASON_COUNT as usize);
-            for reason in 0..REASON_COUNT {
-                let count = sum(&self.service_counters, service * REASON_COUNT + reason)
-                    .map_err(|error| failed("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
-                counts.push(count);
-            }
+            let counts = by_reason(&self.service_counters, service * REASON_COUNT)
+                .map_err(|error| DatapathError::new("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
             result.services.insert(*service, counts);
         }
         for backend in backends {
@@ -693,6 +690,20 @@ fn remove_present<V: Pod>(
         Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         Err(error) => Err(failed("delete", name, error)),
     }
+}
+
+/// The counters of all reasons from an index on, those of all CPUs together.
+fn by_reason(map: &PerCpuArray<MapData, Raw<Count>>, first: u32) -> io::Result<Vec<Count>> {
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    let counts: Vec<Count> =
+        syscall::some_per_cpu(map.map().fd().as_fd(), first, REASON_COUNT as usize, cpus)?;
+    Ok((counts.chunks(cpus))
+        .map(|of_cpus| {
+            let mut total = Count::default();
+            of_cpus.iter().for_each(|count| counters::add(&mut total, count));
+            total
+        })
+        .collect())
 }
 
 /// A counter of all CPUs together.
@@ -789,22 +800,23 @@ where
     T::try_from(map).map_err(|error| failed("open", name, error))
 }
 
-/// The program of that name in an object.
+/// The program of that name and type in an object.
 pub(super) fn named_program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, DatapathError>
 where
     &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
 {
-    let missing = || {
-        DatapathError::new(
-            "load",
-            "the program",
-            io::Error::other("the object does not hold it"),
-        )
-    };
     ebpf.program_mut(name)
-        .ok_or_else(missing)?
+        .ok_or_else(missing_program)?
         .try_into()
-        .map_err(|_: ProgramError| missing())
+        .map_err(|_| missing_program())
+}
+
+fn missing_program() -> DatapathError {
+    DatapathError::new(
+        "load",
+        "the program",
+        io::Error::other("the object does not hold it"),
+    )
 }
 
 /// Refuses a pinned map that is not what the program expects, which neither aya nor, in all cases, the verifier does.
@@ -843,8 +855,9 @@ fn per_cpu<T: Pod>(data: MapData) -> Result<PerCpuArray<MapData, T>, MapError> {
 }
 
 /// Pins a program where users and their tools find it, unless the same one is pinned there already.
-fn pin_program(program: &mut Xdp, path: &Path) -> Result<(), DatapathError> {
+pub(super) fn pin_program(ebpf: &mut Ebpf, name: &str, path: &Path) -> Result<(), DatapathError> {
     let object = path.display().to_string();
+    let program = ebpf.program_mut(name).ok_or_else(missing_program)?;
     if path.exists() {
         let same = match (ProgramInfo::from_pin(path), program.info()) {
             (Ok(pinned), Ok(own)) => same_program(&pinned, &own),
@@ -858,8 +871,18 @@ fn pin_program(program: &mut Xdp, path: &Path) -> Result<(), DatapathError> {
     program.pin(path).map_err(|error| failed("pin", object, error))
 }
 
+/// Tells whether a link runs a program, or one that it need not replace.
+pub(super) fn runs(link: &FdLink, own: &ProgramInfo) -> bool {
+    let Ok(running) = link.info().map(|info| info.program_id()) else {
+        return false;
+    };
+    aya::programs::loaded_programs()
+        .flatten()
+        .any(|info| info.id() == running && same_program(&info, own))
+}
+
 /// Tells whether two programs have the same instructions on the same maps, so that one need not replace the other.
-fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
+pub(super) fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
     let maps = |program: &ProgramInfo| {
         program.map_ids().ok().flatten().map(|mut ids| {
             ids.sort_unstable();

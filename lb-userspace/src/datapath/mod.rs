@@ -7,6 +7,7 @@ mod counters;
 pub mod decap;
 pub mod faulty;
 pub mod kernel;
+mod local;
 pub mod memory;
 mod packet_log;
 pub mod pass;
@@ -115,7 +116,12 @@ pub struct Position(Vec<u8>);
 /// The 5-tuple of the replies of a flow that is translated; the data path builds the same.
 pub fn reply_key(client: &FlowKey, flow: &Flow, backend: &Backend) -> FlowKey {
     FlowKey {
-        source: backend.address,
+        // A process on this host may answer from any of its addresses: none is in the key.
+        source: if flow.forward == Forward::Local.number() {
+            Address::default()
+        } else {
+            backend.address
+        },
         destination: if flow.forward == Forward::FullNat.number() {
             backend.source
         } else {

@@ -9,12 +9,18 @@ use std::{
 use lb_common::abi::LAYOUT_VERSION;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::{AttachMode, DatapathError, syscall};
+use super::{
+    AttachMode, DatapathError,
+    local::{self, Hook},
+    syscall,
+};
 
 /// Where bpffs is expected.
 const BPFFS: &str = "/sys/fs/bpf";
 /// Folder of the pinned links.
 const LINKS: &str = "links";
+/// Folder of what tells of filters of traffic control, which cannot be pinned.
+const FILTERS: &str = "filters";
 
 /// Paths of the pins of one instance; the version of the map layouts is part of them.
 #[derive(Clone, Debug)]
@@ -52,6 +58,19 @@ impl Pins {
         self.links().join(format!("{}-{interface}", mode.name()))
     }
 
+    /// Path of the pinned link of a program in front of the stack or behind it.
+    pub(super) fn hook_link(&self, hook: Hook, interface: &str) -> PathBuf {
+        let interface = interface.replace('.', ":");
+        self.links().join(format!("{}-{interface}", hook.name()))
+    }
+
+    /// Path of what tells that there is a filter of ours on an interface: its program, pinned.
+    pub(super) fn filter(&self, hook: Hook, ifindex: u32) -> PathBuf {
+        self.version
+            .join(FILTERS)
+            .join(format!("{}-{ifindex}", hook.name()))
+    }
+
     /// Tells whether an earlier daemon has left maps.
     pub fn exist(&self) -> bool {
         self.map("SETTINGS").exists()
@@ -87,7 +106,7 @@ impl Pins {
                 ));
             }
         }
-        for folder in ["maps", "programs", LINKS].map(|name| self.version.join(name)) {
+        for folder in ["maps", "programs", LINKS, FILTERS].map(|name| self.version.join(name)) {
             fs::create_dir_all(&folder)
                 .map_err(|source| DatapathError::new("create", folder.display().to_string(), source))?;
         }
@@ -96,22 +115,21 @@ impl Pins {
 
     /// The pinned links: interface, mode and path.
     pub fn list_links(&self) -> Vec<(String, AttachMode, PathBuf)> {
-        let Ok(folder) = fs::read_dir(self.links()) else {
-            return Vec::new();
-        };
-        let named = |name: OsString| {
-            let name = name.to_str()?.to_owned();
-            let (mode, interface) = name.split_once('-')?;
-            Some((interface.replace(':', "."), AttachMode::from_name(mode)?))
-        };
-        let mut links: Vec<_> = folder
-            .flatten()
-            .filter_map(|entry| {
-                named(entry.file_name()).map(|(interface, mode)| (interface, mode, entry.path()))
-            })
-            .collect();
-        links.sort_by(|a, b| a.0.cmp(&b.0));
-        links
+        list(&self.links(), AttachMode::from_name)
+    }
+
+    /// As [`Self::list_links`], of the programs in front of the stack and behind it.
+    pub(super) fn list_hook_links(&self) -> Vec<(String, Hook, PathBuf)> {
+        list(&self.links(), Hook::from_name)
+    }
+
+    /// The filters of ours: index of the interface, which hook, and the path of what tells of it.
+    pub(super) fn list_filters(&self) -> Vec<(u32, Hook, PathBuf)> {
+        let filters = list(&self.version.join(FILTERS), Hook::from_name);
+        filters
+            .into_iter()
+            .filter_map(|(ifindex, hook, path)| Some((ifindex.parse().ok()?, hook, path)))
+            .collect()
     }
 
     /// Removes a pinned link; the program is off the interface then.
@@ -169,6 +187,24 @@ impl Pins {
     }
 }
 
+/// What is pinned in a folder under names that begin with a known word.
+fn list<T>(folder: &Path, known: impl Fn(&str) -> Option<T>) -> Vec<(String, T, PathBuf)> {
+    let Ok(folder) = fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    let named = |name: OsString| {
+        let name = name.to_str()?.to_owned();
+        let (word, interface) = name.split_once('-')?;
+        Some((interface.replace(':', "."), known(word)?))
+    };
+    let mut pins: Vec<_> = folder
+        .flatten()
+        .filter_map(|entry| named(entry.file_name()).map(|(interface, word)| (interface, word, entry.path())))
+        .collect();
+    pins.sort_by(|a, b| a.0.cmp(&b.0));
+    pins
+}
+
 fn remove_link(path: &Path) -> io::Result<()> {
     syscall::detach_pinned_link(path)?;
     fs::remove_file(path)
@@ -178,13 +214,16 @@ fn remove_link(path: &Path) -> io::Result<()> {
 fn remove_tree(path: &Path) -> io::Result<()> {
     // Links first, so that no program runs while its maps go.
     let mut entries: Vec<_> = fs::read_dir(path)?.collect::<io::Result<_>>()?;
-    entries.sort_by_key(|entry| entry.file_name() != LINKS);
+    entries.sort_by_key(|entry| entry.file_name() != LINKS && entry.file_name() != FILTERS);
     for entry in entries {
         if entry.file_type()?.is_dir() {
             remove_tree(&entry.path())?;
         } else if path.ends_with(LINKS) {
             remove_link(&entry.path())?;
         } else {
+            if path.ends_with(FILTERS) {
+                local::remove_filter_of(&entry.path())?;
+            }
             fs::remove_file(entry.path())?;
         }
     }

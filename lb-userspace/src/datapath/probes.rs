@@ -36,14 +36,14 @@ const PATHS: &str = "PATHS";
 
 /// How the programs are attached to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hook {
+pub enum LinkKind {
     /// By a link that goes with the process (Linux 6.6).
     Tcx,
     /// As a filter of the queueing discipline `clsact`, which a process that is killed leaves behind.
     Clsact,
 }
 
-impl Hook {
+impl LinkKind {
     /// The best that this kernel has.
     pub fn of_this_kernel() -> Self {
         if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 6, 0)) {
@@ -57,7 +57,7 @@ impl Hook {
 /// The programs with their maps, and their links to interfaces.
 pub struct Probes {
     ebpf: Ebpf,
-    hook: Hook,
+    kind: LinkKind,
     paths: Array<MapData, Raw<ProbePath>>,
     /// What `paths` holds.
     numbers: BTreeMap<ProbePath, u32>,
@@ -68,7 +68,7 @@ pub struct Probes {
 impl fmt::Debug for Probes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Probes")
-            .field("hook", &self.hook)
+            .field("kind", &self.kind)
             .field("numbers", &self.numbers)
             .field("links", &self.links.keys())
             .finish_non_exhaustive()
@@ -80,7 +80,7 @@ impl Probes {
     ///
     /// # Errors
     /// A permission is missing, or the kernel refuses the programs.
-    pub fn load(hook: Hook) -> Result<Self, DatapathError> {
+    pub fn load(kind: LinkKind) -> Result<Self, DatapathError> {
         let mut ebpf = EbpfLoader::new()
             .load(OBJECT)
             .map_err(|error| failed("load", "the maps of probes", error))?;
@@ -93,7 +93,7 @@ impl Probes {
             paths: named_map(&mut ebpf, PATHS)?,
             numbers: BTreeMap::new(),
             links: BTreeMap::new(),
-            hook,
+            kind,
             ebpf,
         })
     }
@@ -156,7 +156,7 @@ impl Probes {
     }
 
     fn attach_one(&mut self, interface: &str) -> Result<Vec<SchedClassifierLink>, DatapathError> {
-        if self.hook == Hook::Clsact {
+        if self.kind == LinkKind::Clsact {
             remove_left_behind(interface);
             // It may be there already; otherwise attaching tells.
             let _ = qdisc_add_clsact(interface);
@@ -164,9 +164,9 @@ impl Probes {
         let mut links = Vec::new();
         for (name, place) in PROGRAMS {
             let program: &mut SchedClassifier = named_program(&mut self.ebpf, name)?;
-            let options = match self.hook {
-                Hook::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
-                Hook::Clsact => TcAttachOptions::Netlink(NlOptions::default()),
+            let options = match self.kind {
+                LinkKind::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
+                LinkKind::Clsact => TcAttachOptions::Netlink(NlOptions::default()),
             };
             let id = program
                 .attach_with_options(interface, place, options)

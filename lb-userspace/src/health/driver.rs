@@ -463,6 +463,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::health::Failure;
 
     /// The clock rounds up to milliseconds.
     const RESOLUTION: Duration = Duration::from_millis(2);
@@ -633,8 +634,7 @@ mod tests {
         });
     }
 
-    #[test]
-    fn a_lack_of_sockets_on_this_host_is_reported_but_no_verdict() {
+    fn watched() -> Watched {
         let check = HealthCheck {
             probe: Probe::Tcp { port: None },
             interval: Duration::from_secs(1),
@@ -642,9 +642,8 @@ mod tests {
             rise: 1,
             fall: 1,
         };
-        let address: SocketAddr = ([10, 0, 0, 11], 8080).into();
-        let mut watched = Watched {
-            address,
+        Watched {
+            address: ([10, 0, 0, 11], 8080).into(),
             state: State::new(Health::Up, check.rise, check.fall),
             check,
             socket: SocketOptions::default(),
@@ -657,7 +656,13 @@ mod tests {
             hindered: false,
             run: 0,
             _probing: None,
-        };
+        }
+    }
+
+    #[test]
+    fn a_lack_of_sockets_on_this_host_is_reported_but_no_verdict() {
+        let mut watched = watched();
+        let address = watched.address;
         let source = std::io::Error::from_raw_os_error(nix::libc::EMFILE);
         assert_eq!(
             watched.record(&name(0), &Err(ProbeError::Socket { address, source })),
@@ -671,5 +676,53 @@ mod tests {
             (watched.state.health(), watched.state.in_a_row()),
             (Health::Up, 0)
         );
+    }
+
+    #[test]
+    fn what_a_probe_by_the_path_of_clients_says_names_the_vip() {
+        let mut watched = watched();
+        watched.vip = Some([203, 0, 113, 10].into());
+        let failed = ProbeError::Failed {
+            attempt: Attempt::Connect(watched.address),
+            failure: Failure::TimedOut(Duration::from_secs(1)),
+        };
+        assert_eq!(watched.record(&name(0), &Err(failed)), Some(Health::Down));
+        let words = "connect to 10.0.0.11:8080 for 203.0.113.10: timed out after 1s";
+        assert_eq!(watched.last_result, words);
+        assert_eq!(watched.cause, format!("{words} (1 in a row)"));
+        watched.record(&name(0), &Ok(()));
+        assert_eq!(
+            watched.last_result,
+            "connect to 10.0.0.11:8080 for 203.0.113.10 succeeded"
+        );
+    }
+
+    #[test]
+    fn probing_begins_anew_by_another_path_and_keeps_the_health() {
+        with_paused_clock(async {
+            let driver = Driver::new(mpsc::channel(1).0);
+            let mut target = Target {
+                service: "web".into(),
+                backend: "a".into(),
+                address: ([10, 0, 0, 11], 8080).into(),
+                check: watched().check,
+                socket: SocketOptions::default(),
+                vip: None,
+                initial: Health::Up,
+            };
+            let run = |target: &Target| {
+                driver.set_targets(vec![target.clone()]);
+                let table = driver.shared.lock();
+                let watched = table.watched.values().next();
+                watched.map(|watched| (watched.run, watched.state.health()))
+            };
+            assert_eq!(run(&target), Some((1, Health::Up)));
+            target.socket.mark = Some(0x786c_0001);
+            target.initial = Health::Unknown;
+            assert_eq!(run(&target), Some((2, Health::Up)));
+            target.vip = Some([203, 0, 113, 10].into());
+            assert_eq!(run(&target), Some((3, Health::Up)));
+            assert_eq!(run(&target), Some((3, Health::Up)));
+        });
     }
 }

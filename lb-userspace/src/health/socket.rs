@@ -115,13 +115,14 @@ mod tests {
 
     /// Needs root.
     #[tokio::test]
-    async fn every_socket_has_the_mark_before_it_is_used() {
+    async fn every_socket_has_its_options_before_it_is_used() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
-            let address = address.parse().unwrap();
+            let address: SocketAddr = address.parse().unwrap();
             for mark in [None, Some(0x786c_6200)] {
                 let options = SocketOptions {
                     mark,
-                    ..SocketOptions::default()
+                    hops: mark.map(|_| 2),
+                    max_segment: mark.map(|_| 1172),
                 };
                 let stream = stream(address, options).unwrap();
                 let datagram = datagram(address, options).unwrap();
@@ -132,6 +133,20 @@ mod tests {
                     getsockopt(&icmp, Mark).unwrap(),
                 ];
                 assert_eq!(marks, [mark.unwrap_or(0); 3]);
+                let hops = if address.is_ipv4() {
+                    [
+                        getsockopt(&stream, Ipv4Ttl).unwrap(),
+                        getsockopt(&datagram, Ipv4Ttl).unwrap(),
+                    ]
+                } else {
+                    [
+                        getsockopt(&stream, Ipv6Ttl).unwrap(),
+                        getsockopt(&datagram, Ipv6Ttl).unwrap(),
+                    ]
+                };
+                assert_eq!(hops.map(|hops| hops == 2), [mark.is_some(); 2]);
+                let segment = getsockopt(&stream, TcpMaxSeg).unwrap();
+                assert_eq!(segment == 1172, mark.is_some(), "{segment}");
             }
         }
     }

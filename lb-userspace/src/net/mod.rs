@@ -4,8 +4,10 @@
 //! namespace calls from a thread inside it.
 
 pub mod backend_host;
+pub mod close;
 pub mod construct;
 pub mod links;
+pub mod local_addresses;
 pub mod next_hops;
 pub mod poke;
 pub mod source_ports;
@@ -17,6 +19,7 @@ use rtnetlink::Handle;
 use tokio::task::JoinHandle;
 
 pub use links::{Link, links_named};
+pub use local_addresses::not_local;
 pub use next_hops::{NextHopWatcher, Unresolved, release_neighbours};
 pub use source_ports::source_ports;
 pub use vips::{VipChanges, reconcile_vips, remove_vips};

@@ -406,13 +406,7 @@ impl Netlink {
     /// How the kernel would route to an address, or why not.
     async fn route(&self, address: IpAddr) -> Result<Result<Route, Unresolved>, NetError> {
         let action = || format!("looking up the route to {address}");
-        let prefix_length = if address.is_ipv4() { 32 } else { 128 };
-        let request = RouteMessageBuilder::<IpAddr>::new()
-            .destination_prefix(address, prefix_length)
-            .map_err(|error| NetError::kernel(action(), io::Error::other(error)))?
-            .build();
-        let answer = self.handle.route().get(request).execute().try_next().await;
-        match answer {
+        match self.route_message(address).await? {
             Ok(Some(message)) => Ok(parse_route(&message)),
             Ok(None) => Ok(Err("the kernel knows no route".into())),
             // fib_props in net/ipv4/fib_semantics.c: what the types of routes answer.
@@ -425,6 +419,24 @@ impl Netlink {
             },
             Err(error) => Err(NetError::kernel(action(), error)),
         }
+    }
+
+    /// What the kernel answers when it is asked for the route to an address.
+    pub(super) async fn route_message(
+        &self,
+        address: IpAddr,
+    ) -> Result<Result<Option<RouteMessage>, rtnetlink::Error>, NetError> {
+        let prefix_length = if address.is_ipv4() { 32 } else { 128 };
+        let request = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(address, prefix_length)
+            .map_err(|error| {
+                NetError::kernel(
+                    format!("asking for a route to {address}"),
+                    io::Error::other(error),
+                )
+            })?
+            .build();
+        Ok(self.handle.route().get(request).execute().try_next().await)
     }
 
     /// All neighbours that have an address of IP.

@@ -52,6 +52,9 @@ pub struct Reset {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     pub resets: Vec<Reset>,
+    /// Clients' 5-tuples of TCP flows to processes on this host that end now, which their connections do not by
+    /// themselves: the kernel has a socket of each.
+    pub closes: Vec<FlowKey>,
     /// After the last step.
     pub swept: Option<Swept>,
 }
@@ -119,7 +122,12 @@ impl Sweep {
         ) {
             Fate::Lives => visited.live.push((*key, *flow)),
             Fate::Idle => visited.idle.push((*key, *flow)),
-            Fate::Cut => visited.cut.push(*key),
+            Fate::Cut => {
+                if is_open_connection_of_process(key, flow) {
+                    visited.closes.push(*key);
+                }
+                visited.cut.push(*key);
+            }
         })?;
         self.removed += datapath.remove_flows(&visited.cut, u64::MAX)?;
         // A flow that a packet of was seen since is not idle any more.
@@ -144,12 +152,23 @@ impl Sweep {
         let resets = (visited.live.iter())
             .filter_map(|(key, flow)| self.reset(key, flow, contents))
             .collect();
+        let is_reset = |flow: &Flow| self.scope.resetting.contains(&flow.backend);
+        let mut closes = visited.closes;
+        closes.extend(
+            (visited.live.iter())
+                .filter(|(key, flow)| is_reset(flow) && is_open_connection_of_process(key, flow))
+                .map(|(key, _)| *key),
+        );
         self.position = next;
         let swept = match self.position {
             Some(_) => None,
             None => Some(self.finish(datapath, contents)?),
         };
-        Ok(Step { resets, swept })
+        Ok(Step {
+            resets,
+            closes,
+            swept,
+        })
     }
 
     /// What it looks for.
@@ -199,8 +218,7 @@ impl Sweep {
 
     /// What to provoke a reset of the flow by, if it is to be reset.
     fn reset(&self, key: &FlowKey, flow: &Flow, contents: &Contents) -> Option<Reset> {
-        let is_open = key.protocol == u32::from(TCP)
-            && !ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state));
+        let is_open = is_open_connection(key, flow) && flow.forward != Forward::Local.number();
         if !is_open || !self.scope.resetting.contains(&flow.backend) {
             return None;
         }
@@ -238,6 +256,14 @@ impl Sweep {
             Fate::Lives
         }
     }
+}
+
+fn is_open_connection(key: &FlowKey, flow: &Flow) -> bool {
+    key.protocol == u32::from(TCP) && !ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state))
+}
+
+fn is_open_connection_of_process(key: &FlowKey, flow: &Flow) -> bool {
+    flow.forward == Forward::Local.number() && is_open_connection(key, flow)
 }
 
 /// Tells whether the destination of a flow is still one of its service.
@@ -279,6 +305,8 @@ struct Visited {
     live: Vec<(FlowKey, Flow)>,
     idle: Vec<(FlowKey, Flow)>,
     cut: Vec<FlowKey>,
+    /// Of those that are cut; see [`Step::closes`].
+    closes: Vec<FlowKey>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

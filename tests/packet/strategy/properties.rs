@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
 use lb_common::abi::{Address, Backend, Tags};
@@ -92,7 +92,7 @@ impl Balancer {
     }
 
     /// Has all flows begin anew, and tells by client which host each was put on.
-    fn spread(&mut self) -> BTreeMap<SocketAddrV4, u8> {
+    fn spread(&mut self) -> BTreeMap<SocketAddr, u8> {
         let keys: Vec<_> = self.fixture.flows().into_keys().collect();
         self.fixture.datapath().remove_flows(&keys, u64::MAX).unwrap();
         for syn in flows() {
@@ -125,7 +125,7 @@ impl Balancer {
     }
 
     /// By client, the host that each flow is on.
-    fn hosts(&mut self) -> BTreeMap<SocketAddrV4, u8> {
+    fn hosts(&mut self) -> BTreeMap<SocketAddr, u8> {
         let table = self.fixture.flows();
         let host = |syn: Frame| {
             let flow = table.get(&syn.key())?;
@@ -172,8 +172,8 @@ fn equal(hosts: impl IntoIterator<Item = u8>) -> Vec<(u8, u32)> {
 }
 
 /// Flows that have moved from a host that stays to another one that was there before: nothing forced them to.
-fn moved_without_need(before: &BTreeMap<SocketAddrV4, u8>, after: &BTreeMap<SocketAddrV4, u8>) -> usize {
-    let used = |flows: &BTreeMap<SocketAddrV4, u8>| flows.values().copied().collect::<BTreeSet<u8>>();
+fn moved_without_need(before: &BTreeMap<SocketAddr, u8>, after: &BTreeMap<SocketAddr, u8>) -> usize {
+    let used = |flows: &BTreeMap<SocketAddr, u8>| flows.values().copied().collect::<BTreeSet<u8>>();
     let (old, new) = (used(before), used(after));
     let pairs = before.iter().map(|(client, from)| (*from, after[client]));
     pairs
@@ -222,9 +222,9 @@ fn consistent_hash_gives_each_backend_its_share_of_the_flows() {
 #[test]
 fn ip_hash_splits_no_client_and_shares_the_clients() {
     let spread = Balancer::new("ip-hash", &equal(1..=3)).spread();
-    let mut by_client = BTreeMap::<Ipv4Addr, BTreeSet<u8>>::new();
+    let mut by_client = BTreeMap::<IpAddr, BTreeSet<u8>>::new();
     for (client, host) in &spread {
-        by_client.entry(*client.ip()).or_default().insert(*host);
+        by_client.entry(client.ip()).or_default().insert(*host);
     }
     assert_eq!(by_client.len(), 500);
     let split: Vec<_> = by_client.iter().filter(|(_, hosts)| hosts.len() > 1).collect();

@@ -1,0 +1,186 @@
+//! Live flows are counted where they begin and end: once each.
+
+use std::{thread::sleep, time::Duration};
+
+use lb_common::abi::TCP;
+
+use crate::{
+    fixture::{DIRECT, DIRECT6, DNS, EVERY, Fixture, GUE_UDP, GUE6, SHOP, TUNNEL, TestService, WEB, WEB6},
+    frame::{ACK, FIN_ACK, Frame, PSH, RST, SYN, SYN_ACK, Transport, ends, packet_of, tcp},
+};
+
+const TWO_WAY: [TestService; 3] = [WEB, SHOP, WEB6];
+const ONE_WAY: [TestService; 4] = [DIRECT, DIRECT6, TUNNEL, GUE6];
+
+fn client(service: &TestService) -> &'static str {
+    if service.vip.is_ipv4() {
+        "198.51.100.7:5000"
+    } else {
+        "[2001:db8:7::7]:5000"
+    }
+}
+
+/// Segments of a flow, of the client or the backend, and how many flows are live after each.
+fn expect(fixture: &mut Fixture, service: &TestService, script: &[(bool, u8, u64)]) {
+    let mut source = None;
+    for (step, (is_client, flags, live)) in script.iter().enumerate() {
+        if *is_client {
+            let (_, output) = fixture.run(&tcp(client(service), service.vip, *flags).bytes());
+            if source.is_none() && TWO_WAY.iter().any(|two_way| two_way.id == service.id) {
+                source = Some(ends(&output).0);
+            }
+        } else {
+            let transport = Transport::Tcp {
+                flags: *flags,
+                options: vec![],
+            };
+            let answer = Frame::answer(service.backends[0].address, source.unwrap(), transport);
+            fixture.run(&answer.bytes());
+        }
+        let counted = fixture.live(service.backends[0].id);
+        assert_eq!(counted, *live, "step {step} of {script:x?}, {service:?}");
+    }
+    let _ = fixture.remove(&tcp(client(service), service.vip, SYN));
+    // As a sweep does for flows that it removes.
+    let id = service.backends[0].id;
+    let rest = fixture.live(id);
+    let base = fixture.live_base(id);
+    fixture.set_live_base(id, base.wrapping_sub(rest));
+    assert_eq!(fixture.live(id), 0);
+}
+
+#[test]
+fn a_flow_whose_both_ends_are_seen_is_live_until_both_have_finished_or_one_resets() {
+    let mut fixture = Fixture::of(&EVERY);
+    let (client, backend) = (true, false);
+    for service in TWO_WAY {
+        for script in [
+            &[
+                (client, SYN, 1),
+                (client, SYN, 1),
+                (backend, SYN_ACK, 1),
+                (client, ACK, 1),
+                (client, ACK | PSH, 1),
+                (client, FIN_ACK, 1),
+                (client, FIN_ACK, 1),
+                (backend, FIN_ACK, 0),
+                (backend, FIN_ACK, 0),
+                (client, ACK, 0),
+                (client, RST, 0),
+            ][..],
+            &[
+                (client, SYN, 1),
+                (backend, FIN_ACK, 1),
+                (client, FIN_ACK, 0),
+                (backend, RST, 0),
+            ],
+            &[
+                (client, SYN, 1),
+                (client, RST, 0),
+                (client, RST, 0),
+                (client, ACK, 0),
+            ],
+            &[(client, SYN, 1), (backend, RST, 0), (client, RST, 0)],
+            &[(client, ACK, 1), (client, RST, 0)],
+            &[(client, FIN_ACK, 1), (backend, FIN_ACK, 0)],
+            &[(client, RST, 0), (client, SYN_ACK, 0)],
+            // A new connection by the same ports: the old one has ended, or ends by that.
+            &[
+                (client, SYN, 1),
+                (client, RST, 0),
+                (client, SYN, 1),
+                (client, RST, 0),
+                (client, SYN, 1),
+            ],
+            &[
+                (client, SYN, 1),
+                (client, FIN_ACK, 1),
+                (client, SYN, 1),
+                (client, RST, 0),
+            ],
+            &[
+                (client, SYN, 1),
+                (client, ACK, 1),
+                (backend, FIN_ACK, 1),
+                (client, SYN, 1),
+            ],
+        ] {
+            expect(&mut fixture, &service, script);
+        }
+    }
+}
+
+/// The backend's FIN is not seen, so that of the client is the end.
+#[test]
+fn a_flow_of_which_only_the_client_is_seen_is_live_until_that_has_finished() {
+    let mut fixture = Fixture::of(&EVERY);
+    for service in ONE_WAY {
+        for script in [
+            &[
+                (true, SYN, 1),
+                (true, ACK, 1),
+                (true, FIN_ACK, 0),
+                (true, FIN_ACK, 0),
+                (true, ACK, 0),
+                (true, SYN, 1),
+                (true, RST, 0),
+            ][..],
+            &[(true, FIN_ACK, 0), (true, FIN_ACK, 0), (true, SYN, 1)],
+            &[(true, ACK, 1), (true, RST, 0), (true, SYN, 1), (true, SYN, 1)],
+        ] {
+            expect(&mut fixture, &service, script);
+        }
+    }
+}
+
+#[test]
+fn a_flow_that_has_idled_out_ends_when_the_next_begins() {
+    let mut fixture = Fixture::of(&EVERY);
+    for service in [WEB, DNS, DIRECT, GUE_UDP] {
+        let first = packet_of(service.protocol, client(&service), service.vip);
+        fixture.run(&first.bytes());
+        fixture.run(&first.bytes());
+        assert_eq!(fixture.live(service.backends[0].id), 1);
+        fixture.change_settings(|settings| {
+            settings.tcp_idle = 1_000_000;
+            settings.udp_idle = 1_000_000;
+        });
+        sleep(Duration::from_millis(60));
+        // Not seen by anybody yet.
+        assert_eq!(fixture.live(service.backends[0].id), 1);
+        fixture.all_slots(&service, service.backends[1].id);
+        fixture.run(&first.bytes());
+        assert_eq!(fixture.live(service.backends[0].id), 0);
+        assert_eq!(fixture.live(service.backends[1].id), 1);
+        fixture.change_settings(|_| ());
+    }
+}
+
+#[test]
+fn a_flow_that_leaves_a_backend_ends_there_and_one_of_a_recycled_id_is_not_counted_twice() {
+    let mut fixture = Fixture::of(&EVERY);
+    for service in [WEB, DNS] {
+        let flags = if service.protocol == TCP { SYN } else { 0 };
+        let mut first = packet_of(service.protocol, client(&service), service.vip);
+        if flags == SYN {
+            first = tcp(client(&service), service.vip, SYN);
+        }
+        fixture.run(&first.bytes());
+        fixture.all_slots(&service, service.backends[1].id);
+        fixture.change_backend(&service, 0, |backend| backend.flags = 0);
+        fixture.run(&first.bytes());
+        assert_eq!(fixture.live(service.backends[0].id), 0);
+        assert_eq!(fixture.live(service.backends[1].id), 1);
+        // The id is another server's: what is counted for it is not about that flow.
+        fixture.all_slots(&service, service.backends[0].id);
+        fixture.change_backend(&service, 0, |_| ());
+        fixture.change_backend(&service, 1, |backend| backend.generation = 2);
+        fixture.run(&first.bytes());
+        assert_eq!(fixture.live(service.backends[0].id), 1);
+        assert_eq!(
+            fixture.live(service.backends[1].id),
+            1,
+            "which the daemon sets right"
+        );
+    }
+}
