@@ -14,6 +14,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use lb_common::abi;
 use nix::{
     net::if_::{if_indextoname, if_nametoindex},
     time::{ClockId, clock_gettime},
@@ -459,17 +460,22 @@ impl Controller {
     async fn follow_configuration(&mut self) {
         self.follow_targets();
         self.follow_health();
-        let addresses = self
-            .model
-            .config
-            .services
-            .iter()
+        let services = self.model.config.services.iter();
+        let configured = services
             // There is no way to a process on this host, only a port.
             .filter(|service| service.forward != Forward::Local)
-            .flat_map(|service| &service.backends);
-        self.watcher
-            .set_addresses(addresses.map(|backend| backend.address).collect())
-            .await;
+            .flat_map(|service| &service.backends)
+            .map(|backend| backend.address);
+        // Those that have left may still have flows: what the maps hold is watched until the next configuration.
+        let actual = self.reconciler.actual();
+        let is_local = |backend: &abi::Backend| {
+            let service = backend.service_plus_one.checked_sub(1);
+            let service = service.and_then(|id| actual.services.get(&id));
+            service.is_some_and(|service| service.forward == abi::Forward::Local.number())
+        };
+        let held = actual.backends.values().filter(|backend| !is_local(backend));
+        let addresses = configured.chain(held.map(|backend| backend.address.into()));
+        self.watcher.set_addresses(addresses.collect()).await;
         self.model.next_hops = self.watcher.next_hops().borrow().clone();
     }
 

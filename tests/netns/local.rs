@@ -4,10 +4,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
     time::Duration,
 };
 
-use aya::programs::{SchedClassifier, TcAttachType, tc};
+use aya::{
+    programs::{SchedClassifier, TcAttachType, tc},
+    util::KernelVersion,
+};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, setsockopt, socket, sockopt,
+};
 use tests::{
     daemon::Daemon,
     echo::{self, Answer, Conversation, Echo},
@@ -650,7 +657,138 @@ fn programs_are_there_for_local_services_alone_and_detach_leaves_none() {
     requests(&topology.client, "10.1.0.2:21000".parse().unwrap(), WEB, 8);
     daemon.done(&["detach"]);
     assert_eq!(hooked(&topology.balancer), [""; 0]);
+    // Nor what they hung on: a filter finds nothing to hang on.
+    assert!(
+        topology
+            .balancer
+            .run(|| tc::qdisc_add_clsact("lo").is_ok())
+            .unwrap()
+    );
     assert!(!daemon.pins().has_instance());
+}
+
+#[test]
+fn instances_that_share_their_ports_are_delivered_to_where_the_kernel_can() {
+    let topology = lab();
+    let mut daemon = Daemon::new(&topology.balancer);
+    let service = local(Service::tcp("app")).backend("one", "127.0.0.1:8000");
+    let reused = local(Service::udp("dns")).backend("one", "127.0.0.1:8000");
+    daemon.configure(&["eth0"], &[service, reused]);
+    daemon.start_up();
+    // Two processes on one port, as with `listen … reuseport`.
+    let listen = || {
+        let pair = [(); 2].map(|()| {
+            let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None)?;
+            setsockopt(&socket, sockopt::ReusePort, &true)?;
+            bind(
+                socket.as_raw_fd(),
+                &"127.0.0.1:8000".parse::<SockaddrIn>().unwrap(),
+            )?;
+            nix::sys::socket::listen(&socket, Backlog::MAXCONN)?;
+            Ok::<_, nix::Error>(TcpListener::from(socket))
+        });
+        pair.map(Result::unwrap)
+    };
+    let _listeners = topology.balancer.run(listen).unwrap();
+    for (whence, client, _) in clients(&topology, Family::V4) {
+        let connected = client
+            .run(|| TcpStream::connect_timeout(&WEB, Duration::from_secs(5)))
+            .unwrap();
+        if hooks_are_links() {
+            connected.unwrap_or_else(|error| panic!("from the {whence}: {error}"));
+        } else {
+            // Not silence, and counted.
+            assert_eq!(
+                connected.unwrap_err().kind(),
+                io::ErrorKind::ConnectionRefused,
+                "from the {whence}"
+            );
+            assert!(daemon.status().services[0].reasons["reuse-port"].packets > 0);
+        }
+    }
+}
+
+#[test]
+fn connections_go_on_when_their_service_becomes_local_or_is_no_longer() {
+    machine::require_root_nginx_and_curl();
+    let topology = Topology::routed(1).unwrap();
+    let _far = Nginx::start(&topology.backends[0], "far", "10.2.1.2:8080".parse().unwrap());
+    let _near = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    let nat = local(Service::tcp("app"))
+        .text("forward", "nat")
+        .backend("far", "10.2.1.2:8080");
+    let interfaces = ["eth0", "eth1"];
+    daemon.configure(&interfaces, std::slice::from_ref(&nat));
+    daemon.start_up();
+    let translated = Connection::open(&topology.client, WEB).unwrap().download();
+    translated.proceeds();
+    daemon.configure(&interfaces, &[cluster(loopback())]);
+    daemon.done(&["reload"]);
+    let delivered = connection_by(&topology, WEB, NAMES[2]).download();
+    delivered.proceeds();
+    translated.proceeds();
+    daemon.configure(&interfaces, &[nat]);
+    daemon.done(&["reload"]);
+    assert_eq!(
+        Connection::open(&topology.client, WEB).unwrap().get("/").unwrap(),
+        "far"
+    );
+    delivered.proceeds();
+    translated.proceeds();
+    delivered.finish().unwrap();
+    translated.finish().unwrap();
+}
+
+#[test]
+fn reset_on_removal_and_source_filters_end_connections_of_processes_too() {
+    let topology = lab();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    let both = || {
+        let service = local(Service::tcp("app")).with("reset-on-removal", true);
+        service
+            .backend(NAMES[0], "127.0.0.1:8000")
+            .backend(NAMES[1], "127.0.0.1:8001")
+    };
+    daemon.configure(&["eth0"], &[both()]);
+    daemon.start_up();
+    let connections = || {
+        NAMES[..2]
+            .iter()
+            .map(|name| connection_by(&topology, WEB, name))
+            .collect::<Vec<_>>()
+    };
+    let mut open = connections();
+    let mut here = loop {
+        let mut connection = Connection::open(&topology.balancer, WEB).unwrap();
+        if connection.get("/").unwrap() == NAMES[0] {
+            break connection;
+        }
+    };
+    daemon.configure(&["eth0"], &[both().without(NAMES[0])]);
+    daemon.done(&["reload"]);
+    for connection in [&mut open[0], &mut here] {
+        eventually("the connection is reset", Duration::from_secs(5), || {
+            connection.get("/").is_err()
+        });
+    }
+    assert_eq!(open[1].get("/").unwrap(), NAMES[1]);
+
+    daemon.configure(&["eth0"], &[both().with("deny", "[\"10.1.0.2/32\"]")]);
+    daemon.done(&["reload"]);
+    eventually("the denied connection ends", Duration::from_secs(5), || {
+        open[1].get("/").is_err()
+    });
+    let denied = topology
+        .client
+        .run(|| TcpStream::connect_timeout(&WEB, Duration::from_millis(500)));
+    assert!(denied.unwrap().is_err());
+    assert!(daemon.status().services[0].reasons["source-denied"].packets > 0);
+    Connection::open(&topology.balancer, WEB)
+        .unwrap()
+        .get("/")
+        .unwrap();
 }
 
 #[test]
@@ -714,6 +852,11 @@ fn a_vip_that_is_not_the_hosts_is_told() {
     assert_eq!(status.services[0].backends[0].next_hop_problem, None);
     let check = daemon.xlb(&["check", "-c", config.to_str().unwrap()]);
     assert_eq!((check.code, check.stderr.as_str()), (0, ""));
+}
+
+/// Whether this kernel has links in front of the stack and behind it (TCX), and not filters alone.
+fn hooks_are_links() -> bool {
+    KernelVersion::current().unwrap() >= KernelVersion::new(6, 6, 0)
 }
 
 /// Interfaces that have programs in front of the stack or behind it.

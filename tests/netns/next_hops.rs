@@ -39,7 +39,7 @@ fn traffic_resumes_when_a_backend_comes_back_with_another_mac() {
     assert_eq!(idle.get("/").unwrap(), "a");
 
     let resumes = |idle: &mut Connection| {
-        eventually("new connections are answered", Duration::from_secs(20), || {
+        eventually("new connections are answered", Duration::from_secs(60), || {
             is_answered(&topology)
         });
         assert_eq!(idle.get("/").unwrap(), "a", "an existing connection goes on");

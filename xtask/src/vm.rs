@@ -34,7 +34,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     kernel: String,
     /// Seconds after which the machine is stopped and the run has failed
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 2400)]
     limit: u64,
     /// A static program of this machine and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]

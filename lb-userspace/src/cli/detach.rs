@@ -36,7 +36,11 @@ async fn detach(instance: &Instance) -> anyhow::Result<bool> {
     for (interface, ..) in pins.list_links() {
         probes::remove_left_behind(&interface);
     }
+    let has_filters = pins.have_filters();
     // Last, so that a further try finds the instance again.
     let removed = pins.remove_all()?;
+    if has_filters {
+        net::remove_unused_clsact().await?;
+    }
     Ok(removed || !vips.is_empty() || neighbours > 0)
 }

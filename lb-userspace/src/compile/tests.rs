@@ -272,6 +272,15 @@ fn a_service_of_all_ports_has_one_key_and_a_setting_says_that_there_is_one() {
 }
 
 #[test]
+fn a_setting_says_that_there_is_a_service_of_this_host() {
+    let mut model = web();
+    model.config.services[0].forward = config::Forward::Local;
+    let local = compiled(&model, &Contents::default());
+    assert_eq!(local.contents.settings.flags, SettingsFlags::LOCAL);
+    assert_eq!(compiled(&web(), &local.contents).contents.settings.flags, 0);
+}
+
+#[test]
 fn a_service_of_all_ports_takes_no_id_that_another_service_has() {
     let mut model = web();
     let before = compiled(&model, &Contents::default());

@@ -230,11 +230,16 @@ impl Display for DisplaySettings<'_> {
         } = self.0;
         write!(
             f,
-            "{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
+            "{}{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
             if flags & SettingsFlags::ANY_PORT == 0 {
                 ""
             } else {
                 "any-port, "
+            },
+            if flags & SettingsFlags::LOCAL == 0 {
+                ""
+            } else {
+                "local, "
             },
             milliseconds(self.0.tcp_idle),
             milliseconds(self.0.tcp_opening),

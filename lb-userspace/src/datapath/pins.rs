@@ -169,6 +169,11 @@ impl Pins {
         Ok(())
     }
 
+    /// Tells whether there are filters of this layout, which hang on a discipline of their interface.
+    pub fn have_filters(&self) -> bool {
+        !self.list_filters().is_empty()
+    }
+
     /// Removes every pin of the instance, of this and of other layout versions: the program is detached and its
     /// maps are freed. Tells whether there were any.
     ///

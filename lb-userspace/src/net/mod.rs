@@ -5,6 +5,7 @@
 
 pub mod backend_host;
 pub mod close;
+pub mod clsact;
 pub mod construct;
 pub mod links;
 pub mod local_addresses;
@@ -18,6 +19,7 @@ use std::io;
 use rtnetlink::Handle;
 use tokio::task::JoinHandle;
 
+pub use clsact::remove_unused_clsact;
 pub use links::{Link, links_named};
 pub use local_addresses::not_local;
 pub use next_hops::{NextHopWatcher, Unresolved, release_neighbours};

@@ -340,6 +340,47 @@ fn open_tcp_flows_of_resetting_backends_are_told_with_both_of_their_ends() {
 }
 
 #[test]
+fn connections_of_processes_are_closed_when_their_flows_are_cut_or_reset() {
+    let mut contents = compiled().1.contents;
+    contents.backends.get_mut(&1).unwrap().flags |= BackendFlags::DISABLED;
+    let local = |backend, state| Flow {
+        forward: Forward::Local.number(),
+        ..flow(&contents, backend, state, 0)
+    };
+    let mut datapath = datapath([
+        local(1, TcpState::Established),
+        // Has ended.
+        local(1, TcpState::Closed),
+        // Lives on.
+        local(2, TcpState::Established),
+        // Of another host: nothing here to close.
+        flow(&contents, 1, TcpState::Established, 0),
+    ]);
+    assert_eq!(closed(&mut datapath, &contents, &now()), [key(0)]);
+    assert_eq!(numbers(&datapath), [2]);
+
+    let scope = Scope {
+        resetting: BTreeSet::from([2]),
+        ..now()
+    };
+    assert_eq!(closed(&mut datapath, &contents, &scope), [key(2)]);
+    assert_eq!(sweep_and_reset(&mut datapath, &contents, &scope).1, []);
+}
+
+/// The connections that a whole sweep says are to be closed.
+fn closed<D: Datapath>(datapath: &mut D, contents: &Contents, scope: &Scope) -> Vec<FlowKey> {
+    let mut sweep = Sweep::begin(datapath, contents, scope).unwrap();
+    let mut closes = Vec::new();
+    loop {
+        let step = sweep.step(datapath, contents).unwrap();
+        closes.extend(step.closes);
+        if step.swept.is_some() {
+            return closes;
+        }
+    }
+}
+
+#[test]
 fn a_backend_that_leaves_during_a_sweep_is_not_reported_without_flows() {
     let mut contents = compiled().1.contents;
     let mut datapath = datapath([]);
