@@ -148,6 +148,13 @@ fn a_backup_backend_is_used_only_while_no_other_is_up() {
     assert_eq!(on_backup.get("/").unwrap(), "b");
 }
 
+/// Waits for the sweeps that follow the start: flows that begin in the same tick of the clock as a sweep are missed in
+/// the count of live flows until the next one, some seconds later.
+fn wait_for_sweeps(daemon: &Daemon) {
+    // A change is answered after a sweep.
+    daemon.done(&["enable", "web", "a"]);
+}
+
 #[test]
 fn a_backend_takes_no_more_connections_than_it_may_and_the_others_the_rest() {
     for strategy in ["consistent-hash", "ip-hash", "round-robin", "least-connections"] {
@@ -159,6 +166,7 @@ fn a_backend_takes_no_more_connections_than_it_may_and_the_others_the_rest() {
             .with_last("max-connections", 3)
             .backend("b", "10.2.2.2:8080");
         let daemon = balance(&topology, &[service]);
+        wait_for_sweeps(&daemon);
         let open = || {
             let mut connection = Connection::open(&topology.client, WEB).unwrap();
             let name = connection.get("/").unwrap();
@@ -182,6 +190,7 @@ fn a_full_service_takes_a_connection_when_another_has_ended() {
         .backend("a", "10.2.1.2:8080")
         .with_last("max-connections", 2);
     let daemon = balance(&topology, &[service]);
+    wait_for_sweeps(&daemon);
     let connect = || Connection::open(&topology.client, WEB);
     let first = connect().unwrap();
     let mut second = connect().unwrap();

@@ -118,7 +118,7 @@ pub(crate) fn cargo_static(subcommand: &str) -> Result<Command> {
 }
 
 fn build(what: &str, command: &mut Command) -> Result<()> {
-    let status = process::run_openly(what, command, |_| ())?;
+    let status = process::run_openly(what, "", command, |_| ())?;
     if !status.success() {
         bail!("{what} failed");
     }

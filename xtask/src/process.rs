@@ -27,7 +27,7 @@ pub(crate) fn run_quietly(what: &str, command: &mut Command) -> Result<()> {
     eprintln!("→ {what}");
     let start = Instant::now();
     let mut output: Vec<u8> = Vec::new();
-    let status = stream(what, command, |_, line| {
+    let status = stream(what, "", command, |_, line| {
         output.extend_from_slice(line);
         None
     })?;
@@ -39,17 +39,19 @@ pub(crate) fn run_quietly(what: &str, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command, passes its output through and gives each line of its standard output to `on_line`.
+/// Runs a command, passes its output through, each line after `mark`, and gives each line of its standard output
+/// to `on_line`.
 ///
 /// # Errors
 /// The command did not start. That it failed is in the status.
 pub(crate) fn run_openly(
     what: &str,
+    mark: &str,
     command: &mut Command,
     mut on_line: impl FnMut(&str),
 ) -> Result<ExitStatus> {
     eprintln!("→ {what}");
-    stream(what, command, |source, line| {
+    stream(what, mark, command, |source, line| {
         if source == Source::Out {
             on_line(&String::from_utf8_lossy(line));
         }
@@ -136,6 +138,7 @@ enum Source {
 /// Runs a command; `sort` gets each line and says where it goes, if anywhere.
 fn stream(
     what: &str,
+    mark: &str,
     command: &mut Command,
     mut sort: impl FnMut(Source, &[u8]) -> Option<Source>,
 ) -> Result<ExitStatus> {
@@ -160,9 +163,11 @@ fn stream(
     loop {
         match lines.recv_timeout(Duration::from_millis(100)) {
             Ok((source, line)) => {
+                // In one piece: other commands may run beside this one.
+                let marked = [mark.as_bytes(), &line].concat();
                 match sort(source, &line) {
-                    Some(Source::Out) => std::io::stdout().write_all(&line)?,
-                    Some(Source::Err) => std::io::stderr().write_all(&line)?,
+                    Some(Source::Out) => std::io::stdout().write_all(&marked)?,
+                    Some(Source::Err) => std::io::stderr().write_all(&marked)?,
                     None => {
                         last = String::from_utf8_lossy(&line).trim().chars().take(90).collect();
                         continue;

@@ -4,6 +4,7 @@ use std::{
     env,
     path::Path,
     process::{Command, ExitCode},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -134,7 +135,7 @@ fn on_this_kernel(report: &mut Report, wanted: impl Fn(Kind) -> bool) -> Result<
     Ok(())
 }
 
-/// The object as the other of the two toolchains builds it, in a folder of its own: neither build undoes the other.
+/// The debug object as the other of the two toolchains builds it.
 fn with_other_toolchain(report: &mut Report) -> Result<()> {
     let other = Toolchain::chosen()?.other();
     if other.find().is_none() {
@@ -144,11 +145,12 @@ fn with_other_toolchain(report: &mut Report) -> Result<()> {
         ));
         return Ok(());
     }
-    let folder = process::target_dir().join(format!("ebpf-by-{}", other.name()));
     let mut command = build::cargo_with(other, "test")?;
-    let command = with_root(&mut command, &folder.join("debug/xlb"));
-    command.arg("--target-dir").arg(&folder).args(PACKET);
-    report.run(&format!("packet, object by {}", other.name()), &mut [command]);
+    let command = with_root(&mut command, &process::target_dir().join("debug/xlb"));
+    report.run(
+        &format!("packet, object by {}", other.name()),
+        &mut [command.args(PACKET)],
+    );
     Ok(())
 }
 
@@ -169,19 +171,66 @@ fn optimized(report: &mut Report, arguments: &Arguments, xtask: &Path, packet: b
         Some(kernel) => vec![kernel.as_str()],
         None => Kernel::TESTED.to_vec(),
     };
-    for kernel in kernels {
-        for (name, selection) in [("packet", PACKET), ("netns", NETNS)] {
-            let mut command = build::cargo_static("test")?;
-            let runner = [&xtask.display().to_string(), "vm", "--kernel", kernel];
-            report.run(
-                &format!("vm {kernel}, {name}"),
-                &mut [with_runner(&mut command, &runner).args(selection)],
-            );
-        }
+    for kernel in &kernels {
+        // Fetched one after the other.
+        Kernel::get(kernel)?;
+    }
+    let chosen: Vec<String> = report.filter.iter().cloned().collect();
+    let of_kernels: Vec<String> = if arguments.only.is_some() || !chosen.is_empty() {
+        chosen.clone()
+    } else {
+        BY_KERNEL.iter().map(|module| format!("{module}::")).collect()
+    };
+    // Beside one another: a machine often waits, for a probe or for an idle flow's end.
+    let outcomes: Vec<Result<Vec<Outcome>>> = thread::scope(|scope| {
+        let runs: Vec<_> = kernels
+            .iter()
+            .map(|kernel| scope.spawn(|| on_kernel(kernel, xtask, &chosen, &of_kernels)))
+            .collect();
+        runs.into_iter()
+            .map(|run| {
+                run.join()
+                    .unwrap_or_else(|_| Err(anyhow::anyhow!("a run in a virtual machine panicked")))
+            })
+            .collect()
+    });
+    for outcome in outcomes {
+        outcome?.into_iter().for_each(|outcome| report.include(outcome));
     }
     Ok(())
 }
 
+fn on_kernel(kernel: &str, xtask: &Path, packet: &[String], netns: &[String]) -> Result<Vec<Outcome>> {
+    let suites = [("packet", PACKET, packet), ("netns", NETNS, netns)];
+    suites
+        .into_iter()
+        .map(|(name, selection, filters)| {
+            let mut command = build::cargo_static("test")?;
+            let runner = [&xtask.display().to_string(), "vm", "--kernel", kernel];
+            Ok(run_suite(
+                &format!("vm {kernel}, {name}"),
+                &format!("{kernel} | "),
+                &mut [with_runner(&mut command, &runner).args(selection)],
+                filters,
+            ))
+        })
+        .collect()
+}
+
+/// The modules of namespace tests that run on other kernels too when all is tested: those whose subject the kernel has
+/// a part in. The others test the daemon, which is the same everywhere; `--only vm` runs them as well.
+const BY_KERNEL: &[&str] = &[
+    "attachment",
+    "decap",
+    "fragments",
+    "local",
+    "matrix",
+    "next_hops",
+    "restart",
+    "vip",
+    "vip_echo",
+    "vlan",
+];
 /// Tests of the library and of the binary as a whole.
 const INTEGRATION: &[&str] = &[
     "--workspace",
@@ -244,48 +293,21 @@ impl Report {
     fn check(&mut self, name: &str, command: &mut Command) {
         let started = Instant::now();
         command.current_dir(process::workspace());
-        match process::run_openly(name, command, |_| ()) {
+        match process::run_openly(name, "", command, |_| ()) {
             Ok(status) if status.success() => self.passed(name, started.elapsed()),
             Ok(status) => self.failed(name, &anyhow::anyhow!("{name} failed ({status})")),
             Err(error) => self.failed(name, &error),
         }
     }
 
-    /// Runs `cargo test` commands as one suite, and counts what ran.
     fn run(&mut self, name: &str, commands: &mut [&mut Command]) {
-        let started = Instant::now();
-        let mut counts = Counts::default();
-        for command in commands {
-            command.args(["--no-fail-fast", "--"]);
-            // The tests of namespaces share the machine's names, pins and processors.
-            if name.contains("netns") || name == "integration" {
-                command.arg("--test-threads=1");
-            }
-            command.args(&self.filter);
-            let before = counts.failed;
-            match process::run_openly(name, command, |line| counts.read(line)) {
-                // It failed to compile, or a test ended the process: no line says so.
-                Ok(status) if !status.success() && counts.failed == before => counts.failed += 1,
-                Ok(_) => {}
-                Err(error) => {
-                    eprintln!("error: {error:#}");
-                    counts.failed += 1;
-                }
-            }
-        }
-        if counts.passed + counts.failed == 0 && self.filter.is_none() {
-            self.remarks
-                .push(format!("{name}: no test ran, which counts as a failure"));
-            counts.failed += 1;
-        }
-        if counts.ignored > 0 {
-            let ignored = counts.ignored;
-            self.remarks.push(format!(
-                "{name}: {ignored} tests were ignored, which count as failures"
-            ));
-            counts.failed += ignored;
-        }
-        self.add(name, counts.passed, counts.failed, started.elapsed());
+        let filters: Vec<String> = self.filter.iter().cloned().collect();
+        self.include(run_suite(name, "", commands, &filters));
+    }
+
+    fn include(&mut self, outcome: Outcome) {
+        self.suites.push(outcome.suite);
+        self.remarks.extend(outcome.remark);
     }
 
     fn finish(mut self) -> ExitCode {
@@ -321,6 +343,56 @@ impl Report {
     }
 }
 
+struct Outcome {
+    suite: Suite,
+    remark: Option<String>,
+}
+
+/// Runs `cargo test` commands as one suite, and counts what ran; each line that they print begins with `mark`.
+fn run_suite(name: &str, mark: &str, commands: &mut [&mut Command], filters: &[String]) -> Outcome {
+    let started = Instant::now();
+    let mut counts = Counts::default();
+    for command in commands {
+        command.args(["--no-fail-fast", "--"]);
+        // The tests of namespaces share the machine's names, pins and processors.
+        if name.contains("netns") || name == "integration" {
+            command.arg("--test-threads=1");
+        }
+        command.args(filters);
+        let before = counts.failed;
+        match process::run_openly(name, mark, command, |line| counts.read(line)) {
+            // It failed to compile, or a test ended the process: no line says so.
+            Ok(status) if !status.success() && counts.failed == before => counts.failed += 1,
+            Ok(_) => {}
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                counts.failed += 1;
+            }
+        }
+    }
+    let mut remark = None;
+    if counts.passed + counts.failed == 0 && filters.is_empty() {
+        remark = Some(format!("{name}: no test ran, which counts as a failure"));
+        counts.failed += 1;
+    }
+    if counts.ignored > 0 {
+        let ignored = counts.ignored;
+        remark = Some(format!(
+            "{name}: {ignored} tests were ignored, which count as failures"
+        ));
+        counts.failed += ignored;
+    }
+    Outcome {
+        suite: Suite {
+            name: name.to_owned(),
+            passed: counts.passed,
+            failed: counts.failed,
+            time: started.elapsed(),
+        },
+        remark,
+    }
+}
+
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
     passed: u64,
@@ -350,6 +422,14 @@ impl Counts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_modules_that_run_on_other_kernels_exist() {
+        for module in BY_KERNEL {
+            let file = process::workspace().join(format!("tests/netns/{module}.rs"));
+            assert!(file.exists(), "{} is missing", file.display());
+        }
+    }
 
     #[test]
     fn the_counts_of_several_test_binaries_are_added() {

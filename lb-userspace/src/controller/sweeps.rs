@@ -1,6 +1,6 @@
 //! Passes over the flow table, in steps: a table of a million flows takes seconds, and nothing else is to wait for it.
 
-use std::{collections::BTreeSet, hint, mem, net::SocketAddr, time::SystemTime};
+use std::{collections::BTreeSet, mem, net::SocketAddr, time::SystemTime};
 
 use lb_common::abi::{Address, BackendFlags, FlowKey};
 use tokio::sync::oneshot;
@@ -130,7 +130,7 @@ impl Controller {
     fn begin_sweep(&mut self) {
         let next = mem::take(&mut self.sweeps.next);
         let scope = Scope {
-            now: next_tick(),
+            now: monotonic_now(),
             ending: drained(&self.model, &self.directory, SystemTime::now()),
             judges_sources: next.judges_sources,
             resetting: next.resetting,
@@ -187,20 +187,6 @@ impl Controller {
             answer.done.warnings.push(warning.clone());
         }
         self.problem("sweep", &anyhow::anyhow!(warning));
-    }
-}
-
-/// Waits for the next tick of the flow table's clock, at most 10 ms, and tells it: flows that began within a tick cannot
-/// be told apart by their time, so as few as possible may have begun in that of a sweep's beginning.
-fn next_tick() -> u64 {
-    let before = monotonic_now();
-    loop {
-        let now = monotonic_now();
-        // Without a clock there is nothing to wait for.
-        if now != before || now == 0 {
-            return now;
-        }
-        hint::spin_loop();
     }
 }
 
