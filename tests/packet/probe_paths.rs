@@ -8,7 +8,9 @@ use lb_common::{
     abi::{FlowKey, Forward, ProbePath},
     logic::outer::entropy,
 };
-use xlb::datapath::probes::{LinkKind, Probes};
+use xlb::datapath::{LinkKind, probes::Probes};
+
+use crate::fixture::unique_pins;
 
 /// To the next program.
 const NEXT: u32 = u32::MAX;
@@ -161,7 +163,7 @@ struct Fixture(Probes);
 
 impl Fixture {
     fn new(paths: &[ProbePath]) -> Self {
-        let mut probes = Probes::load(LinkKind::of_this_kernel()).unwrap();
+        let mut probes = Probes::load(LinkKind::of_this_kernel(), unique_pins()).unwrap();
         probes.set_paths(&paths.iter().copied().collect()).unwrap();
         Self(probes)
     }

@@ -1,12 +1,7 @@
 //! `xlb detach`: removes what a daemon has left in the kernel.
 
 use super::{block_on, fail, output::print, require_root};
-use crate::{
-    daemon,
-    datapath::{Pins, probes},
-    instance::Instance,
-    net,
-};
+use crate::{daemon, datapath::Pins, instance::Instance, net};
 
 /// Removes the pinned program, links and maps of a stopped daemon, with all flows, and the VIPs and neighbours that it set
 #[derive(Debug, clap::Args)]
@@ -33,13 +28,10 @@ async fn detach(instance: &Instance) -> anyhow::Result<bool> {
     let _lock = daemon::lock(&instance.lock())?;
     let vips = net::remove_vips().await?;
     let neighbours = net::release_neighbours().await?;
-    for (interface, ..) in pins.list_links() {
-        probes::remove_left_behind(&interface);
-    }
-    let has_filters = pins.have_filters();
+    let had_filters = pins.have_had_filters();
     // Last, so that a further try finds the instance again.
     let removed = pins.remove_all()?;
-    if has_filters {
+    if had_filters {
         net::remove_unused_clsact().await?;
     }
     Ok(removed || !vips.is_empty() || neighbours > 0)

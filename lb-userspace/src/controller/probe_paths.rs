@@ -9,8 +9,8 @@ use crate::{
     compile::probe_path,
     config::{Backend, Probe, Service},
     datapath::{
-        DatapathError,
-        probes::{LinkKind, Probes},
+        DatapathError, LinkKind, Pins,
+        probes::{self, Probes},
     },
     health::{SocketOptions, Target},
 };
@@ -43,13 +43,14 @@ impl Controller {
                 backends.filter_map(move |backend| probe_path(config, service, backend))
             })
             .collect();
+        let pins = Pins::new(self.instance.name());
         if paths.is_empty() {
             self.probes = None;
-            return Ok(());
+            return Ok(probes::remove_left_behind(&pins)?);
         }
         let former = self.probes.take();
         let follow = || {
-            let mut probes = former.map_or_else(|| Probes::load(LinkKind::of_this_kernel()), Ok)?;
+            let mut probes = former.map_or_else(|| Probes::load(LinkKind::of_this_kernel(), pins), Ok)?;
             probes.set_paths(&paths)?;
             probes.attach(&config.interfaces)?;
             Ok(probes)

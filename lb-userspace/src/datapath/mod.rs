@@ -6,6 +6,7 @@ mod contents;
 mod counters;
 pub mod decap;
 pub mod faulty;
+mod hooks;
 pub mod kernel;
 mod local;
 pub mod memory;
@@ -23,6 +24,7 @@ use lb_common::abi::{
 
 pub use contents::contents_dump;
 pub use counters::Counters;
+pub use hooks::LinkKind;
 pub use pins::Pins;
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.

@@ -1,5 +1,5 @@
-//! The programs that have health checks of `dsr`, `ipip` and `gue` travel like packets of clients. Nothing is pinned:
-//! all of it goes with this process.
+//! The programs that have health checks of `dsr`, `ipip` and `gue` travel like packets of clients. They are there for this
+//! process alone, so that no link is pinned; filters, which stay, it removes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,60 +9,33 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Array, MapData},
-    programs::{
-        LinkOrder, SchedClassifier, TcAttachType,
-        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
-    },
-    util::KernelVersion,
+    programs::{SchedClassifier, links::FdLink},
 };
 use lb_common::abi::{MAX_PROBE_PATHS, PROBE_MARK, ProbePath};
-use nix::net::if_::if_nametoindex;
 
 use super::{
-    DatapathError,
+    DatapathError, LinkKind, Pins,
+    hooks::{self, Hook},
     kernel::{Raw, failed, named_map, named_program},
 };
 
 /// The object that lb-userspace/build.rs has built.
 pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf-probe.o"));
 
-/// The programs of the object, and where each is attached.
-pub const PROGRAMS: [(&str, TcAttachType); 2] = [
-    ("xlb_probe_out", TcAttachType::Egress),
-    ("xlb_probe_in", TcAttachType::Ingress),
-];
+const HOOKS: [Hook; 2] = [Hook::ProbeOut, Hook::ProbeIn];
 
 const PATHS: &str = "PATHS";
-
-/// How the programs are attached to an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinkKind {
-    /// By a link that goes with the process (Linux 6.6).
-    Tcx,
-    /// As a filter of the queueing discipline `clsact`, which a process that is killed leaves behind.
-    Clsact,
-}
-
-impl LinkKind {
-    /// The best that this kernel has.
-    pub fn of_this_kernel() -> Self {
-        if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 6, 0)) {
-            Self::Clsact
-        } else {
-            Self::Tcx
-        }
-    }
-}
 
 /// The programs with their maps, and their links to interfaces.
 pub struct Probes {
     ebpf: Ebpf,
     kind: LinkKind,
+    pins: Pins,
     paths: Array<MapData, Raw<ProbePath>>,
     /// What `paths` holds.
     numbers: BTreeMap<ProbePath, u32>,
     /// Held, not used: a link that is dropped takes its program off. With the interface's index, by its name.
-    links: BTreeMap<String, (u32, Vec<SchedClassifierLink>)>,
+    links: BTreeMap<String, (u32, [FdLink; 2])>,
 }
 
 impl fmt::Debug for Probes {
@@ -76,24 +49,25 @@ impl fmt::Debug for Probes {
 }
 
 impl Probes {
-    /// Loads the programs, without paths and interfaces.
+    /// Loads the programs, without paths and interfaces; `pins` are to tell of filters.
     ///
     /// # Errors
     /// A permission is missing, or the kernel refuses the programs.
-    pub fn load(kind: LinkKind) -> Result<Self, DatapathError> {
+    pub fn load(kind: LinkKind, pins: Pins) -> Result<Self, DatapathError> {
         let mut ebpf = EbpfLoader::new()
             .load(OBJECT)
             .map_err(|error| failed("load", "the maps of probes", error))?;
-        for (name, _) in PROGRAMS {
-            named_program::<SchedClassifier>(&mut ebpf, name)?
+        for hook in HOOKS {
+            named_program::<SchedClassifier>(&mut ebpf, hook.program())?
                 .load()
-                .map_err(|error| failed("load", name, error))?;
+                .map_err(|error| failed("load", hook.program(), error))?;
         }
         Ok(Self {
             paths: named_map(&mut ebpf, PATHS)?,
             numbers: BTreeMap::new(),
             links: BTreeMap::new(),
             kind,
+            pins,
             ebpf,
         })
     }
@@ -135,53 +109,48 @@ impl Probes {
     /// # Errors
     /// An interface is missing or refuses a program; the next call goes on from there.
     pub fn attach(&mut self, interfaces: &[String]) -> Result<(), DatapathError> {
+        let indices = hooks::indices(interfaces)?;
         self.links.retain(|interface, _| interfaces.contains(interface));
-        for interface in interfaces {
-            let index = if_nametoindex(interface.as_str()).map_err(|errno| {
-                DatapathError::new("attach the programs of probes", interface, errno.into())
-            })?;
-            // Under the name of one that is gone, another may have come.
-            if self
-                .links
-                .get(interface)
-                .is_some_and(|(former, _)| *former == index)
-            {
-                continue;
+        for (interface, index) in interfaces.iter().zip(&indices) {
+            match self.kind {
+                LinkKind::Tcx => self.attach_links(interface, *index)?,
+                LinkKind::Clsact => {
+                    for hook in HOOKS {
+                        hooks::attach_filter(&mut self.ebpf, &self.pins, hook, interface, *index)?;
+                    }
+                }
             }
-            self.links.remove(interface);
-            let links = self.attach_one(interface)?;
-            self.links.insert(interface.clone(), (index, links));
         }
-        Ok(())
+        hooks::remove_filters(&self.pins, &HOOKS, &indices)
     }
 
-    fn attach_one(&mut self, interface: &str) -> Result<Vec<SchedClassifierLink>, DatapathError> {
-        if self.kind == LinkKind::Clsact {
-            remove_left_behind(interface);
-            // It may be there already; otherwise attaching tells.
-            let _ = qdisc_add_clsact(interface);
+    fn attach_links(&mut self, interface: &str, index: u32) -> Result<(), DatapathError> {
+        // Under the name of one that is gone, another may have come.
+        if self
+            .links
+            .get(interface)
+            .is_some_and(|(former, _)| *former == index)
+        {
+            return Ok(());
         }
-        let mut links = Vec::new();
-        for (name, place) in PROGRAMS {
-            let program: &mut SchedClassifier = named_program(&mut self.ebpf, name)?;
-            let options = match self.kind {
-                LinkKind::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
-                LinkKind::Clsact => TcAttachOptions::Netlink(NlOptions::default()),
-            };
-            let id = program
-                .attach_with_options(interface, place, options)
-                .map_err(|error| failed("attach the programs of probes", interface, error))?;
-            let link = program.take_link(id);
-            links.push(link.map_err(|error| failed("attach the programs of probes", interface, error))?);
-        }
-        Ok(links)
+        self.links.remove(interface);
+        let [out, back] = HOOKS.map(|hook| hooks::attach_link(&mut self.ebpf, hook, interface));
+        self.links.insert(interface.to_owned(), (index, [out?, back?]));
+        Ok(())
     }
 }
 
-/// Takes programs off that a process which was killed has left on an interface, as filters of `clsact`.
-pub fn remove_left_behind(interface: &str) {
-    for (name, place) in PROGRAMS {
-        // Where there are none, this is an error.
-        let _ = qdisc_detach_program(interface, place, name);
+impl Drop for Probes {
+    fn drop(&mut self) {
+        // What stays does nothing without this process.
+        let _ = remove_left_behind(&self.pins);
     }
+}
+
+/// Removes the filters that a process which was killed has left.
+///
+/// # Errors
+/// What the kernel says.
+pub fn remove_left_behind(pins: &Pins) -> Result<(), DatapathError> {
+    hooks::remove_filters(pins, &HOOKS, &[])
 }
