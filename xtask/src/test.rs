@@ -226,6 +226,7 @@ const BY_KERNEL: &[&str] = &[
     "local",
     "matrix",
     "next_hops",
+    "probe_paths",
     "restart",
     "vip",
     "vip_echo",
