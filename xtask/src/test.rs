@@ -227,6 +227,7 @@ const BY_KERNEL: &[&str] = &[
     "matrix",
     "next_hops",
     "probe_paths",
+    "probe_paths",
     "restart",
     "vip",
     "vip_echo",
