@@ -1,4 +1,4 @@
-//! Builds the objects for the kernel and hands them to the crate as `lb-ebpf.o` and `lb-ebpf-decap.o` in `OUT_DIR`.
+//! Builds the objects for the kernel and hands them to the crate as files `.o` in `OUT_DIR`.
 //!
 //! They need a toolchain of their own: `-Zbuild-std` with rust-src, and a CPU that the flags name. Which one
 //! is found as `cargo xtask setup` leaves it; `XLB_EBPF_TOOLCHAIN_CARGO`, `XLB_EBPF_TOOLCHAIN_RUSTC` and
@@ -16,8 +16,8 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 /// Debian's toolchain for its browsers, used where rustup has no such nightly.
 const DEBIAN: (&str, &str) = ("/usr/bin/cargo", "/usr/bin/rustc");
 const TARGET: &str = "bpfel-unknown-none";
-/// The binaries of lb-ebpf: the data path, and the program of `xlb decap`.
-const OBJECTS: [&str; 2] = ["lb-ebpf", "lb-ebpf-decap"];
+/// The binaries of lb-ebpf: the data path, the program of `xlb decap`, and those of probes.
+const OBJECTS: [&str; 3] = ["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe"];
 
 fn main() {
     if let Err(error) = build() {

@@ -8,6 +8,7 @@ pub mod decap;
 pub mod faulty;
 mod flow;
 mod flow_table;
+mod hooks;
 pub mod kernel;
 mod local;
 mod lookup;
@@ -15,6 +16,7 @@ pub mod memory;
 mod packet_log;
 pub mod pass;
 mod pins;
+pub mod probes;
 mod syscall;
 
 use std::{collections::BTreeMap, io, sync::Arc};
@@ -24,6 +26,7 @@ use lb_common::abi::{Address, Backend, FilterKey, FlowKey, LiveCount, Service, S
 pub use contents::contents_dump;
 pub use counters::Counters;
 pub use flow::{Flow, reply_key};
+pub use hooks::LinkKind;
 pub use pins::Pins;
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.
