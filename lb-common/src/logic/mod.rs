@@ -1,6 +1,7 @@
 //! Pure functions that both sides use.
 
 pub mod ageing;
+pub mod bench_flow;
 pub mod checksum;
 pub mod encapsulation;
 pub mod hash;
