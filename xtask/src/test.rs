@@ -241,6 +241,8 @@ const INTEGRATION: &[&str] = &[
     "attach",
     "--test",
     "demo",
+    "--test",
+    "short_run",
 ];
 const PACKET: &[&str] = &["--workspace", "--test", "packet"];
 const NETNS: &[&str] = &["--workspace", "--test", "netns"];

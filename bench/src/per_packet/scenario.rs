@@ -150,6 +150,7 @@ impl Scenario {
         let of = |transport| Self {
             packet: to(vip, transport),
             opener: to(vip, Transport::Syn),
+            grows: outer_length(Forward::Ipip, Family::V4),
             ..self.clone()
         };
         match self.kind {
