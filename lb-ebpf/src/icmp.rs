@@ -185,10 +185,6 @@ fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: 
         return Verdict::pass(Reason::Local);
     }
     let verdict = Verdict::of_service(flow.service).sent(XDP_TX, Reason::ErrorForwarded);
-    // The process that it is for is on this host, and has sent the quoted packet as it is quoted.
-    if flow.forward == Forward::Local.number() {
-        return verdict.passed(Reason::Local);
-    }
     if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }

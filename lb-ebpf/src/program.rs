@@ -2,7 +2,7 @@
 
 use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
 use lb_common::{
-    abi::{Forward, Reason, Settings},
+    abi::{Reason, Settings},
     logic::headers::{Fragment, Kind, Undecodable, decode},
 };
 
@@ -73,8 +73,8 @@ fn from_client(
 ) -> Verdict {
     let verdict = Verdict::of_service(service_id);
     let is_local = service::is_local(settings, service_id) && !flow::leaves_host(&scratch.packet.key);
-    let is_last_hop = scratch.packet.ttl <= 1;
-    if is_last_hop && !is_local {
+    // What is for this host needs no hop.
+    if scratch.packet.ttl <= 1 && !is_local {
         return verdict.dropped(Reason::TtlExceeded);
     }
     if scratch.packet.fragment == Fragment::First as u8 {
@@ -95,10 +95,6 @@ fn from_client(
     let Some(backend) = maps::backend(known.backend_id) else {
         return verdict.dropped(Reason::Internal);
     };
-    // The flow may be older than its service's forward.
-    if is_last_hop && known.forward != Forward::Local.number() {
-        return verdict.dropped(Reason::TtlExceeded);
-    }
     match known.reset {
         Reset::None => {}
         Reset::OfBackend => {

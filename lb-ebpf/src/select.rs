@@ -2,7 +2,7 @@
 
 use lb_common::{
     abi::{Backend, FlowKey, LENGTH_SLOT, Reason, SLOT_COUNT, Service, Settings, Strategy},
-    logic::hash::{client_hash, flow_hash, slot_of},
+    logic::hash::{client_hash, flow_hash, lot, slot_of},
 };
 
 use crate::{
@@ -91,9 +91,9 @@ fn least_connections(settings: &Settings, service_id: u32, key: &FlowKey) -> Res
     if length == 0 {
         return Err(Reason::NoBackend);
     }
-    // Where backends are equal, flows spread by their hash.
-    let start = flow_hash(settings.seed, key) as u32 % length;
-    let (mut best, mut best_live, mut best_weight) = (0, 0, 0);
+    let hash = flow_hash(settings.seed, key);
+    let start = hash as u32 % length;
+    let (mut best, mut best_live, mut best_weight, mut best_lot) = (0, 0, 0, 0);
     let mut reason = Reason::NoBackend;
     for position in 0..COMPARED {
         if position >= length {
@@ -112,8 +112,11 @@ fn least_connections(settings: &Settings, service_id: u32, key: &FlowKey) -> Res
             continue;
         }
         // (live + 1) / weight of each, without a division.
-        if best == 0 || (live + 1) * best_weight < (best_live + 1) * backend.weight as u64 {
-            (best, best_live, best_weight) = (id, live, backend.weight as u64);
+        let (load, least) = ((live + 1) * best_weight, (best_live + 1) * backend.weight as u64);
+        // Among equals the flow's hash decides: by their order, one beside a busier one would get the other's share.
+        let lot = lot(hash, id);
+        if best == 0 || load < least || (load == least && lot < best_lot) {
+            (best, best_live, best_weight, best_lot) = (id, live, backend.weight as u64, lot);
         }
     }
     if best == 0 { Err(reason) } else { Ok(best) }

@@ -15,7 +15,7 @@ use std::{
 
 use lb_common::abi;
 use nix::{
-    net::if_::{if_indextoname, if_nametoindex},
+    net::if_::if_nametoindex,
     time::{ClockId, clock_gettime},
 };
 use tracing::{error, info, warn};
@@ -671,10 +671,7 @@ fn next_hop_problem(
 
 /// The name of an interface, or its number where it is gone.
 fn interface_name(ifindex: u32) -> String {
-    if_indextoname(ifindex)
-        .ok()
-        .and_then(|name| name.into_string().ok())
-        .unwrap_or_else(|| ifindex.to_string())
+    net::name_of(ifindex).unwrap_or_else(|| ifindex.to_string())
 }
 
 fn refused(reason: Refusal, message: String) -> Refused {

@@ -815,6 +815,10 @@ fn an_interface_that_was_made_anew_delivers_again() {
             topology.balancer.ifindex("eth1").is_err()
         });
     }
+    // What was on it went with it, which does not keep the rest from going.
+    daemon.kill();
+    daemon.done(&["detach"]);
+    assert!(!daemon.pins().has_instance());
 }
 
 #[test]

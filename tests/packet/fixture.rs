@@ -2,20 +2,37 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    mem,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
 };
 
-use aya::programs::{TestRun, TestRunOptions, Xdp};
+use aya::{
+    maps::{Array, HashMap, PerCpuArray, PerCpuValues},
+    programs::{TestRun, TestRunOptions, Xdp},
+    util::nr_cpus,
+};
 use lb_common::abi::{
-    Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, LENGTH_SLOT, Link,
-    ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, Strategy, TCP,
-    Totals, UDP,
+    Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, FragmentKey,
+    FragmentPorts, LENGTH_SLOT, Link, LiveCount, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT,
+    Service, ServiceKey, Settings, SettingsFlags, SourceKey, SourceRate, Strategy, TCP, Totals, UDP,
 };
-use xlb::datapath::{
-    Datapath, Operation, Pins,
-    kernel::{KernelDatapath, PROGRAM},
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
 };
+use xlb::{
+    datapath::{
+        Contents, Datapath, Operation, Pins,
+        kernel::{KernelDatapath, PROGRAM, Raw},
+    },
+    reconcile::plan,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::frame::{BALANCER_MAC, Frame};
 
@@ -210,15 +227,121 @@ impl TestBackend {
 
 /// The data path with some services; all slots of a service hold its first backend.
 pub(crate) struct Fixture {
-    datapath: Option<KernelDatapath>,
+    /// `None` only while it is opened again.
+    instance: Option<Instance>,
     pins: Pins,
+    /// Whether another test may have the instance afterwards.
+    is_lent: bool,
     /// Ids of services and backends whose counters are watched.
     watched: (BTreeSet<u32>, BTreeSet<u32>),
+    /// What was counted last, as long as nothing can have changed it.
+    counted: Option<Counted>,
 }
+
+/// A loaded program with its maps, and what the tests have put into them.
+struct Instance {
+    datapath: KernelDatapath,
+    contents: Contents,
+    /// Ids that were ever given to a backend.
+    backends: BTreeSet<u32>,
+}
+
+/// Instances that tests have given back: to load the program and to fill slot tables takes longer than most tests.
+/// They have no pins, so that nothing of them is left when the process ends.
+static IDLE: Mutex<Vec<Instance>> = Mutex::new(Vec::new());
 
 impl Drop for Fixture {
     fn drop(&mut self) {
         let _ = self.pins.remove_all();
+        // What a test that failed has left is not known.
+        if self.is_lent
+            && !thread::panicking()
+            && let Some(instance) = self.instance.take()
+        {
+            IDLE.lock().unwrap().push(instance);
+        }
+    }
+}
+
+impl Instance {
+    fn open(pins: &Pins, flow_table_size: u32) -> Self {
+        Self {
+            datapath: KernelDatapath::open(pins.clone(), flow_table_size).unwrap(),
+            contents: Contents::default(),
+            backends: BTreeSet::new(),
+        }
+    }
+
+    fn apply(&mut self, operation: &Operation) {
+        self.datapath.apply(operation).unwrap();
+        self.contents.record(operation);
+        if let Operation::PutBackend(id, _) = operation {
+            self.backends.insert(*id);
+        }
+    }
+
+    /// Makes all maps as empty as they were at first, but for slot tables, which no packet finds without a service.
+    fn clear(&mut self) {
+        let emptied = Contents {
+            slots: self.contents.slots.clone(),
+            ..Contents::default()
+        };
+        for operation in plan(&self.contents, &emptied) {
+            self.apply(&operation);
+        }
+        self.remove_all::<FlowKey, Flow>("FLOWS");
+        self.remove_all::<FlowKey, FlowKey>("REPLIES");
+        self.remove_all::<FragmentKey, FragmentPorts>("FRAGMENTS");
+        self.remove_all::<SourceKey, SourceRate>("SOURCES");
+        let backends = mem::take(&mut self.backends);
+        let mut live: Array<_, Raw<LiveCount>> = self.map("LIVE");
+        for id in &backends {
+            live.set(*id, Raw(LiveCount::default()), 0).unwrap();
+        }
+        for id in backends {
+            self.datapath.set_live_base(id, 0).unwrap();
+        }
+        // Those of services and backends went with them.
+        self.zero("TOTALS", [0], Totals::default());
+        self.zero("COUNTERS", 0..REASON_COUNT, Count::default());
+        let services: Vec<u32> = self.contents.slots.keys().copied().collect();
+        self.zero("ROUND_ROBIN", services, 0_u32);
+    }
+
+    fn map<'a, M>(&'a mut self, name: &str) -> M
+    where
+        M: TryFrom<&'a mut aya::maps::Map, Error = aya::maps::MapError>,
+    {
+        self.datapath
+            .ebpf_mut()
+            .map_mut(name)
+            .unwrap()
+            .try_into()
+            .unwrap()
+    }
+
+    fn remove_all<K, V>(&mut self, name: &str)
+    where
+        K: FromBytes + IntoBytes + Immutable + Copy + 'static,
+        V: FromBytes + IntoBytes + Immutable + Copy + 'static,
+    {
+        let mut map: HashMap<_, Raw<K>, Raw<V>> = self.map(name);
+        let keys: Vec<_> = map.keys().map(Result::unwrap).collect();
+        for key in keys {
+            map.remove(&key).unwrap();
+        }
+    }
+
+    fn zero<T>(&mut self, name: &str, indices: impl IntoIterator<Item = u32>, zero: T)
+    where
+        T: FromBytes + IntoBytes + Immutable + Copy + 'static,
+    {
+        let mut map: PerCpuArray<_, Raw<T>> = self.map(name);
+        let cpus = nr_cpus().unwrap();
+        for index in indices {
+            let zeros = PerCpuValues::try_from(vec![Raw(zero); cpus]).unwrap();
+            map.set(index, zeros, 0).unwrap();
+        }
     }
 }
 
@@ -229,46 +352,94 @@ pub(crate) fn unique_pins() -> Pins {
     Pins::new(&format!("packet-{}-{number}", std::process::id()))
 }
 
+/// Runs on one CPU from now on: positions in a sequence are each CPU's own.
+pub(crate) fn stay_on_this_cpu() {
+    let mut cpus = CpuSet::new();
+    let cpu = nix::sched::sched_getcpu().unwrap();
+    cpus.set(cpu).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
+}
+
 impl Fixture {
     /// With the services of [`FIRST`].
     pub(crate) fn new() -> Self {
-        Self::with_flow_table(65_536)
-    }
-
-    /// Room for so many flows.
-    pub(crate) fn with_flow_table(size: u32) -> Self {
-        Self::with(&FIRST, size)
+        Self::of(&FIRST)
     }
 
     /// With the services of [`EVERY`].
     pub(crate) fn every() -> Self {
-        Self::with(&EVERY, 65_536)
+        Self::of(&EVERY)
     }
 
     /// With these services alone.
     pub(crate) fn of(services: &[TestService]) -> Self {
-        Self::with(services, 65_536)
+        Self::lent().with(services)
     }
 
-    fn with(services: &[TestService], flow_table_size: u32) -> Self {
-        let mut fixture = Self::empty(flow_table_size);
-        fixture.apply(Operation::PutSettings(SETTINGS));
+    /// With the services of [`FIRST`] and room for so many flows, pinned, and not used before.
+    pub(crate) fn with_flow_table(size: u32) -> Self {
+        Self::empty(size).with(&FIRST)
+    }
+
+    /// No service, no pins, and room for 65,536 flows; another test may have had the maps before.
+    pub(crate) fn lent() -> Self {
+        let pins = unique_pins();
+        let idle = IDLE.lock().unwrap().pop();
+        let instance = match idle {
+            Some(mut instance) => {
+                instance.clear();
+                instance
+            }
+            None => {
+                let instance = Instance::open(&pins, 65_536);
+                pins.remove_all().unwrap();
+                instance
+            }
+        };
+        Self::on(instance, pins, true)
+    }
+
+    /// No service and all maps empty, pinned, and not used before.
+    pub(crate) fn empty(flow_table_size: u32) -> Self {
+        let pins = unique_pins();
+        Self::on(Instance::open(&pins, flow_table_size), pins, false)
+    }
+
+    fn on(instance: Instance, pins: Pins, is_lent: bool) -> Self {
+        Self {
+            instance: Some(instance),
+            pins,
+            is_lent,
+            watched: ((0..=6).collect(), (0..=12).collect()),
+            counted: None,
+        }
+    }
+
+    /// As it is lent again, with other services.
+    pub(crate) fn again(mut self, services: &[TestService]) -> Self {
+        let mut instance = self.instance.take().unwrap();
+        instance.clear();
+        Self::on(instance, self.pins.clone(), self.is_lent).with(services)
+    }
+
+    fn with(mut self, services: &[TestService]) -> Self {
+        self.apply(Operation::PutSettings(SETTINGS));
         for vip in [VIP, VIP6] {
-            fixture.apply(Operation::PutAddress(Address::from(vip), ROLE_VIP));
+            self.apply(Operation::PutAddress(Address::from(vip), ROLE_VIP));
         }
         for service in services {
-            fixture.watched.0.insert(service.id);
+            self.watched.0.insert(service.id);
             for backend in service.backends {
-                fixture.watched.1.insert(backend.id);
-                fixture.apply(Operation::PutAddress(
+                self.watched.1.insert(backend.id);
+                self.apply(Operation::PutAddress(
                     Address::from(backend.address.ip()),
                     ROLE_BACKEND,
                 ));
-                fixture.apply(Operation::PutBackend(backend.id, backend.entry(service.id)));
+                self.apply(Operation::PutBackend(backend.id, backend.entry(service.id)));
             }
-            fixture.all_slots(service, service.backends[0].id);
-            fixture.change_service(service, |_| ());
-            fixture.apply(Operation::PutServiceKey(
+            self.all_slots(service, service.backends[0].id);
+            self.change_service(service, |_| ());
+            self.apply(Operation::PutServiceKey(
                 ServiceKey {
                     vip: Address::from(service.vip.ip()),
                     port: service.vip.port().to_be(),
@@ -278,19 +449,7 @@ impl Fixture {
                 service.id,
             ));
         }
-        fixture
-    }
-
-    /// No service, all maps empty.
-    pub(crate) fn empty(flow_table_size: u32) -> Self {
-        let pins = unique_pins();
-        let mut fixture = Self {
-            datapath: None,
-            pins,
-            watched: ((0..=6).collect(), (0..=12).collect()),
-        };
-        fixture.datapath = Some(KernelDatapath::open(fixture.pins.clone(), flow_table_size).unwrap());
-        fixture
+        self
     }
 
     pub(crate) fn pins(&self) -> &Pins {
@@ -298,17 +457,30 @@ impl Fixture {
     }
 
     pub(crate) fn datapath(&mut self) -> &mut KernelDatapath {
-        self.datapath.as_mut().unwrap()
+        self.counted = None;
+        &mut self.instance().datapath
+    }
+
+    fn instance(&mut self) -> &mut Instance {
+        self.instance.as_mut().unwrap()
     }
 
     /// Opens the maps again as a restarted daemon does.
     pub(crate) fn restart(&mut self, flow_table_size: u32) {
-        drop(self.datapath.take());
-        self.datapath = Some(KernelDatapath::open(self.pins.clone(), flow_table_size).unwrap());
+        assert!(!self.is_lent, "its maps have no pins");
+        drop(self.instance.take());
+        self.instance = Some(Instance::open(&self.pins, flow_table_size));
     }
 
     pub(crate) fn apply(&mut self, operation: Operation) {
-        self.datapath().apply(&operation).unwrap();
+        self.counted = None;
+        // A slot table takes long to fill, and most are the same in all tests.
+        if let Operation::PutSlots(id, slots) = &operation
+            && self.instance().contents.slots.get(id) == Some(slots)
+        {
+            return;
+        }
+        self.instance().apply(&operation);
     }
 
     /// Gives all slots of a service to one backend, 0 for none.
@@ -388,12 +560,20 @@ impl Fixture {
         (result.return_value, output)
     }
 
+    /// As [`Self::run`], with the counters that have moved.
+    pub(crate) fn run_counted(&mut self, input: &[u8]) -> (u32, Vec<u8>, Counted) {
+        let before = self.counted.take().unwrap_or_else(|| self.counted());
+        let (verdict, output) = self.run(input);
+        let after = self.counted();
+        let moved = after.since(&before);
+        self.counted = Some(after);
+        (verdict, output, moved)
+    }
+
     /// Runs the program on a frame and compares its verdict, the whole frame that leaves and all counters.
     #[track_caller]
     pub(crate) fn expect(&mut self, what: &str, input: &[u8], expected: Expected) {
-        let before = self.counted();
-        let (verdict, output) = self.run(input);
-        let moved = self.counted().since(&before);
+        let (verdict, output, moved) = self.run_counted(input);
         let expected_output = expected.output.as_deref().unwrap_or(input);
         assert_eq!(verdict, expected.verdict, "verdict: {what}; counted {moved:?}");
         assert_eq!(output, expected_output, "output: {what}");
@@ -407,7 +587,7 @@ impl Fixture {
             services.iter().copied().collect(),
             backends.iter().copied().collect(),
         );
-        let counters = self.datapath().counters(&services, &backends).unwrap();
+        let counters = (self.instance().datapath).counters(&services, &backends).unwrap();
         let mut totals = Totals::default();
         for cpu in &counters.totals {
             assert_eq!(
@@ -420,19 +600,19 @@ impl Fixture {
             totals.transmitted += cpu.transmitted;
             totals.redirected += cpu.redirected;
         }
-        let mut reasons = BTreeMap::new();
-        for reason in Reason::ALL {
-            let index = reason.index() as usize;
-            reasons.insert((None, *reason), counters.reasons[index]);
-            for (service, counts) in &counters.services {
-                reasons.insert((Some(*service), *reason), counts[index]);
-            }
-        }
-        Counted {
+        let of_service = |service: Option<u32>, counts: &[Count]| {
+            let counts = Reason::ALL.iter().zip(counts.to_vec());
+            counts.map(move |(reason, count)| ((service, *reason), count))
+        };
+        let of_services = counters.services.iter();
+        let of_services = of_services.flat_map(|(id, counts)| of_service(Some(*id), counts));
+        let mut counted = Counted {
             totals,
-            reasons,
+            reasons: of_service(None, &counters.reasons).chain(of_services).collect(),
             backends: counters.backends,
-        }
+        };
+        counted.reasons.retain(|_, count| *count != Count::default());
+        counted
     }
 
     /// Live flows of a backend.
@@ -469,7 +649,7 @@ impl Fixture {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counted {
     pub totals: Totals,
-    /// By service, or none, and reason.
+    /// By service, or none, and reason; without those that are zero.
     pub reasons: BTreeMap<(Option<u32>, Reason), Count>,
     pub backends: BTreeMap<u32, BackendCounters>,
 }
@@ -488,10 +668,12 @@ impl Counted {
             packets: now.packets - before.packets,
             bytes: now.bytes - before.bytes,
         };
+        let none = Count::default();
+        assert!(before.reasons.keys().all(|key| self.reasons.contains_key(key)));
         let reasons = self
             .reasons
             .iter()
-            .map(|(key, count)| (*key, grown(count, &before.reasons[key])))
+            .map(|(key, count)| (*key, grown(count, before.reasons.get(key).unwrap_or(&none))))
             .filter(|(_, count)| *count != Count::default())
             .collect();
         let backends = self

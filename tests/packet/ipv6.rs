@@ -322,7 +322,7 @@ fn a_service_of_any_port_takes_every_port_of_both_families_and_keeps_or_rewrites
         let frame = syn(1);
         let passed = Expected::passed(NotForService);
         fixture.expect("while there is no such service", &frame.bytes(), passed);
-        fixture.change_settings(|settings| settings.flags = SettingsFlags::ANY_PORT);
+        fixture.change_settings(|settings| settings.flags |= SettingsFlags::ANY_PORT);
         for kept in [true, false] {
             fixture.change_backend(service, 0, |backend| {
                 if kept {

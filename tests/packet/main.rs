@@ -1,7 +1,8 @@
 //! Packets through the object under `BPF_PROG_TEST_RUN`: verdict, whole output and every counter.
 //!
 //! With `--release` the object is the one that is shipped; otherwise it is the same with log records. Root and bpffs
-//! are needed. Each test has an instance of its own, so all run at once; none leaves a pin behind.
+//! are needed. Each test has an instance for itself, so all run at once, and most get one that another test has given
+//! back; none leaves a pin behind.
 
 #![allow(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 #![allow(

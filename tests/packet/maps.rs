@@ -1,6 +1,6 @@
 //! The maps themselves: what is written is read back, survives a restart, and maps of another build are refused.
 
-use std::net::Ipv4Addr;
+use std::{fmt::Debug, net::Ipv4Addr};
 
 use aya::maps::{
     Array, HashMap, Map, MapData, PerCpuArray,
@@ -8,9 +8,9 @@ use aya::maps::{
 };
 use lb_common::abi::{
     Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FILTER_ALLOW, FILTER_DENY, FilterKey, Flow,
-    FlowKey, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS,
-    REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceFlags, ServiceKey, Settings, TCP, Tags,
-    Totals, UDP,
+    FlowKey, Forward, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
+    MAX_SOURCE_FILTERS, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceFlags, ServiceKey,
+    Settings, SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP,
 };
 use xlb::{
     compile::SourceFilters,
@@ -21,8 +21,8 @@ use xlb::{
 };
 
 use crate::{
-    fixture::{Expected, Fixture, SETTINGS, WEB, unique_pins},
-    frame::{ACK, SYN, tcp},
+    fixture::{EVERY, Expected, Fixture, SETTINGS, WEB, stay_on_this_cpu, unique_pins},
+    frame::{ACK, Frame, SYN, packet_of, tcp},
 };
 
 fn address(last: u8) -> Address {
@@ -378,7 +378,7 @@ fn a_restarted_daemon_finds_all_as_it_was() {
 
 #[test]
 fn flows_and_counters_go_on_after_a_restart() {
-    let mut fixture = Fixture::new();
+    let mut fixture = Fixture::with_flow_table(65_536);
     let syn = tcp("198.51.100.7:5000", WEB.vip, SYN);
     fixture.run(&syn.bytes());
     fixture.all_slots(&WEB, WEB.backends[1].id);
@@ -402,6 +402,65 @@ fn two_instances_share_nothing() {
     let before = other.counted();
     one.run(&syn.bytes());
     assert_eq!(other.counted(), before);
+}
+
+/// What becomes of packets that leave something in each map that the program writes.
+fn all_that_is_kept(fixture: &mut Fixture) -> impl PartialEq + Debug + use<> {
+    let mut seen = vec![];
+    for service in EVERY {
+        fixture.change_service(&service, |service| {
+            service.strategy = Strategy::RoundRobin.number();
+            (service.new_flow_rate, service.new_flow_burst) = (1, 100);
+        });
+        fixture.sequence(&service, &service.backends.map(|backend| backend.id));
+        let client = |port| {
+            if service.vip.is_ipv4() {
+                format!("198.51.100.7:{port}")
+            } else {
+                format!("[2001:db8:7::7]:{port}")
+            }
+        };
+        let mut first = packet_of(service.protocol, &client(5000), service.vip);
+        first.payload = vec![1; 300];
+        let parts = first.fragments(&[0, 80]);
+        // The program knows none of its replies, and later fragments are told their ports by the first.
+        if Forward::translates(service.forward.number()) {
+            for backend in service.backends {
+                let reply = Frame::answer(backend.address, first.source, first.transport.clone());
+                seen.push(fixture.run(&reply.bytes()));
+            }
+        }
+        let other = |port| packet_of(service.protocol, &client(port), service.vip).bytes();
+        for bytes in [&parts[1], &parts[0], &parts[1], &other(5001), &other(5002)] {
+            seen.push(fixture.run(bytes));
+        }
+    }
+    let live = EVERY.map(|service| service.backends.map(|backend| fixture.live(backend.id)));
+    let flows: Vec<_> = fixture.flows().into_keys().collect();
+    fixture.set_live_base(WEB.backends[0].id, 5);
+    (seen, fixture.counted(), live, flows)
+}
+
+/// How much a source may still start changes by the second: no packet is asked.
+fn has_source_rates(fixture: &mut Fixture) -> bool {
+    let map = fixture.datapath().ebpf_mut().map_mut("SOURCES").unwrap();
+    let sources = HashMap::<_, Raw<SourceKey>, Raw<SourceRate>>::try_from(map).unwrap();
+    sources.keys().next().is_some()
+}
+
+#[test]
+fn maps_that_another_test_had_before_are_as_new_ones() {
+    // Positions in a sequence are each CPU's own.
+    stay_on_this_cpu();
+    let mut fixture = Fixture::with_flow_table(65_536).again(&EVERY);
+    let on_new_maps = all_that_is_kept(&mut fixture);
+    assert!(has_source_rates(&mut fixture));
+    let mut fixture = fixture.again(&EVERY);
+    assert_eq!(all_that_is_kept(&mut fixture), on_new_maps);
+    let mut fixture = fixture.again(&[]);
+    assert!(!has_source_rates(&mut fixture));
+    let mut new = Fixture::empty(1024).again(&[]);
+    assert_eq!(fixture.datapath().read().unwrap(), new.datapath().read().unwrap());
 }
 
 /// Pins that are removed whatever becomes of the test.

@@ -98,7 +98,7 @@ fn packets_between_two_interfaces_are_redirected_both_ways() {
             if_nametoindex("client0").unwrap(),
             if_nametoindex("backend0").unwrap(),
         );
-        let mut fixture = Fixture::new();
+        let mut fixture = Fixture::with_flow_table(1024);
         let interfaces = ["client0".to_owned(), "backend0".to_owned()];
         let attached = fixture.datapath().attach(&interfaces, Mode::Native).unwrap();
         assert!(

@@ -33,6 +33,27 @@ fn expect_slot(fixture: &mut Fixture, frame: &Frame, slot: u32) {
     fixture.expect(&format!("slot {slot}"), &frame.bytes(), expected);
 }
 
+/// All clients fall on the slots that they shall: two tables of many backends tell the two digits of each one's slot.
+fn expect_slots(fixture: &mut Fixture, slot: impl Fn(&Frame) -> u32) {
+    const BASE: u32 = 257;
+    const FIRST: u32 = 100;
+    for digit in 0..BASE {
+        let entry = WEB.backends[0].entry(WEB.id);
+        fixture.apply(Operation::PutBackend(FIRST + digit, entry));
+    }
+    for divisor in [1, BASE] {
+        let digit = |slot: u32| slot / divisor % BASE;
+        let slots: Vec<u32> = (0..SLOT_COUNT).map(|slot| FIRST + digit(slot)).collect();
+        fixture.apply(Operation::PutSlots(WEB.id, slots.into()));
+        for syn in clients() {
+            fixture.run(&syn.bytes());
+            let backend = fixture.flow(&syn).unwrap().backend;
+            assert_eq!(backend - FIRST, digit(slot(&syn)), "{syn:?}");
+            fixture.remove(&syn);
+        }
+    }
+}
+
 fn put_strategy(fixture: &mut Fixture, strategy: Strategy) {
     fixture.apply(Operation::PutService(
         WEB.id,
@@ -48,9 +69,11 @@ fn put_strategy(fixture: &mut Fixture, strategy: Strategy) {
 #[test]
 fn consistent_hash_takes_the_slot_of_the_whole_flow() {
     let mut fixture = Fixture::new();
-    for syn in clients() {
-        expect_slot(&mut fixture, &syn, slot_of(flow_hash(SETTINGS.seed, &syn.key())));
-    }
+    let slot = |syn: &Frame| slot_of(flow_hash(SETTINGS.seed, &syn.key()));
+    let syn = clients().next().unwrap();
+    expect_slot(&mut fixture, &syn, slot(&syn));
+    fixture.remove(&syn);
+    expect_slots(&mut fixture, slot);
 }
 
 #[test]
@@ -69,13 +92,11 @@ fn consistent_hash_takes_the_slot_of_the_whole_flow_for_udp() {
 fn ip_hash_takes_the_slot_of_the_clients_address() {
     let mut fixture = Fixture::new();
     put_strategy(&mut fixture, Strategy::IpHash);
-    for syn in clients() {
-        expect_slot(
-            &mut fixture,
-            &syn,
-            slot_of(client_hash(SETTINGS.seed, &syn.key())),
-        );
-    }
+    let slot = |syn: &Frame| slot_of(client_hash(SETTINGS.seed, &syn.key()));
+    let syn = clients().next().unwrap();
+    expect_slot(&mut fixture, &syn, slot(&syn));
+    fixture.remove(&syn);
+    expect_slots(&mut fixture, slot);
 }
 
 #[test]

@@ -147,8 +147,9 @@ fn replies_follow_the_client_to_other_tags() {
     let first = tagged(&WEB, Tags([vlan(100), 0]));
     fixture.run(&first.bytes());
     let other = tagged(&WEB, Tags([service_vlan(7), vlan(200)]));
+    let inner_alone = tagged(&WEB, Tags([service_vlan(7), vlan(201)]));
     let untagged = tagged(&WEB, Tags::default());
-    for frame in [first, other, untagged] {
+    for frame in [first, other, inner_alone, untagged] {
         fixture.run(&frame.bytes());
         assert_eq!(fixture.flow(&frame).unwrap().client_tags, frame.tags);
         let transport = Transport::Tcp {

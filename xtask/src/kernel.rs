@@ -26,6 +26,8 @@ const MODULES: &[&str] = &[
     "cls_bpf",
     "sch_netem",
     "tun",
+    // Elsewhere the kernel has them loaded when they are needed.
+    "tcp_diag",
 ];
 
 #[derive(Debug)]

@@ -87,6 +87,14 @@ pub const fn slot_of(hash: u64) -> u32 {
     (((hash >> 32) * SLOT_COUNT as u64) >> 32) as u32
 }
 
+/// A number by which one of several equal backends is chosen for a flow: no two have the same, and each is as often the
+/// least, whichever the others are.
+#[inline(always)]
+pub const fn lot(hash: u64, backend_id: u32) -> u32 {
+    let mixed = (hash >> 32) as u32 ^ backend_id.wrapping_mul(0x9e37_79b9);
+    (mixed ^ mixed >> 16).wrapping_mul(0x85eb_ca6b)
+}
+
 #[cfg(test)]
 mod tests {
     use core::hash::Hasher;
@@ -186,6 +194,26 @@ mod tests {
         let there = v4(1, 2, [3, 4], 6);
         let back = v4(2, 1, [4, 3], 6);
         assert_ne!(flow_hash([0; 2], &there), flow_hash([0; 2], &back));
+    }
+
+    #[test]
+    fn equal_backends_win_as_many_flows_each_whichever_they_are() {
+        const FLOWS: u64 = 10_000;
+        let ids = [1, 2, 3, 4, 7, 8, 100, 101, 16_383];
+        let hashes: [u64; FLOWS as usize] = core::array::from_fn(|flow| siphash13([1, 2], [flow as u64]));
+        let wins = |id, others: &[u32]| {
+            let wins = |hash: &&u64| others.iter().all(|other| lot(**hash, id) <= lot(**hash, *other));
+            hashes.iter().filter(wins).count() as u64
+        };
+        for (at, one) in ids.into_iter().enumerate() {
+            for other in &ids[..at] {
+                let won = wins(one, &[*other]);
+                // Five standard deviations of a fair draw.
+                assert!(won.abs_diff(FLOWS / 2) <= 250, "{one} beside {other}: {won}");
+            }
+            let won = wins(one, &ids);
+            assert!(won.abs_diff(FLOWS / 9) <= 157, "{one} of nine: {won}");
+        }
     }
 
     #[test]

@@ -544,6 +544,7 @@ mod tests {
     use std::vec::Vec;
 
     use proptest::{collection::vec, prelude::*};
+    use zerocopy::IntoBytes;
 
     use super::*;
 
@@ -559,6 +560,132 @@ mod tests {
         0x45, 0, 0, 28, 0x12, 0x34, 0, 0, 64, 17, 0, 0, 198, 51, 100, 7, 203, 0, 113, 10, // IP
         0x13, 0x88, 0, 80, 0, 8, 0, 0, // UDP
     ];
+
+    /// [`ACK`] over IPv6, from 2001:db8::7 to 2001:db8::10.
+    const ACK_V6: [u8; 74] = [
+        2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x86, 0xdd, // Ethernet
+        0x6b, 0x80, 0, 9, 0, 20, 6, 64, // IP
+        0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, // from
+        0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, // to
+        0x13, 0x88, 0, 80, 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0, // TCP
+    ];
+    /// Two VLAN tags with what follows the MAC addresses.
+    const TAGS: [u8; 8] = [0x88, 0xa8, 0x20, 0x64, 0x81, 0, 0, 7];
+
+    /// A frame with VLAN tags.
+    fn tagged(frame: &[u8], tags: usize) -> Vec<u8> {
+        [&frame[..12], &TAGS[8 - 4 * tags..], &frame[12..]].concat()
+    }
+
+    /// An IPv6 frame with an extension header before what follows its IP header.
+    fn extended(frame: &[u8], number: u8, header: &[u8]) -> Vec<u8> {
+        let mut frame = frame.to_vec();
+        let mut header = header.to_vec();
+        header[0] = frame[20];
+        frame[20] = number;
+        let length = u16::from_be_bytes([frame[18], frame[19]]) + header.len() as u16;
+        frame[18..20].copy_from_slice(&length.to_be_bytes());
+        frame.splice(54..54, header);
+        frame
+    }
+
+    fn packet_v6() -> Packet {
+        let ip = |last| core::net::IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, last]);
+        Packet {
+            key: FlowKey {
+                source: ip(7).into(),
+                destination: ip(0x10).into(),
+                ..packet(TCP, 0x10).key
+            },
+            identification: 0,
+            transport_offset: 54,
+            end: 74,
+            traffic_class: 0xb8,
+            is_v6: 1,
+            dont_fragment: 1,
+            ..packet(TCP, 0x10)
+        }
+    }
+
+    #[test]
+    fn a_segment_over_ipv6_is_decoded_whole() {
+        assert_eq!(decoded(&ACK_V6), Ok((Kind::Transport, packet_v6())));
+    }
+
+    #[test]
+    fn tags_move_the_ip_header_and_are_kept() {
+        for tags in 1..=2 {
+            for (frame, expected) in [(&ACK[..], packet(TCP, 0x10)), (&ACK_V6, packet_v6())] {
+                let moved = 4 * tags as u32;
+                let words = [Tags::tag(0x88a8, 0x2064), Tags::tag(0x8100, 7), 0];
+                let expected = Packet {
+                    tags: Tags([words[2 - tags], words[3 - tags]]),
+                    ip_offset: expected.ip_offset + moved,
+                    transport_offset: expected.transport_offset + moved,
+                    end: expected.end + moved,
+                    ..expected
+                };
+                assert_eq!(decoded(&tagged(frame, tags)), Ok((Kind::Transport, expected)));
+            }
+        }
+        let three = tagged(&tagged(&ACK, 2), 1);
+        assert_eq!(reason_of(&three), Reason::NotIp);
+    }
+
+    #[test]
+    fn extension_headers_move_the_transport_header() {
+        for (number, header) in [
+            (extension::HOP_BY_HOP, &[0, 0, 1, 4, 0, 0, 0, 0][..]),
+            (
+                extension::DESTINATION_OPTIONS,
+                &[0, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            ),
+            (extension::ROUTING, &[0, 0, 4, 0, 0, 0, 0, 0]),
+            (extension::AUTHENTICATION, &[0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]),
+        ] {
+            let frame = extended(&ACK_V6, number, header);
+            let moved = header.len() as u32;
+            let expected = Packet {
+                transport_offset: 54 + moved,
+                end: 74 + moved,
+                ..packet_v6()
+            };
+            assert_eq!(decoded(&frame), Ok((Kind::Transport, expected)), "{number}");
+        }
+    }
+
+    #[test]
+    fn fragments_of_both_families_are_told_from_whole_packets() {
+        let v6 = |high, low| extended(&ACK_V6, extension::FRAGMENT, &[0, 0, high, low, 1, 2, 3, 4]);
+        let first = decoded(&v6(0, 1)).unwrap();
+        assert_eq!(first.0, Kind::Transport);
+        assert_eq!(first.1.fragment, Fragment::First as u8);
+        assert_eq!(first.1.identification.to_ne_bytes(), [1, 2, 3, 4]);
+        let atomic = decoded(&v6(0, 0)).unwrap();
+        assert_eq!(
+            (atomic.0, atomic.1.fragment),
+            (Kind::Transport, Fragment::Whole as u8)
+        );
+        let later = decoded(&v6(0x05, 0xa9)).unwrap();
+        assert_eq!(
+            (later.0, later.1.fragment),
+            (Kind::LaterFragment, Fragment::Later as u8)
+        );
+        assert_eq!((later.1.key.source_port, later.1.key.destination_port), (0, 0));
+        assert_eq!(reason_of(&v6(0, 0x11)), Reason::BadFragment);
+        assert_eq!(reason_of(&v6(0xff, 0xf8)), Reason::BadFragment);
+
+        let first = decoded(&changed(ACK, &[(20, 0x20)])).unwrap();
+        assert_eq!(
+            (first.0, first.1.fragment),
+            (Kind::Transport, Fragment::First as u8)
+        );
+        let later = decoded(&changed(ACK, &[(21, 0xb9)])).unwrap();
+        assert_eq!(
+            (later.0, later.1.fragment),
+            (Kind::LaterFragment, Fragment::Later as u8)
+        );
+    }
 
     /// What a frame is decoded to.
     fn decoded(bytes: &[u8]) -> Result<(Kind, Packet), Undecodable> {
@@ -746,14 +873,31 @@ mod tests {
 
     /// Frames near to well-formed ones, cut and lengthened.
     fn frames() -> impl Strategy<Value = Vec<u8>> {
+        let extension = prop_oneof![
+            (0..3u8, any::<u8>()).prop_map(|(units, byte)| {
+                let mut header = std::vec![byte; 8 + 8 * usize::from(units)];
+                header[1] = units;
+                (extension::DESTINATION_OPTIONS, header)
+            }),
+            any::<[u8; 8]>().prop_map(|header| (extension::FRAGMENT, header.to_vec())),
+            (any::<[u8; 8]>(), 0..64u8).prop_map(|(header, number)| (number, header.to_vec())),
+        ];
         let near = (
-            any::<bool>(),
-            vec((12..54usize, any::<u8>()), 0..4),
-            0..80usize,
+            0..3usize,
+            vec(extension, 0..8),
+            0..=2usize,
+            vec((12..110usize, any::<u8>()), 0..4),
+            0..200usize,
             any::<bool>(),
         )
-            .prop_map(|(tcp, changes, length, resized)| {
-                let mut frame = if tcp { ACK.to_vec() } else { DATAGRAM.to_vec() };
+            .prop_map(|(kind, extensions, tags, changes, length, resized)| {
+                let mut frame = [&ACK[..], &DATAGRAM, &ACK_V6][kind].to_vec();
+                if kind == 2 {
+                    for (number, header) in extensions {
+                        frame = extended(&frame, number, &header);
+                    }
+                }
+                let mut frame = tagged(&frame, tags);
                 for (at, value) in changes {
                     if let Some(byte) = frame.get_mut(at) {
                         *byte = value;
@@ -778,7 +922,12 @@ mod tests {
             prop_assert!(ip >= 14 && ip < at && at + header <= end && end <= frame.len());
             prop_assert_eq!(packet.key.source_port.to_ne_bytes(), [frame[at], frame[at + 1]]);
             prop_assert_eq!(packet.key.destination_port.to_ne_bytes(), [frame[at + 2], frame[at + 3]]);
-            if packet.is_v6 == 0 {
+            prop_assert_eq!(ip, 14 + 4 * packet.tags.count() as usize);
+            if packet.is_v6 != 0 {
+                let addresses = [packet.key.source, packet.key.destination];
+                prop_assert_eq!(addresses.as_bytes(), &frame[ip + 8..ip + 40]);
+                prop_assert_eq!(packet.ttl, frame[ip + 7]);
+            } else {
                 prop_assert_eq!(&packet.key.source.v4_word().to_ne_bytes()[..], &frame[ip + 12..ip + 16]);
                 prop_assert_eq!(&packet.key.destination.v4_word().to_ne_bytes()[..], &frame[ip + 16..ip + 20]);
                 prop_assert_eq!(packet.ttl, frame[ip + 8]);
@@ -794,8 +943,11 @@ mod tests {
         fn a_malformed_packet_names_its_destination(frame in frames()) {
             let mut packet = Packet::default();
             if let Err(Undecodable::Malformed(reason)) = decode(&&frame[..], &mut packet) {
-                if packet.tags.count() == 0 && frame[12..14] == [0x08, 0x00] {
-                    prop_assert_eq!(&packet.key.destination.v4_word().to_ne_bytes()[..], &frame[30..34]);
+                let ip = 14 + 4 * packet.tags.count() as usize;
+                if frame[ip - 2..ip] == [0x08, 0x00] {
+                    prop_assert_eq!(&packet.key.destination.v4_word().to_ne_bytes()[..], &frame[ip + 16..ip + 20]);
+                } else {
+                    prop_assert_eq!(packet.key.destination.as_bytes(), &frame[ip + 24..ip + 40]);
                 }
                 prop_assert_eq!(reason.class(), crate::abi::VerdictClass::Dropped);
             }

@@ -12,13 +12,14 @@ use aya::{
     },
     util::KernelVersion,
 };
-use nix::net::if_::{if_indextoname, if_nametoindex};
+use nix::net::if_::if_nametoindex;
 
 use super::{
     DatapathError, Pins,
     kernel::{failed, named_program, pin_program, runs, same_program},
     syscall,
 };
+use crate::net::name_of;
 
 /// Priority and handle of our filters, by which they are known: "xl" and "xlb".
 const PRIORITY: u16 = 0x786c;
@@ -224,10 +225,9 @@ pub(super) fn remove_filter_of(path: &Path) -> io::Result<()> {
         .file_name()
         .and_then(|name| name.to_str())
         .unwrap_or_default();
-    let known = name.split_once('-').and_then(|(hook, index)| {
-        let interface = if_indextoname(index.parse().ok()?).ok()?;
-        Some((Hook::from_name(hook)?, interface.into_string().ok()?))
-    });
+    let known = name
+        .split_once('-')
+        .and_then(|(hook, index)| Some((Hook::from_name(hook)?, name_of(index.parse().ok()?)?)));
     let Some((hook, interface)) = known else {
         return Ok(());
     };
@@ -235,8 +235,15 @@ pub(super) fn remove_filter_of(path: &Path) -> io::Result<()> {
         .and_then(|link| Link::detach(link).map_err(|error| failed("remove", &interface, error)));
     match removed {
         Ok(()) => Ok(()),
-        // No filter; no clsact.
-        Err(error) if matches!(error.source.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
+        // No filter; no clsact; the interface has gone just now.
+        Err(error)
+            if matches!(
+                error.source.raw_os_error(),
+                Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)
+            ) =>
+        {
+            Ok(())
+        }
         Err(error) => Err(error.source),
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, OwnedFd},
 };
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
@@ -11,7 +11,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::NetError;
 
-/// `SOCK_DESTROY` (`include/uapi/linux/sock_diag.h`).
+/// `SOCK_DIAG_BY_FAMILY` and `SOCK_DESTROY` (`include/uapi/linux/sock_diag.h`).
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 /// Which sockets a number does not name by their cookie (`INET_DIAG_NOCOOKIE`).
 const NO_COOKIE: u32 = u32::MAX;
@@ -26,7 +27,7 @@ pub struct Connection {
 /// `struct nlmsghdr` and `struct inet_diag_req_v2`; ports and addresses in network byte order.
 #[repr(C)]
 #[derive(FromZeros, IntoBytes, Immutable)]
-struct Destroy {
+struct Request {
     length: u32,
     kind: u16,
     flags: u16,
@@ -45,7 +46,7 @@ struct Destroy {
     cookie: [u32; 2],
 }
 
-/// `struct nlmsghdr` and what `struct nlmsgerr` begins with.
+/// `struct nlmsghdr` and what `struct nlmsgerr` and the end of a list begin with.
 #[repr(C)]
 #[derive(FromBytes, Immutable)]
 struct Answer {
@@ -61,54 +62,94 @@ struct Answer {
 /// no error.
 ///
 /// # Errors
-/// The kernel cannot (`CONFIG_INET_DIAG_DESTROY`), or a capability is missing; the others go on then.
+/// The kernel cannot (`CONFIG_INET_DIAG_DESTROY`, the module `tcp_diag`), or a capability is missing; the others go on
+/// then.
 pub fn close(connections: &[Connection]) -> Result<(), NetError> {
-    try_close(connections).map_err(|error| NetError::kernel("ending connections of local processes", error))
+    close_of(libc::IPPROTO_TCP as u8, connections)
 }
 
-fn try_close(connections: &[Connection]) -> io::Result<()> {
+fn close_of(protocol: u8, connections: &[Connection]) -> Result<(), NetError> {
+    let failed = |error: io::Error| NetError::kernel("ending connections of local processes", error);
     let netlink = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC,
         SockProtocol::NetlinkSockDiag,
-    )?;
+    )
+    .map_err(|errno| failed(errno.into()))?;
+    let mut all_found = true;
     for connection in connections {
-        send(
-            netlink.as_raw_fd(),
-            request(connection).as_bytes(),
-            MsgFlags::empty(),
-        )?;
-        let mut answer = [0; 4096];
-        let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-        let Ok((answer, _)) = Answer::read_from_prefix(&answer[..length]) else {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
-        };
-        if answer.error != 0 && answer.error != -libc::ENOENT {
-            return Err(io::Error::from_raw_os_error(-answer.error));
+        match ask(&netlink, &destroy(protocol, connection)) {
+            Ok(()) => {}
+            Err(error) if is_missing(&error) => all_found = false,
+            Err(error) => return Err(failed(error)),
         }
     }
-    Ok(())
+    if all_found {
+        return Ok(());
+    }
+    // Some are gone, or the kernel finds none of this protocol: its answer is the same.
+    match ask(&netlink, &list_none(protocol)) {
+        Err(error) if is_missing(&error) => Err(NetError::NoTcpDiag),
+        answer => answer.map_err(failed),
+    }
 }
 
-fn request(connection: &Connection) -> Destroy {
+fn is_missing(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOENT)
+}
+
+/// Sends a request that is answered by one message, with an error or with 0.
+fn ask(netlink: &OwnedFd, request: &Request) -> io::Result<()> {
+    send(netlink.as_raw_fd(), request.as_bytes(), MsgFlags::empty())?;
+    let mut answer = [0; 4096];
+    let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    let Ok((answer, _)) = Answer::read_from_prefix(&answer[..length]) else {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+    };
+    match answer.error {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(-error)),
+    }
+}
+
+fn destroy(protocol: u8, connection: &Connection) -> Request {
     let family = match connection.local {
         SocketAddr::V4(_) => libc::AF_INET,
         SocketAddr::V6(_) => libc::AF_INET6,
     };
-    Destroy {
-        length: size_of::<Destroy>() as u32,
+    Request {
         kind: SOCK_DESTROY,
         flags: (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16,
         family: family as u8,
-        protocol: libc::IPPROTO_TCP as u8,
+        protocol,
         states: u32::MAX,
         local_port: connection.local.port().to_be(),
         remote_port: connection.remote.port().to_be(),
         local: octets(connection.local.ip()),
         remote: octets(connection.remote.ip()),
         cookie: [NO_COOKIE; 2],
-        ..Destroy::new_zeroed()
+        ..Request::empty()
+    }
+}
+
+/// Lists sockets of no state: the kernel only says whether it can.
+fn list_none(protocol: u8) -> Request {
+    Request {
+        kind: SOCK_DIAG_BY_FAMILY,
+        flags: (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16,
+        family: libc::AF_INET as u8,
+        protocol,
+        ..Request::empty()
+    }
+}
+
+impl Request {
+    fn empty() -> Self {
+        Self {
+            length: size_of::<Self>() as u32,
+            ..Self::new_zeroed()
+        }
     }
 }
 
@@ -163,5 +204,17 @@ mod tests {
             }
         };
         host.run(run).unwrap();
+    }
+
+    #[test]
+    fn a_kernel_that_finds_no_sockets_of_the_protocol_is_not_taken_for_one_whose_sockets_are_gone() {
+        let gone = Connection {
+            local: "127.0.0.1:1".parse().unwrap(),
+            remote: "127.0.0.1:2".parse().unwrap(),
+        };
+        close(&[gone]).unwrap();
+        // There is no module for this, as there is none for TCP where `tcp_diag` was not loaded.
+        let error = close_of(libc::IPPROTO_ICMP as u8, &[gone]).unwrap_err();
+        assert!(matches!(error, NetError::NoTcpDiag), "{error}");
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use futures_util::TryStreamExt;
 use lb_common::abi::Tags;
+use nix::net::if_::if_indextoname;
 use rtnetlink::packet_route::link::{
     AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
@@ -47,6 +48,13 @@ impl Link {
             self.mtu.min(self.mtu_v6)
         }
     }
+}
+
+/// The name of an interface in the network namespace of the calling thread; none where it is gone.
+pub fn name_of(ifindex: u32) -> Option<String> {
+    let name = if_indextoname(ifindex).ok()?.into_string().ok()?;
+    // nix 0.31 does not see that the C library has found none, and returns what it has not filled in.
+    (!name.is_empty()).then_some(name)
 }
 
 /// Looks up interfaces by name, in the order of the names.
@@ -215,6 +223,15 @@ mod tests {
         assert_eq!(eth0.mtu, 1500);
         assert_eq!(eth0.ifindex, left.ifindex("eth0").unwrap());
         assert!(eth0.up && eth0.running);
+    }
+
+    #[test]
+    fn an_interface_that_is_gone_has_no_name() {
+        let (left, right) = (Namespace::new("left").unwrap(), Namespace::new("right").unwrap());
+        Namespace::connect(&left, "eth0", &right, "eth1").unwrap();
+        let ifindex = left.ifindex("eth0").unwrap();
+        assert_eq!(left.run(|| name_of(ifindex)).unwrap().as_deref(), Some("eth0"));
+        assert_eq!(left.run(|| name_of(ifindex + 100)).unwrap(), None);
     }
 
     fn ethernet(ifindex: u32) -> Link {

@@ -20,7 +20,7 @@ use rtnetlink::Handle;
 use tokio::task::JoinHandle;
 
 pub use clsact::remove_unused_clsact;
-pub use links::{Link, links_named};
+pub use links::{Link, links_named, name_of};
 pub use local_addresses::not_local;
 pub use next_hops::{NextHopWatcher, Unresolved, release_neighbours};
 pub use source_ports::source_ports;
@@ -49,6 +49,9 @@ pub enum NetError {
     /// The kernel cannot make VLAN devices.
     #[error("this kernel knows no VLAN devices; load their module: modprobe 8021q")]
     NoVlan,
+    /// The kernel cannot find TCP connections by their addresses, which ending them takes.
+    #[error("this kernel finds no TCP connections of local processes; load the module: modprobe tcp_diag")]
+    NoTcpDiag,
     /// Anything else that the kernel answered.
     #[error("{action} failed: {source}")]
     Kernel {

@@ -9,13 +9,9 @@ use lb_common::{
     },
     logic::hash::siphash13,
 };
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 
 use crate::{
-    fixture::{Expected, Fixture, GUE_UDP, TUNNEL, TestService, WEB},
+    fixture::{Expected, Fixture, GUE_UDP, TUNNEL, TestService, WEB, stay_on_this_cpu},
     frame::{ACK, Frame, RST, SYN, packet_of, tcp},
 };
 
@@ -50,14 +46,6 @@ fn with_strategy(
     }
     fixture.change_service(service, |entry| entry.strategy = strategy.number());
     fixture.sequence(service, sequence);
-}
-
-/// Runs on one CPU from now on: positions in a sequence are each CPU's own.
-fn stay_on_this_cpu() {
-    let mut cpus = CpuSet::new();
-    let cpu = nix::sched::sched_getcpu().unwrap();
-    cpus.set(cpu).unwrap();
-    sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
 }
 
 /// The backend of each flow, as far as it has one.
