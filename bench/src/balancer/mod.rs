@@ -88,12 +88,15 @@ impl Balancer {
         Ok(self.namespace.ifindex(configuration::INTERFACE)?)
     }
 
-    /// Ends the daemon, removes all that it has left, and starts it anew: with an empty flow table, whatever that is made
-    /// of, and all counters at zero. Returns once it can send to all backends.
+    /// Has a daemon run with an empty flow table, whatever that is made of: unless no flow ever began, ends the one that
+    /// runs, removes all that it has left, and starts another. Returns once it can send to all backends.
     ///
     /// # Errors
     /// The daemon ends, or is not ready in time; what it logged is in the message.
-    pub fn start_anew(&mut self) -> Result<()> {
+    pub fn start_afresh(&mut self) -> Result<()> {
+        if self.daemon.is_some() && self.counted()?.flows == 0 {
+            return Ok(());
+        }
         self.stop();
         let detached = self
             .command(&["detach"])

@@ -9,6 +9,7 @@ mod template;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use lb_common::abi::Reason;
 
 use self::{
     floor::Floor,
@@ -26,7 +27,7 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub rounds: u32,
-    /// Packets that are timed in each round.
+    /// Packets that are timed in each round, at most.
     pub packets: u32,
     pub flow_table: u32,
     pub cpu: usize,
@@ -35,14 +36,12 @@ pub struct Plan {
 /// Verdicts of XDP.
 const PASS: u32 = 2;
 const TX: u32 = 3;
-/// Packets before the clock starts: where flows go round, each of so many; where they do not, as many as it takes to
-/// have the program in the caches.
-const LEAD_FLOWS: u64 = 65_536;
+/// Packets before the clock starts where each is of another flow: as many as it takes to have the program in the caches.
 const LEAD: u32 = 1000;
 /// Packets that one turn on a processor handles while nothing is timed.
 const BURST: u64 = 500_000;
 
-/// Measures each scenario on a balancer that was started for it.
+/// Measures each scenario on a balancer whose flow table holds nothing else.
 ///
 /// # Errors
 /// The balancer or the harness does not start, or packets did not go the way of the scenario.
@@ -58,7 +57,7 @@ pub fn measure(plan: &Plan, xlb: &Path, scenarios: &[Scenario]) -> Result<Report
 }
 
 fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row> {
-    balancer.start_anew()?;
+    balancer.start_afresh()?;
     let floor = Floor::new()?;
     let of_floor = scenario.of_floor();
     let ingress = balancer.ifindex()?;
@@ -71,7 +70,7 @@ fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row>
     let before = balancer.counted()?;
     if opened > 0 {
         before
-            .check(&at_first, lb_common::abi::Reason::Forwarded, true, opened)
+            .check(&at_first, Reason::Forwarded, true, opened)
             .context("before the measurement")?;
     }
     if let Kind::Known { flows } = scenario.kind {
@@ -80,10 +79,8 @@ fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row>
 
     let mut rounds = Rounds::default();
     for _ in 0..plan.rounds {
-        let turn = Turn::take(plan.cpu)?;
-        let (floor_harness, floor) = floor.round()?;
-        let (harness, xlb) = contender.round()?;
-        drop(turn);
+        let (floor_harness, floor) = floor.round(plan.cpu)?;
+        let (harness, xlb) = contender.round(plan.cpu)?;
         rounds.harness.push(harness);
         rounds.floor.push(floor - floor_harness);
         rounds.xlb.push(xlb - harness);
@@ -100,7 +97,7 @@ fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row>
         // What a balancer records of a flood is its own business.
         Kind::Flood => {}
     }
-    Ok(rounds.row(scenario))
+    Ok(rounds.row(scenario, contender.run.packets))
 }
 
 /// Nearly all flows are recorded: a table of buckets may be full in one place before it is in all.
@@ -125,10 +122,23 @@ struct Contender {
 impl Contender {
     fn new(plan: &Plan, scenario: &Scenario, program: Program, ingress: u32) -> Result<Self> {
         let flows = scenario.kind.flows();
-        let lead = match scenario.kind {
-            Kind::Pass { .. } | Kind::Known { .. } => flows.min(LEAD_FLOWS).try_into()?,
-            Kind::New | Kind::Flood => LEAD,
+        let (lead, packets) = match scenario.kind {
+            // Each flow once, so that caches hold what they can of this program's memory and none of another's.
+            Kind::Pass { flows } | Kind::Known { flows } => (flows, plan.packets),
+            // Half of the table is left free.
+            Kind::New => (
+                LEAD,
+                plan.packets
+                    .min((plan.flow_table / 2 / plan.rounds).saturating_sub(LEAD)),
+            ),
+            // What takes longest: a round is to be short of a second.
+            Kind::Flood => (LEAD, plan.packets.div_ceil(4)),
         };
+        ensure!(
+            packets > 0,
+            "the flow table has no room for {} rounds of new flows",
+            plan.rounds
+        );
         Ok(Self {
             scenario: scenario.clone(),
             program,
@@ -136,7 +146,7 @@ impl Contender {
             harness: Harness::new(&scenario.packet, ingress)?,
             run: Run {
                 lead,
-                packets: plan.packets,
+                packets,
                 flow: 0,
                 flows_end: flows,
             },
@@ -171,9 +181,11 @@ impl Contender {
     }
 
     /// Times the harness alone, and with the program: nanoseconds for each packet.
-    fn round(&mut self) -> Result<(f64, f64)> {
+    fn round(&mut self, cpu: usize) -> Result<(f64, f64)> {
+        let turn = Turn::take(cpu)?;
         let alone = self.harness.run(None, self.run)?;
         let ran = self.harness.run(Some(&self.program), self.run)?;
+        drop(turn);
         self.check(&ran)?;
         self.run.flow = ran.flow;
         Ok((alone.nanoseconds, ran.nanoseconds))
@@ -210,7 +222,7 @@ struct Rounds {
 }
 
 impl Rounds {
-    fn row(&self, scenario: &Scenario) -> Row {
+    fn row(&self, scenario: &Scenario, packets: u32) -> Row {
         // Within each round, so that what slows the machine down slows both.
         let ratios: Vec<f64> = self
             .xlb
@@ -222,6 +234,7 @@ impl Rounds {
             name: scenario.name.clone(),
             kind: scenario.kind,
             reason: scenario.reason.name().to_owned(),
+            packets,
             xlb_ns: Summary::of(&self.xlb),
             floor_ns: Summary::of(&self.floor),
             harness_ns: Summary::of(&self.harness),
@@ -241,7 +254,7 @@ mod tests {
             floor: vec![10.0, 20.0, 30.0],
             xlb: vec![20.0, 50.0, 60.0],
         };
-        let row = rounds.row(&Scenario::all()[0]);
+        let row = rounds.row(&Scenario::all()[0], 1000);
         assert_eq!((row.ratio.min, row.ratio.median, row.ratio.max), (2.0, 2.0, 2.5));
         assert_eq!((row.xlb_ns.median, row.floor_ns.median), (50.0, 20.0));
     }

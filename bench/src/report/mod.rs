@@ -17,7 +17,6 @@ use crate::{
 pub struct Report {
     pub machine: Machine,
     pub rounds: u32,
-    pub packets_per_round: u32,
     /// Flows that the balancer's table has room for.
     pub flow_table: u32,
     pub rows: Vec<Row>,
@@ -40,6 +39,8 @@ pub struct Row {
     pub kind: Kind,
     /// What became of all packets.
     pub reason: String,
+    /// How many were timed in each round.
+    pub packets: u32,
     pub xlb_ns: Summary,
     pub floor_ns: Summary,
     /// What was subtracted from the first.
@@ -67,7 +68,6 @@ impl Report {
                 cpu: plan.cpu,
             },
             rounds: plan.rounds,
-            packets_per_round: plan.packets,
             flow_table: plan.flow_table,
             rows: Vec::new(),
         })
@@ -100,6 +100,7 @@ pub fn example() -> Report {
         name: name.to_owned(),
         kind,
         reason: "forwarded".to_owned(),
+        packets: 1_000_000,
         xlb_ns: summary(xlb),
         floor_ns: summary(floor),
         harness_ns: summary(20.0),
@@ -113,7 +114,6 @@ pub fn example() -> Report {
             cpu: 3,
         },
         rounds: 11,
-        packets_per_round: 500_000,
         flow_table: 4_194_304,
         rows: vec![
             row("known nat tcp4 1k", Kind::Known { flows: 1000 }, 100.0, 40.0),
@@ -133,10 +133,10 @@ mod tests {
         assert_eq!(row["kind"]["known"]["flows"], 1000);
         assert_eq!(json["rows"][1]["kind"], "new");
         assert_eq!(row["xlb_ns"]["median"], 100.0);
-        for key in ["name", "reason", "floor_ns", "harness_ns", "ratio"] {
+        for key in ["name", "reason", "packets", "floor_ns", "harness_ns", "ratio"] {
             assert!(!row[key].is_null(), "{key}");
         }
-        for key in ["machine", "rounds", "packets_per_round", "flow_table"] {
+        for key in ["machine", "rounds", "flow_table"] {
             assert!(!json[key].is_null(), "{key}");
         }
         assert_eq!(serde_json::from_value::<Report>(json).unwrap(), example());

@@ -32,15 +32,9 @@ pub fn draw(report: &Report) -> String {
         .map(|line| format!("{}\n", line.trim_end()))
         .collect();
     format!(
-        "{lines}\n{}, {} rounds of {} packets on processor {} of {}, Linux {}, a table for {} flows.\n\
+        "{lines}\n{}, {} rounds on processor {} of {}, Linux {}, a table for {} flows.\n\
          Nanoseconds for each packet, median and outermost rounds; the harness is subtracted.\n",
-        machine.processor,
-        report.rounds,
-        report.packets_per_round,
-        machine.cpu,
-        machine.processors,
-        machine.kernel,
-        report.flow_table,
+        machine.processor, report.rounds, machine.cpu, machine.processors, machine.kernel, report.flow_table,
     )
 }
 
@@ -76,6 +70,6 @@ mod tests {
                 "10.00"
             ]
         );
-        assert!(text.contains("11 rounds of 500000 packets"), "{text}");
+        assert!(text.contains("11 rounds on processor 3 of 4"), "{text}");
     }
 }
