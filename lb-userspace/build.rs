@@ -1,5 +1,5 @@
-//! Builds the objects for the kernel and hands them to the crate as `lb-ebpf.o` and `lb-ebpf-decap.o` in `OUT_DIR`; or,
-//! as the build script of the crate `bench`, that of the measurements as `lb-ebpf-bench.o`.
+//! Builds the objects for the kernel and hands them to the crate as files `.o` in `OUT_DIR`: those of `xlb`, or, as the
+//! build script of the crate `bench`, that of the measurements.
 //!
 //! They need a toolchain of their own: `-Zbuild-std` with rust-src, and a CPU that the flags name. Which one
 //! is found as `cargo xtask setup` leaves it; `XLB_EBPF_TOOLCHAIN_CARGO`, `XLB_EBPF_TOOLCHAIN_RUSTC` and
@@ -17,9 +17,9 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 /// Debian's toolchain for its browsers, used where rustup has no such nightly.
 const DEBIAN: (&str, &str) = ("/usr/bin/cargo", "/usr/bin/rustc");
 const TARGET: &str = "bpfel-unknown-none";
-/// The binaries of lb-ebpf that `xlb` holds: the data path, and the program of `xlb decap`.
-const OBJECTS: &[&str] = &["lb-ebpf", "lb-ebpf-decap"];
-/// Those that measure it.
+/// The binaries of lb-ebpf that `xlb` holds: the data path, the program of `xlb decap`, and those of probes.
+const OBJECTS: &[&str] = &["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe"];
+/// What measures them.
 const BENCH_OBJECTS: &[&str] = &["lb-ebpf-bench"];
 
 fn main() {

@@ -1,4 +1,4 @@
-//! What the two programs share: the frame. Each is an object of its own, so that neither loads the maps of the other.
+//! What the XDP programs share: the frame. Each is an object of its own, so that none loads the maps of another.
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 #[cfg(target_arch = "bpf")]

@@ -2,6 +2,7 @@
 //!
 //! Everything ends in [`Controller::converge`]: compile the model, plan, apply. There is no other way to a map.
 
+mod probe_paths;
 mod slow_starts;
 mod sweeps;
 
@@ -24,12 +25,13 @@ use self::{slow_starts::Rising, sweeps::Sweeps};
 use crate::{
     api::{Change, Done, Refusal, Refused},
     compile::{self, Directory, SlotTables},
-    config::{self, Config, Forward, Probe, Service, XdpMode},
+    config::{self, Config, Forward, Service, XdpMode},
     datapath::{
         Datapath, Live,
         kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
+        probes::Probes,
     },
-    health::{Driver, SocketOptions, Target, Transition},
+    health::{Driver, Transition},
     instance::Instance,
     model::{Administrative, BackendName, Health, Model, NextHop},
     net::{self, NextHopWatcher, Unresolved, poke::Poker},
@@ -59,6 +61,8 @@ pub struct Controller {
     reconciler: Reconciler<KernelDatapath>,
     attachments: Vec<Attachment>,
     driver: Driver,
+    /// What has probes travel like packets of clients; `None` where none does.
+    probes: Option<Probes>,
     watcher: NextHopWatcher,
     rates: Rates,
     rising: Rising,
@@ -117,6 +121,7 @@ impl Controller {
             reconciler,
             attachments: Vec::new(),
             driver,
+            probes: None,
             watcher,
             rates: Rates::default(),
             rising: Rising::default(),
@@ -251,6 +256,7 @@ impl Controller {
             Ok(()) => drop(self.problems.remove("attach")),
             Err(error) => self.problem("attach", &error),
         }
+        self.follow_targets();
         self.assign_vips().await;
     }
 
@@ -452,7 +458,7 @@ impl Controller {
 
     /// Has probes and next hops follow the configuration, and takes in what is known of both already.
     async fn follow_configuration(&mut self) {
-        self.driver.set_targets(targets(&self.model));
+        self.follow_targets();
         self.follow_health();
         let services = self.model.config.services.iter();
         let configured = services
@@ -618,30 +624,6 @@ fn servers(config: &Config) -> BTreeMap<BackendName, (IpAddr, Option<u16>)> {
 /// An error with its causes, in one line.
 fn chain(error: impl Into<anyhow::Error>) -> String {
     format!("{:#}", error.into())
-}
-
-/// What to probe, and where.
-fn targets(model: &Model) -> Vec<Target> {
-    let mut targets = Vec::new();
-    for service in &model.config.services {
-        let probe_port = match &service.health.probe {
-            Probe::None => continue,
-            probe => probe.port(),
-        };
-        let client_port = service.ports.first().map_or(0, |range| range.first);
-        for backend in &service.backends {
-            let port = probe_port.or(backend.port).unwrap_or(client_port);
-            targets.push(Target {
-                service: service.name.clone(),
-                backend: backend.name.clone(),
-                address: SocketAddr::new(backend.address, port),
-                check: service.health.clone(),
-                socket: SocketOptions::default(),
-                initial: model.health_of(service, &backend.name),
-            });
-        }
-    }
-    targets
 }
 
 fn next_hop_problem(

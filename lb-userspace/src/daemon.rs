@@ -144,6 +144,8 @@ pub async fn run(
     info!("stopping; the data path goes on without the daemon, `xlb detach` removes it");
     api.abort();
     drop(socket);
+    // Before the next daemon may begin: it removes what is there for this process alone.
+    drop(controller);
     drop(lock);
     Ok(())
 }

@@ -19,6 +19,7 @@ mod loops;
 mod matrix;
 mod next_hops;
 mod pmtu;
+mod probe_paths;
 mod reload;
 mod resets;
 mod restart;

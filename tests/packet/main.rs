@@ -30,6 +30,7 @@ mod maps;
 mod nat;
 mod next_hop;
 mod pass;
+mod probe_paths;
 mod rejection;
 mod source;
 mod strategy;

@@ -227,6 +227,8 @@ const BY_KERNEL: &[&str] = &[
     "local",
     "matrix",
     "next_hops",
+    "probe_paths",
+    "probe_paths",
     "restart",
     "vip",
     "vip_echo",

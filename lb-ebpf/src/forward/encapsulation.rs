@@ -2,11 +2,10 @@
 
 use aya_ebpf::bindings::xdp_md;
 use lb_common::{
-    abi::{Address, Backend, Forward, GUE_PORT, IPV4_IN_IP, IPV6_IN_IP, Reason, Settings, UDP},
+    abi::{Address, Backend, Forward, Reason, Settings},
     logic::{
-        checksum::fold,
-        headers::{DONT_FRAGMENT, Frame, Packet, ethertype},
-        outer::{entropy, overhead},
+        headers::{Frame, Packet, ethertype},
+        outer::{Outer, entropy, overhead},
     },
 };
 use network_types::{
@@ -16,9 +15,6 @@ use network_types::{
 
 use super::{nat, write_ethernet};
 use crate::{cursor::Cursor, maps, scratch::scratch};
-
-/// Hops that an outer packet may go (RFC 1700: the default of IP).
-const TTL: u8 = 64;
 
 /// Tells whether a packet fits into the path to a backend with the headers that are put around it.
 #[inline(always)]
@@ -73,94 +69,56 @@ fn try_wrap(
     let ip_offset =
         write_ethernet(&frame, &backend.link, &backend.tags, ether_type).ok_or(Reason::Internal)?;
     let entropy = entropy(&packet.key);
-    let inner_length = packet.end - packet.ip_offset;
-    let protocol = if is_gue {
-        UDP
-    } else if packet.is_v6 != 0 {
-        IPV6_IN_IP
-    } else {
-        IPV4_IN_IP
+    let mut outer = Outer {
+        inner: packet,
+        is_gue,
+        source: backend.source.by_words(),
+        destination: backend.address.by_words(),
+        entropy,
     };
     let transport_offset = if outer_v4 {
+        if !is_gue {
+            let varying = entropy & settings.ipip_varying_v4;
+            outer.source.0[3] = settings.ipip_source_v4.v4_word() | varying;
+        }
         let ip = frame
             .view::<{ Ipv4Hdr::LEN }>(ip_offset)
             .ok_or(Reason::Internal)?;
-        let source = if is_gue {
-            backend.source.v4_word()
-        } else {
-            settings.ipip_source_v4.v4_word() | entropy & settings.ipip_varying_v4
-        };
-        // RFC 2003 section 3.1: what may not be fragmented inside may not outside; what may keeps its identification,
-        // so that its parts are not mixed up. DSCP and ECN are copied (RFC 6040 section 4.1).
-        let (identification, fragment) = if packet.dont_fragment != 0 {
-            (0, DONT_FRAGMENT)
-        } else {
-            (packet.identification as u16, 0)
-        };
-        let words = [
-            u16::from_be_bytes([0x45, packet.traffic_class]).to_be(),
-            ((inner_length + headers) as u16).to_be(),
-            identification,
-            fragment,
-            u16::from_be_bytes([TTL, protocol]).to_be(),
-        ];
-        let destination = backend.address.v4_word();
-        let mut sum = 0;
-        for word in words {
-            sum += word as u32;
-        }
-        for word in [source, destination] {
-            sum += (word & 0xffff) + (word >> 16);
-        }
-        ip.set_u16(0, words[0]);
-        ip.set_u16(2, words[1]);
-        ip.set_u16(4, words[2]);
-        ip.set_u16(6, words[3]);
-        ip.set_u16(8, words[4]);
-        ip.set_u16(10, !fold(sum));
-        ip.set_u32(12, source);
-        ip.set_u32(16, destination);
+        let words = outer.ipv4();
+        ip.set_u32(0, words[0]);
+        ip.set_u32(4, words[1]);
+        ip.set_u32(8, words[2]);
+        ip.set_u32(12, words[3]);
+        ip.set_u32(16, words[4]);
         ip_offset + Ipv4Hdr::LEN
     } else {
+        if !is_gue {
+            outer.source = settings.ipip_source_v6.by_words();
+            outer.source.0[3] |= entropy & settings.ipip_varying_v6;
+        }
         let ip = frame
             .view::<{ Ipv6Hdr::LEN }>(ip_offset)
             .ok_or(Reason::Internal)?;
-        // The flow label carries the entropy too (RFC 6438).
-        let first = 6 << 28 | (packet.traffic_class as u32) << 20 | entropy & 0xf_ffff;
-        let payload = inner_length + headers - Ipv6Hdr::LEN as u32;
-        ip.set_u32(0, first.to_be());
-        ip.set_u16(4, (payload as u16).to_be());
-        ip.set_u8(6, protocol);
-        ip.set_u8(7, TTL);
-        let source = if is_gue {
-            &backend.source
-        } else {
-            &settings.ipip_source_v6
-        };
-        let varying = if is_gue {
-            0
-        } else {
-            entropy & settings.ipip_varying_v6
-        };
-        ip.set_u32(8, source.0[0]);
-        ip.set_u32(12, source.0[1]);
-        ip.set_u32(16, source.0[2]);
-        ip.set_u32(20, source.0[3] | varying);
-        ip.set_u32(24, backend.address.0[0]);
-        ip.set_u32(28, backend.address.0[1]);
-        ip.set_u32(32, backend.address.0[2]);
-        ip.set_u32(36, backend.address.0[3]);
+        let words = outer.ipv6();
+        ip.set_u32(0, words[0]);
+        ip.set_u32(4, words[1]);
+        ip.set_u32(8, words[2]);
+        ip.set_u32(12, words[3]);
+        ip.set_u32(16, words[4]);
+        ip.set_u32(20, words[5]);
+        ip.set_u32(24, words[6]);
+        ip.set_u32(28, words[7]);
+        ip.set_u32(32, words[8]);
+        ip.set_u32(36, words[9]);
         ip_offset + Ipv6Hdr::LEN
     };
     if is_gue {
         let udp = frame
             .view::<{ UdpHdr::LEN }>(transport_offset)
             .ok_or(Reason::Internal)?;
-        // A port of the dynamic range (RFC 6335 section 6); no checksum, which RFC 6935 allows tunnels over IPv6 too.
-        udp.set_u16(0, (0xc000 | entropy as u16 & 0x3fff).to_be());
-        udp.set_u16(2, GUE_PORT.to_be());
-        udp.set_u16(4, ((inner_length as usize + UdpHdr::LEN) as u16).to_be());
-        udp.set_u16(6, 0);
+        let words = outer.udp();
+        udp.set_u32(0, words[0]);
+        udp.set_u32(4, words[1]);
     }
     Ok(())
 }

@@ -28,10 +28,10 @@ async fn detach(instance: &Instance) -> anyhow::Result<bool> {
     let _lock = daemon::lock(&instance.lock())?;
     let vips = net::remove_vips().await?;
     let neighbours = net::release_neighbours().await?;
-    let has_filters = pins.have_filters();
+    let had_filters = pins.have_had_filters();
     // Last, so that a further try finds the instance again.
     let removed = pins.remove_all()?;
-    if has_filters {
+    if had_filters {
         net::remove_unused_clsact().await?;
     }
     Ok(removed || !vips.is_empty() || neighbours > 0)

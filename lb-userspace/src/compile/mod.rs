@@ -7,6 +7,7 @@ mod candidates;
 mod filters;
 mod identity;
 pub mod maglev;
+mod probe_paths;
 mod restore;
 mod round_robin;
 mod slots;
@@ -26,6 +27,7 @@ use lb_common::abi::{
 pub use self::{
     candidates::Candidate,
     filters::SourceFilters,
+    probe_paths::probe_path,
     restore::{Restored, restore},
     slots::{SlotTables, shares},
 };
@@ -219,6 +221,17 @@ fn add_service(
     candidates
 }
 
+fn forward_in_maps(forward: Forward) -> abi::Forward {
+    match forward {
+        Forward::Nat => abi::Forward::Nat,
+        Forward::FullNat => abi::Forward::FullNat,
+        Forward::Dsr => abi::Forward::Dsr,
+        Forward::IpIp => abi::Forward::IpIp,
+        Forward::Gue => abi::Forward::Gue,
+        Forward::Local => abi::Forward::Local,
+    }
+}
+
 fn service_entry(service: &Service) -> abi::Service {
     let strategy = match service.strategy {
         Strategy::ConsistentHash => abi::Strategy::ConsistentHash,
@@ -226,17 +239,9 @@ fn service_entry(service: &Service) -> abi::Service {
         Strategy::RoundRobin => abi::Strategy::RoundRobin,
         Strategy::LeastConnections => abi::Strategy::LeastConnections,
     };
-    let forward = match service.forward {
-        Forward::Nat => abi::Forward::Nat,
-        Forward::FullNat => abi::Forward::FullNat,
-        Forward::Dsr => abi::Forward::Dsr,
-        Forward::IpIp => abi::Forward::IpIp,
-        Forward::Gue => abi::Forward::Gue,
-        Forward::Local => abi::Forward::Local,
-    };
     abi::Service {
         strategy: strategy.number(),
-        forward: forward.number(),
+        forward: forward_in_maps(service.forward).number(),
         flags: filters::flags(service),
         in_use: 1,
         new_flow_rate: service.new_flow_cap.map_or(0, |cap| cap.rate),

@@ -8,7 +8,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie::Key},
+    maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, lpm_trie::Key},
     programs::{Xdp, links::FdLink},
     util::KernelVersion,
 };
@@ -17,7 +17,7 @@ use lb_common::abi::{Address, Count, DecapReason};
 
 use super::{
     DatapathError,
-    kernel::{Attachment, Mode, Raw, attach_link, failed, named_program, obtain, sum},
+    kernel::{Attachment, Mode, Raw, attach_link, failed, named_map, named_program, obtain, sum},
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -76,21 +76,21 @@ impl Decap {
             .load()
             .map_err(|error| failed("load", PROGRAM, error))?;
 
-        let mut vip_map: HashMap<MapData, Raw<Address>, u32> = map(&mut ebpf, VIPS)?;
+        let mut vip_map: HashMap<MapData, Raw<Address>, u32> = named_map(&mut ebpf, VIPS)?;
         for vip in vips {
             vip_map
                 .insert(Raw(Address::from(*vip)), 1, 0)
                 .map_err(|error| failed("update", format!("{VIPS}[{vip}]"), error))?;
         }
-        let mut source_map: LpmTrie<MapData, Raw<Address>, u32> = map(&mut ebpf, SOURCES)?;
+        let mut source_map: LpmTrie<MapData, Raw<Address>, u32> = named_map(&mut ebpf, SOURCES)?;
         for (bits, address, allowed) in prefixes(sources) {
             source_map
                 .insert(&Key::new(bits, Raw(address)), allowed, 0)
                 .map_err(|error| failed("update", format!("{SOURCES}[{address}]"), error))?;
         }
         Ok(Self {
-            own_addresses: map(&mut ebpf, OWN_ADDRESSES)?,
-            counters: map(&mut ebpf, COUNTERS)?,
+            own_addresses: named_map(&mut ebpf, OWN_ADDRESSES)?,
+            counters: named_map(&mut ebpf, COUNTERS)?,
             known: BTreeSet::new(),
             links: BTreeMap::new(),
             ebpf,
@@ -165,16 +165,6 @@ impl Decap {
             .collect::<Result<_, MapError>>()
             .map_err(|error| failed("read", COUNTERS, error))
     }
-}
-
-/// Takes a map out of the object.
-fn map<T>(ebpf: &mut Ebpf, name: &str) -> Result<T, DatapathError>
-where
-    T: TryFrom<Map, Error = MapError>,
-{
-    let missing = || DatapathError::new("open", name, io::Error::other("the object does not hold it"));
-    let map = ebpf.take_map(name).ok_or_else(missing)?;
-    T::try_from(map).map_err(|error| failed("open", name, error))
 }
 
 /// Entries of the map of sources: bits, address, and 1 where the prefix is allowed.

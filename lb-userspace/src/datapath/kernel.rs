@@ -790,6 +790,16 @@ fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
     named_program(ebpf, PROGRAM)
 }
 
+/// Takes the map of that name out of an object.
+pub(super) fn named_map<T>(ebpf: &mut Ebpf, name: &str) -> Result<T, DatapathError>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let missing = || DatapathError::new("open", name, io::Error::other("the object does not hold it"));
+    let map = ebpf.take_map(name).ok_or_else(missing)?;
+    T::try_from(map).map_err(|error| failed("open", name, error))
+}
+
 /// The program of that name and type in an object.
 pub(super) fn named_program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, DatapathError>
 where

@@ -6,12 +6,14 @@ mod contents;
 mod counters;
 pub mod decap;
 pub mod faulty;
+mod hooks;
 pub mod kernel;
 mod local;
 pub mod memory;
 mod packet_log;
 pub mod pass;
 mod pins;
+pub mod probes;
 mod syscall;
 
 use std::{collections::BTreeMap, io, sync::Arc};
@@ -22,6 +24,7 @@ use lb_common::abi::{
 
 pub use contents::contents_dump;
 pub use counters::Counters;
+pub use hooks::LinkKind;
 pub use pins::Pins;
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.

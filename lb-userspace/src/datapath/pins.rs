@@ -11,7 +11,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
     AttachMode, DatapathError,
-    local::{self, Hook},
+    hooks::{self, Hook},
     syscall,
 };
 
@@ -106,11 +106,15 @@ impl Pins {
                 ));
             }
         }
-        for folder in ["maps", "programs", LINKS, FILTERS].map(|name| self.version.join(name)) {
-            fs::create_dir_all(&folder)
-                .map_err(|source| DatapathError::new("create", folder.display().to_string(), source))?;
+        for folder in ["maps", "programs", LINKS].map(|name| self.version.join(name)) {
+            create_folder(&folder)?;
         }
         Ok(())
+    }
+
+    /// Makes the folder of what tells of filters; from then on there have been some.
+    pub(super) fn create_filters(&self) -> Result<(), DatapathError> {
+        create_folder(&self.version.join(FILTERS))
     }
 
     /// The pinned links: interface, mode and path.
@@ -169,9 +173,9 @@ impl Pins {
         Ok(())
     }
 
-    /// Tells whether there are filters of this layout, which hang on a discipline of their interface.
-    pub fn have_filters(&self) -> bool {
-        !self.list_filters().is_empty()
+    /// Tells whether there have been filters of this layout, whose discipline stays on their interface.
+    pub fn have_had_filters(&self) -> bool {
+        self.version.join(FILTERS).exists()
     }
 
     /// Removes every pin of the instance, of this and of other layout versions: the program is detached and its
@@ -210,6 +214,11 @@ fn list<T>(folder: &Path, known: impl Fn(&str) -> Option<T>) -> Vec<(String, T, 
     pins
 }
 
+fn create_folder(path: &Path) -> Result<(), DatapathError> {
+    fs::create_dir_all(path)
+        .map_err(|source| DatapathError::new("create", path.display().to_string(), source))
+}
+
 fn remove_link(path: &Path) -> io::Result<()> {
     syscall::detach_pinned_link(path)?;
     fs::remove_file(path)
@@ -227,7 +236,7 @@ fn remove_tree(path: &Path) -> io::Result<()> {
             remove_link(&entry.path())?;
         } else {
             if path.ends_with(FILTERS) {
-                local::remove_filter_of(&entry.path())?;
+                hooks::remove_filter_of(&entry.path())?;
             }
             fs::remove_file(entry.path())?;
         }

@@ -5,7 +5,7 @@ use std::{
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
     mem,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -54,6 +54,8 @@ pub struct Target {
     pub check: HealthCheck,
     /// How the sockets of its probes are made.
     pub socket: SocketOptions,
+    /// The VIP that the probes' packets are for when they arrive, where that is not `address`.
+    pub vip: Option<IpAddr>,
     /// What is known already when the target is new.
     pub initial: Health,
 }
@@ -180,6 +182,7 @@ struct Watched {
     address: SocketAddr,
     check: HealthCheck,
     socket: SocketOptions,
+    vip: Option<IpAddr>,
     /// Passed on from each probing task to the next.
     turn: Turn,
     state: State,
@@ -219,6 +222,7 @@ impl Watched {
                 address,
                 check: check.clone(),
                 socket: target.socket,
+                vip: target.vip,
                 turn: turn.unwrap_or_default(),
                 state: State::new(target.initial, check.rise, check.fall),
                 announced: target.initial,
@@ -233,6 +237,7 @@ impl Watched {
         watched.address = address;
         watched.check = check.clone();
         watched.socket = target.socket;
+        watched.vip = target.vip;
         watched.run = run;
         watched._probing = match check.probe {
             Probe::None => {
@@ -253,7 +258,8 @@ impl Watched {
     }
 
     fn is_probed_as(&self, target: &Target) -> bool {
-        (self.address, self.socket) == (target.address, target.socket) && self.check == target.check
+        (self.address, self.socket, self.vip) == (target.address, target.socket, target.vip)
+            && self.check == target.check
     }
 
     /// Whether the health found so far is about the server at `address`: it is if only the probe went elsewhere on it.
@@ -268,7 +274,12 @@ impl Watched {
     ) -> Option<Health> {
         self.last_probe = Some(SystemTime::now());
         self.last_result = match result {
-            Ok(()) => format!("{} succeeded", Attempt::of(self.address, &self.check.probe)),
+            Ok(()) => format!(
+                "{}{} succeeded",
+                Attempt::of(self.address, &self.check.probe),
+                self.purpose()
+            ),
+            Err(ProbeError::Failed { attempt, failure }) => format!("{attempt}{}: {failure}", self.purpose()),
             Err(error) => error.to_string(),
         };
         let outcome = match result {
@@ -289,6 +300,11 @@ impl Watched {
         let transition = self.state.record(outcome?)?;
         self.cause = format!("{} ({} in a row)", self.last_result, self.state.in_a_row());
         Some(transition)
+    }
+
+    /// What else there is to say of an attempt: a server that answers by its own address may lack the VIP.
+    fn purpose(&self) -> String {
+        self.vip.map_or_else(String::new, |vip| format!(" for {vip}"))
     }
 
     fn report(&self) -> ProbeReport {
@@ -447,6 +463,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::health::Failure;
 
     /// The clock rounds up to milliseconds.
     const RESOLUTION: Duration = Duration::from_millis(2);
@@ -589,6 +606,7 @@ mod tests {
                     fall: 1,
                 },
                 socket: SocketOptions::default(),
+                vip: None,
                 initial: Health::Up,
             };
             let turn_with = |target: &Target| {
@@ -616,8 +634,7 @@ mod tests {
         });
     }
 
-    #[test]
-    fn a_lack_of_sockets_on_this_host_is_reported_but_no_verdict() {
+    fn watched() -> Watched {
         let check = HealthCheck {
             probe: Probe::Tcp { port: None },
             interval: Duration::from_secs(1),
@@ -625,12 +642,12 @@ mod tests {
             rise: 1,
             fall: 1,
         };
-        let address: SocketAddr = ([10, 0, 0, 11], 8080).into();
-        let mut watched = Watched {
-            address,
+        Watched {
+            address: ([10, 0, 0, 11], 8080).into(),
             state: State::new(Health::Up, check.rise, check.fall),
             check,
             socket: SocketOptions::default(),
+            vip: None,
             turn: Turn::default(),
             announced: Health::Up,
             cause: String::new(),
@@ -639,7 +656,13 @@ mod tests {
             hindered: false,
             run: 0,
             _probing: None,
-        };
+        }
+    }
+
+    #[test]
+    fn a_lack_of_sockets_on_this_host_is_reported_but_no_verdict() {
+        let mut watched = watched();
+        let address = watched.address;
         let source = std::io::Error::from_raw_os_error(nix::libc::EMFILE);
         assert_eq!(
             watched.record(&name(0), &Err(ProbeError::Socket { address, source })),
@@ -653,5 +676,53 @@ mod tests {
             (watched.state.health(), watched.state.in_a_row()),
             (Health::Up, 0)
         );
+    }
+
+    #[test]
+    fn what_a_probe_by_the_path_of_clients_says_names_the_vip() {
+        let mut watched = watched();
+        watched.vip = Some([203, 0, 113, 10].into());
+        let failed = ProbeError::Failed {
+            attempt: Attempt::Connect(watched.address),
+            failure: Failure::TimedOut(Duration::from_secs(1)),
+        };
+        assert_eq!(watched.record(&name(0), &Err(failed)), Some(Health::Down));
+        let words = "connect to 10.0.0.11:8080 for 203.0.113.10: timed out after 1s";
+        assert_eq!(watched.last_result, words);
+        assert_eq!(watched.cause, format!("{words} (1 in a row)"));
+        watched.record(&name(0), &Ok(()));
+        assert_eq!(
+            watched.last_result,
+            "connect to 10.0.0.11:8080 for 203.0.113.10 succeeded"
+        );
+    }
+
+    #[test]
+    fn probing_begins_anew_by_another_path_and_keeps_the_health() {
+        with_paused_clock(async {
+            let driver = Driver::new(mpsc::channel(1).0);
+            let mut target = Target {
+                service: "web".into(),
+                backend: "a".into(),
+                address: ([10, 0, 0, 11], 8080).into(),
+                check: watched().check,
+                socket: SocketOptions::default(),
+                vip: None,
+                initial: Health::Up,
+            };
+            let run = |target: &Target| {
+                driver.set_targets(vec![target.clone()]);
+                let table = driver.shared.lock();
+                let watched = table.watched.values().next();
+                watched.map(|watched| (watched.run, watched.state.health()))
+            };
+            assert_eq!(run(&target), Some((1, Health::Up)));
+            target.socket.mark = Some(0x786c_0001);
+            target.initial = Health::Unknown;
+            assert_eq!(run(&target), Some((2, Health::Up)));
+            target.vip = Some([203, 0, 113, 10].into());
+            assert_eq!(run(&target), Some((3, Health::Up)));
+            assert_eq!(run(&target), Some((3, Health::Up)));
+        });
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket,
-    sockopt::{Ipv4RecvErr, Ipv6RecvErr, Mark},
+    sockopt::{Ipv4RecvErr, Ipv4Ttl, Ipv6RecvErr, Ipv6Ttl, Mark, TcpMaxSeg},
 };
 use tokio::{
     io::Interest,
@@ -20,11 +20,18 @@ use tokio::{
 pub struct SocketOptions {
     /// `SO_MARK`: the mark of the packets, by which rules and programs of the kernel tell them from others.
     pub mark: Option<u32>,
+    /// Hops that the packets may go, as they leave the socket.
+    pub hops: Option<u8>,
+    /// The largest segment of TCP, in either direction.
+    pub max_segment: Option<u32>,
 }
 
 /// A TCP socket that resets its connection when it is closed: no probe leaves a TIME_WAIT behind, on either side.
 pub(super) fn stream(address: SocketAddr, options: SocketOptions) -> io::Result<TcpSocket> {
     let socket = open(address.ip(), SockType::Stream, SockProtocol::Tcp, options)?;
+    if let Some(bytes) = options.max_segment {
+        setsockopt(&socket, TcpMaxSeg, &bytes)?;
+    }
     let socket = TcpSocket::from_std_stream(net::TcpStream::from(socket));
     socket.set_zero_linger()?;
     Ok(socket)
@@ -92,6 +99,11 @@ fn open(
     if let Some(mark) = options.mark {
         setsockopt(&socket, Mark, &mark)?;
     }
+    match (options.hops, address) {
+        (Some(hops), IpAddr::V4(_)) => setsockopt(&socket, Ipv4Ttl, &hops.into())?,
+        (Some(hops), IpAddr::V6(_)) => setsockopt(&socket, Ipv6Ttl, &hops.into())?,
+        (None, _) => {}
+    }
     Ok(socket)
 }
 
@@ -103,11 +115,15 @@ mod tests {
 
     /// Needs root.
     #[tokio::test]
-    async fn every_socket_has_the_mark_before_it_is_used() {
+    async fn every_socket_has_its_options_before_it_is_used() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
-            let address = address.parse().unwrap();
+            let address: SocketAddr = address.parse().unwrap();
             for mark in [None, Some(0x786c_6200)] {
-                let options = SocketOptions { mark };
+                let options = SocketOptions {
+                    mark,
+                    hops: mark.map(|_| 2),
+                    max_segment: mark.map(|_| 1172),
+                };
                 let stream = stream(address, options).unwrap();
                 let datagram = datagram(address, options).unwrap();
                 let icmp = icmp(address, options).unwrap();
@@ -117,6 +133,20 @@ mod tests {
                     getsockopt(&icmp, Mark).unwrap(),
                 ];
                 assert_eq!(marks, [mark.unwrap_or(0); 3]);
+                let hops = if address.is_ipv4() {
+                    [
+                        getsockopt(&stream, Ipv4Ttl).unwrap(),
+                        getsockopt(&datagram, Ipv4Ttl).unwrap(),
+                    ]
+                } else {
+                    [
+                        getsockopt(&stream, Ipv6Ttl).unwrap(),
+                        getsockopt(&datagram, Ipv6Ttl).unwrap(),
+                    ]
+                };
+                assert_eq!(hops.map(|hops| hops == 2), [mark.is_some(); 2]);
+                let segment = getsockopt(&stream, TcpMaxSeg).unwrap();
+                assert_eq!(segment == 1172, mark.is_some(), "{segment}");
             }
         }
     }

@@ -25,6 +25,7 @@ fn target(backend: &str, address: SocketAddr, check: HealthCheck, initial: Healt
         address,
         check,
         socket: SocketOptions::default(),
+        vip: None,
         initial,
     }
 }

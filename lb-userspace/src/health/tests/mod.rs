@@ -150,6 +150,7 @@ fn target(address: SocketAddr, what: Probe, timeout: Duration) -> Target {
         address,
         check: check(what, timeout, timeout, 1, 1),
         socket: SocketOptions::default(),
+        vip: None,
         initial: Health::Unknown,
     }
 }
