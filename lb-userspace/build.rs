@@ -1,4 +1,5 @@
-//! Builds the objects for the kernel and hands them to the crate as files `.o` in `OUT_DIR`.
+//! Builds the objects for the kernel and hands them to the crate as files `.o` in `OUT_DIR`: those of `xlb`, or, as the
+//! build script of the crate `bench`, that of the measurements.
 //!
 //! They need a toolchain of their own: `-Zbuild-std` with rust-src, and a CPU that the flags name. Which one
 //! is found as `cargo xtask setup` leaves it; `XLB_EBPF_TOOLCHAIN_CARGO`, `XLB_EBPF_TOOLCHAIN_RUSTC` and
@@ -16,8 +17,10 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 /// Debian's toolchain for its browsers, used where rustup has no such nightly.
 const DEBIAN: (&str, &str) = ("/usr/bin/cargo", "/usr/bin/rustc");
 const TARGET: &str = "bpfel-unknown-none";
-/// The binaries of lb-ebpf: the data path, the program of `xlb decap`, and those of probes.
-const OBJECTS: [&str; 3] = ["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe"];
+/// The binaries of lb-ebpf that `xlb` holds: the data path, the program of `xlb decap`, and those of probes.
+const OBJECTS: &[&str] = &["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe"];
+/// What measures them.
+const BENCH_OBJECTS: &[&str] = &["lb-ebpf-bench"];
 
 fn main() {
     if let Err(error) = build() {
@@ -48,6 +51,10 @@ fn build() -> Result<(), String> {
     let debug = variable("PROFILE")? == "debug";
     let (cargo, rustc) = toolchain()?;
     let linker = linker(&workspace)?;
+    let objects = match variable("CARGO_PKG_NAME")?.as_str() {
+        "bench" => BENCH_OBJECTS,
+        _ => OBJECTS,
+    };
 
     // A target directory of its own: the outer cargo holds the lock of the workspace's. One per profile, next to
     // the workspace's, so that a clean checkout has a clean object.
@@ -58,7 +65,8 @@ fn build() -> Result<(), String> {
     let mut command = Command::new(&cargo);
     command
         .current_dir(&workspace)
-        .args(["build", "--release", "--locked", "--package", "lb-ebpf", "--bins"])
+        .args(["build", "--release", "--locked", "--package", "lb-ebpf"])
+        .args(objects.iter().flat_map(|name| ["--bin", name]))
         .args(["--target", TARGET, "-Zbuild-std=core"])
         .args(if debug { &["--features", "log"][..] } else { &[] })
         .arg("--target-dir")
@@ -85,7 +93,7 @@ fn build() -> Result<(), String> {
             String::from_utf8_lossy(&output.stderr)
         ));
     }
-    for name in OBJECTS {
+    for name in objects {
         let object = target_dir.join(TARGET).join("release").join(name);
         std::fs::copy(&object, out_dir.join(format!("{name}.o")))
             .map_err(|error| format!("{} was not copied: {error}", object.display()))?;

@@ -134,6 +134,12 @@ impl Checked {
         // SAFETY: within the checked bytes, see the type.
         unsafe { *((self.0 + at) as *mut u32) = value }
     }
+
+    #[inline(always)]
+    pub fn set_u64(&self, at: usize, value: u64) {
+        // SAFETY: within the checked bytes, see the type.
+        unsafe { *((self.0 + at) as *mut u64) = value }
+    }
 }
 
 impl Checked {

@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     setup::run(setup::Scope::Build)?;
     let binary = if arguments.release {
-        build_static()?;
+        build_static(&[])?;
         publish_static()?
     } else {
         build_debug()?
@@ -45,16 +45,15 @@ pub(crate) fn build_debug() -> Result<PathBuf> {
     Ok(process::target_dir().join("debug/xlb"))
 }
 
-/// Builds the static `xlb` and the first process of the virtual machines.
+/// Builds the static `xlb`, and other programs of the workspace.
 ///
 /// # Errors
 /// The build failed, or `xlb` is not static.
-pub(crate) fn build_static() -> Result<()> {
+pub(crate) fn build_static(others: &[&str]) -> Result<()> {
     let mut command = cargo_static("build")?;
-    build(
-        "cargo build --release, static",
-        command.args(["--workspace", "--bin", "xlb", "--bin", "vm-init"]),
-    )?;
+    command.args(["--workspace", "--bin", "xlb"]);
+    command.args(others.iter().flat_map(|name| ["--bin", *name]));
+    build("cargo build --release, static", &mut command)?;
     let binary = static_binary("xlb");
     // ldd fails for some static binaries, and says so on either stream.
     let output = Command::new("ldd")

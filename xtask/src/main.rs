@@ -1,5 +1,6 @@
 //! The project's commands: `cargo xtask COMMAND`. This file dispatches; each command has a file of its own.
 
+mod bench;
 mod build;
 mod kernel;
 mod packages;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", about = "Builds, sets up, tests and runs xlb")]
+#[command(name = "cargo xtask", about = "Builds, sets up, tests, runs and measures xlb")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -32,6 +33,8 @@ enum Command {
     Test(test::Arguments),
     /// Runs `xlb demo`, or a shell, in a virtual machine
     Run(run::Arguments),
+    /// Measures what xlb costs for each packet
+    Bench(bench::Arguments),
     /// Checks the rules of the code that no compiler checks
     Tidy,
     /// Runs a program in a virtual machine (`test` runs test binaries through this)
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::Build(arguments) => build::run(&arguments),
         Command::Test(arguments) => return finish(test::run(&arguments)),
         Command::Run(arguments) => return finish(run::run(&arguments)),
+        Command::Bench(arguments) => return finish(bench::run(&arguments)),
         Command::Tidy => tidy::run(),
         Command::Vm(arguments) => return finish(vm::run(&arguments)),
     };

@@ -33,7 +33,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         "a shell needs a terminal on its standard input"
     );
     setup::run(setup::Scope::Vm)?;
-    build::build_static()?;
+    build::build_static(&[vm::INIT])?;
     let seconds = arguments.seconds.to_string();
     let program: Vec<_> = if arguments.shell {
         // setsid gives the shell its terminal, and so Ctrl-C to what runs in it.

@@ -16,6 +16,7 @@ use crate::{
     kernel::Kernel,
     process, setup, tidy,
     toolchain::Toolchain,
+    vm,
 };
 
 #[derive(Debug, clap::Args)]
@@ -74,7 +75,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         with_other_toolchain(&mut report)?;
     }
     if wanted(Kind::Packet) || wanted(Kind::Vm) {
-        match build::build_static() {
+        match build::build_static(&[vm::INIT]) {
             Ok(()) => optimized(
                 &mut report,
                 arguments,
@@ -242,6 +243,8 @@ const INTEGRATION: &[&str] = &[
     "attach",
     "--test",
     "demo",
+    "--test",
+    "short_run",
 ];
 const PACKET: &[&str] = &["--workspace", "--test", "packet"];
 const NETNS: &[&str] = &["--workspace", "--test", "netns"];

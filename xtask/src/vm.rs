@@ -22,6 +22,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{build, kernel::Kernel, packages, process};
 
+/// The program of the workspace that is the first process.
+pub(crate) const INIT: &str = "vm-init";
 /// Programs of this machine that the tests and the demo use, and that come along if they are here.
 const TOOLS: &[&str] = &["sh", "bash", "ip", "tc", "ss", "nginx", "curl"];
 /// How long a kernel may take to say its first word; beyond, the acceleration does not work.
@@ -262,7 +264,7 @@ fn pack(machine: &Machine<'_>, folder: &Path) -> Result<PathBuf> {
     )?;
     fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n::1 localhost\n")?;
 
-    let init = build::static_binary("vm-init");
+    let init = build::static_binary(INIT);
     let xlb = build::static_binary("xlb");
     ensure!(
         init.exists() && xlb.exists(),

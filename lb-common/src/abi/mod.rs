@@ -6,6 +6,7 @@
 
 mod address;
 mod backend;
+mod bench;
 mod counters;
 mod decap_reason;
 mod flow;
@@ -20,6 +21,7 @@ mod source_filter;
 
 pub use address::Address;
 pub use backend::{Backend, BackendFlags};
+pub use bench::{BenchProgress, BenchTemplate, FloorBackend, FloorBucket, TEMPLATE_WORDS};
 pub use counters::{BackendCounters, Count, LiveCount, Totals};
 pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
 pub use flow::{FlowKey, TcpState};

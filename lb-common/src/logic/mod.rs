@@ -2,6 +2,7 @@
 
 pub mod address_filter;
 pub mod ageing;
+pub mod bench_flow;
 pub mod checksum;
 pub mod encapsulation;
 pub mod flow_table;

@@ -1,0 +1,75 @@
+//! The report as text.
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::Report;
+use crate::statistics::Summary;
+
+/// One line for each scenario, and what the figures depend on.
+pub fn draw(report: &Report) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header([
+        "scenario", "xlb ns", "spread", "floor ns", "spread", "ratio", "spread", "Mpps",
+    ]);
+    for row in &report.rows {
+        table.add_row([
+            row.name.clone(),
+            format!("{:.1}", row.xlb_ns.median),
+            spread(row.xlb_ns, 1),
+            format!("{:.1}", row.floor_ns.median),
+            spread(row.floor_ns, 1),
+            format!("{:.2}", row.ratio.median),
+            spread(row.ratio, 2),
+            format!("{:.2}", row.mpps()),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let machine = &report.machine;
+    let lines: String = table
+        .lines()
+        .map(|line| format!("{}\n", line.trim_end()))
+        .collect();
+    format!(
+        "{lines}\n{}, {} rounds on processor {} of {}, Linux {}, a table for {} flows.\n\
+         Nanoseconds for each packet, median and outermost rounds; the harness is subtracted.\n",
+        machine.processor, report.rounds, machine.cpu, machine.processors, machine.kernel, report.flow_table,
+    )
+}
+
+fn spread(summary: Summary, digits: usize) -> String {
+    format!("{:.digits$}–{:.digits$}", summary.min, summary.max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_its_figures_with_their_spread() {
+        let text = draw(&super::super::example());
+        let row = text
+            .lines()
+            .find(|line| line.contains("known nat tcp4 1k"))
+            .unwrap();
+        let cells: Vec<&str> = row.split_whitespace().collect();
+        assert_eq!(
+            cells,
+            [
+                "known",
+                "nat",
+                "tcp4",
+                "1k",
+                "100.0",
+                "90.0–125.0",
+                "40.0",
+                "36.0–50.0",
+                "2.50",
+                "2.25–3.12",
+                "10.00"
+            ]
+        );
+        assert!(text.contains("11 rounds on processor 3 of 4"), "{text}");
+    }
+}
