@@ -2,7 +2,7 @@
 //! without. Then the table is not even read, which costs more than all the rest.
 
 use lb_common::{
-    abi::{Forward, Service, Settings, Strategy},
+    abi::{Forward, Service, Strategy, opening_budget},
     logic::{headers::Packet, tcp_state::opens},
 };
 
@@ -13,10 +13,9 @@ const WINDOW: u32 = 30;
 
 /// Tells whether a packet is one that opens a connection that would not be recorded.
 #[inline(always)]
-pub fn passes_table(settings: &Settings, service_id: u32, packet: &Packet) -> bool {
+pub fn passes_table(service_id: u32, packet: &Packet) -> bool {
     opens(packet.tcp_flags)
-        && settings.opening_budget != 0
-        && is_over_budget(settings)
+        && is_over_budget()
         && maps::service(service_id).is_some_and(|service| needs_no_record(service, packet.key.protocol))
 }
 
@@ -30,7 +29,7 @@ pub fn needs_no_record(service: &Service, protocol: u32) -> bool {
 
 /// Tells whether as many flows have begun on this CPU as may be recorded for now.
 #[inline(always)]
-pub fn is_over_budget(settings: &Settings) -> bool {
+pub fn is_over_budget() -> bool {
     let Some(openings) = maps::openings() else {
         return false;
     };
@@ -39,7 +38,7 @@ pub fn is_over_budget(settings: &Settings) -> bool {
         openings.window = window;
         openings.begun = 0;
     }
-    openings.begun >= settings.opening_budget as u64
+    openings.begun >= opening_budget(maps::flow_buckets()) as u64
 }
 
 /// Counts a flow that is recorded.

@@ -63,7 +63,7 @@ pub enum Reset {
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
 pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
-    if flood::passes_table(settings, service_id, &scratch.packet) {
+    if flood::passes_table(service_id, &scratch.packet) {
         return None;
     }
     let now = now();
@@ -338,8 +338,7 @@ extern "C" fn room(is_translated: u32) -> u64 {
     };
     let meta = Meta(scratch.began_meta).of_kind(kind);
     scratch.began_meta = meta.0;
-    let is_recorded = settings.opening_budget == 0
-        || !is_over_budget(settings)
+    let is_recorded = !is_over_budget()
         || !maps::service(meta.service()).is_some_and(|service| needs_no_record(service, key.protocol));
     let location = if is_recorded {
         flood::count();

@@ -6,8 +6,8 @@ use lb_common::{
     logic::{
         ageing,
         flow_table::{
-            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, alias_key, bucket_of, end_hash,
-            line_of, long_key, other_line, second_bucket_of, short_key,
+            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, alias_key, bucket_of, end_hash, line_of,
+            long_key, other_line, second_bucket_of, short_key,
         },
     },
 };
@@ -470,5 +470,10 @@ pub fn hash_of_client(settings: &Settings, key: &FlowKey) -> u64 {
 /// Hash of the end of a flow that is the destination of its replies.
 #[inline(always)]
 pub fn hash_of_reply(settings: &Settings, key: &FlowKey) -> u64 {
-    end_hash(settings.table_seed, &key.destination, key.destination_port, key.protocol)
+    end_hash(
+        settings.table_seed,
+        &key.destination,
+        key.destination_port,
+        key.protocol,
+    )
 }

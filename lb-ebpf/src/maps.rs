@@ -13,10 +13,10 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::abi::{
-    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FilterKey, FragmentKey,
-    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SERVICE_BUCKETS, SLOT_COUNT, Service, Settings, SourceKey,
-    SourceRate, Totals, buckets,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS,
+    FilterKey, FragmentKey, FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS,
+    MAX_FRAGMENTS, MAX_SERVICES, MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SERVICE_BUCKETS, SLOT_COUNT,
+    Service, Settings, SourceKey, SourceRate, Totals, buckets,
 };
 
 use crate::bucket::InKernel;
@@ -69,7 +69,8 @@ pub static LIVE: Array<LiveCount, { MAX_BACKENDS as usize }, { BPF_F_MMAPABLE as
 /// The flow table. Written here and by the daemon, which ages it, through its memory; that also begins with a page, so that
 /// a bucket is two cache lines and not parts of three. The daemon sets the size at load time.
 #[btf_map]
-pub static FLOWS: Array<Bucket, { buckets(DEFAULT_FLOWS) as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub static FLOWS: Array<Bucket, { buckets(DEFAULT_FLOWS) as usize }, { BPF_F_MMAPABLE as usize }> =
+    Array::new();
 
 /// Buckets of `FLOWS`. The daemon sets it at load time.
 #[unsafe(no_mangle)]
@@ -77,7 +78,8 @@ static FLOW_BUCKETS: u32 = buckets(DEFAULT_FLOWS);
 
 /// The ways back to clients. Written here; freed by the daemon where no flow has the index.
 #[btf_map]
-pub static CLIENT_LINKS: Array<ClientLink, { MAX_CLIENT_LINKS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub static CLIENT_LINKS: Array<ClientLink, { MAX_CLIENT_LINKS as usize }, { BPF_F_MMAPABLE as usize }> =
+    Array::new();
 
 /// Flows that began on this CPU lately. Neither read nor written by the daemon.
 #[btf_map]

@@ -30,6 +30,13 @@ pub const fn flows(buckets: u32) -> u32 {
     (buckets as u64 * UNITS as u64 * 2 / 3) as u32
 }
 
+/// Flows that each CPU records in a second or so, of a table of so many buckets, before it takes further ones for a flood:
+/// a thirty-second of those that the table is for, and no fewer than a host of any size sees in earnest.
+pub const fn opening_budget(buckets: u32) -> u32 {
+    let budget = buckets / 6;
+    if budget < 4096 { 4096 } else { budget }
+}
+
 /// What a unit holds.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

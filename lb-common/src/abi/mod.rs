@@ -25,7 +25,7 @@ pub use bench::{BenchProgress, BenchTemplate, FloorBackend, FloorBucket, TEMPLAT
 pub use counters::{BackendCounters, Count, LiveCount, Totals};
 pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
 pub use flow::{FlowKey, TcpState};
-pub use flow_table::{Bucket, Kind, LINE, Meta, UNITS, WORDS, buckets, flows};
+pub use flow_table::{Bucket, Kind, LINE, Meta, UNITS, WORDS, buckets, flows, opening_budget};
 pub use fragment::{FragmentKey, FragmentPorts};
 pub use link::{ClientLink, Link, Tags};
 pub use probe_path::{MAX_PROBE_PATHS, MAX_PROBES, PROBE_MARK, PROBE_MARK_MASK, ProbePath};

@@ -31,9 +31,7 @@ pub struct Settings {
     /// The shifts that make ticks of nanoseconds, of [`Self::tcp_idle`], [`Self::tcp_opening`], [`Self::tcp_closing`] and
     /// [`Self::udp_idle`], see `logic::ageing`.
     pub tick_shifts: [u8; 4],
-    /// Flows that may begin on each CPU in a second or so until further ones are not recorded where hashes select the
-    /// same backend again; 0 for no limit.
-    pub opening_budget: u32,
+    pub _pad: u32,
     /// Key of the hash by which the flow table finds flows: the same as long as there is the table.
     pub table_seed: [u64; 2],
 }

@@ -15,7 +15,8 @@ pub const fn place(address: &Address) -> (u32, u32) {
         *d
     } else {
         // The multiplier is odd, so that each word changes the result; operators choose these addresses.
-        (((*a ^ c.rotate_left(9)).wrapping_mul(0x9e37_79b1) ^ *b).rotate_left(15)).wrapping_mul(0x85eb_ca6b) ^ *d
+        (((*a ^ c.rotate_left(9)).wrapping_mul(0x9e37_79b1) ^ *b).rotate_left(15)).wrapping_mul(0x85eb_ca6b)
+            ^ *d
     })
 }
 
@@ -47,7 +48,14 @@ pub fn is_foreign<F: Frame>(frame: &F, word: impl Fn(u32) -> u64) -> bool {
     let Some(view) = frame.view::<54>(0) else {
         return false;
     };
-    let address = |at| Address([view.u32(at), view.u32(at + 4), view.u32(at + 8), view.u32(at + 12)]);
+    let address = |at| {
+        Address([
+            view.u32(at),
+            view.u32(at + 4),
+            view.u32(at + 8),
+            view.u32(at + 12),
+        ])
+    };
     is_transport(view.u8(20))
         && !has(&word, place(&address(38)), ROLE_VIP)
         && !has(&word, place(&address(22)), ROLE_BACKEND)

@@ -96,7 +96,11 @@ pub const fn is_over_since(settings: &Settings, state: TcpState, last_seen: u64,
     is_over_after(
         settings,
         state,
-        if ticks > u32::MAX as u64 { u32::MAX } else { ticks as u32 },
+        if ticks > u32::MAX as u64 {
+            u32::MAX
+        } else {
+            ticks as u32
+        },
     )
 }
 

@@ -20,8 +20,6 @@ pub trait Words {
     fn swap(&self, at: usize, old: u64, new: u64) -> bool;
 }
 
-/// In the daemon's memory.
-#[cfg(not(target_arch = "bpf"))]
 impl<W: Words> Words for &W {
     #[inline(always)]
     fn load(&self, at: usize) -> u64 {
@@ -39,6 +37,8 @@ impl<W: Words> Words for &W {
     }
 }
 
+/// In the daemon's memory.
+#[cfg(not(target_arch = "bpf"))]
 impl<const N: usize> Words for [AtomicU64; N] {
     fn load(&self, at: usize) -> u64 {
         self[at].load(Ordering::Acquire)

@@ -102,7 +102,11 @@ pub fn get<W: Words>(bucket: impl Fn(u32) -> W, key: &ServiceKey) -> Option<u32>
 pub fn insert<W: Words>(bucket: impl Fn(u32) -> W, key: &ServiceKey, service: u32) -> bool {
     if let Some((words, found)) = find(&bucket, key) {
         let (kind, _) = words_of(key);
-        return flow_table::update(&words, &found, found.meta.replaced(Meta::new(kind, service, 0, 0)));
+        return flow_table::update(
+            &words,
+            &found,
+            found.meta.replaced(Meta::new(kind, service, 0, 0)),
+        );
     }
     put_where_there_is_room(&bucket, key, service) || {
         // Those that are in the way may have room in their other bucket; readers find them in one or in both.
@@ -147,7 +151,11 @@ pub fn residents<W: Words>(words: &W) -> impl Iterator<Item = (ServiceKey, u32)>
     let of = |unit: usize| {
         let (word, meta) = (words.load(key_at(unit)), Meta(words.load(meta_at(unit))));
         let vip = if meta.is(Kind::Long) {
-            let found = flow_table::Found { unit, key: word, meta };
+            let found = flow_table::Found {
+                unit,
+                key: word,
+                meta,
+            };
             flow_table::client_of_long(words, &found)?
         } else if meta.is(Kind::Short) && !flow_table::is_address(words, unit) {
             Address::from_v4_word(word as u32)
@@ -218,7 +226,11 @@ mod tests {
 
     impl Table {
         fn new() -> Self {
-            Self((0..SERVICE_BUCKETS).map(|_| [const { AtomicU64::new(0) }; WORDS]).collect())
+            Self(
+                (0..SERVICE_BUCKETS)
+                    .map(|_| [const { AtomicU64::new(0) }; WORDS])
+                    .collect(),
+            )
         }
 
         fn bucket(&self, index: u32) -> InMemory<'_> {
@@ -287,10 +299,16 @@ mod tests {
         for is_v4 in [true, false] {
             let table = Table::new();
             for number in 0..crate::abi::MAX_SERVICE_KEYS {
-                assert!(insert(|index| table.bucket(index), &key(number, is_v4), number % 1000), "{number}");
+                assert!(
+                    insert(|index| table.bucket(index), &key(number, is_v4), number % 1000),
+                    "{number}"
+                );
             }
             for number in 0..crate::abi::MAX_SERVICE_KEYS {
-                assert_eq!(get(|index| table.bucket(index), &key(number, is_v4)), Some(number % 1000));
+                assert_eq!(
+                    get(|index| table.bucket(index), &key(number, is_v4)),
+                    Some(number % 1000)
+                );
             }
         }
     }

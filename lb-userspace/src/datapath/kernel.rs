@@ -17,9 +17,9 @@ use aya::{
     util::{KernelVersion, nr_cpus},
 };
 use lb_common::abi::{
-    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey, LiveCount,
-    MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICES, MAX_SOURCE_FILTERS, SERVICE_BUCKETS,
-    REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, Totals, buckets, flows,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey,
+    LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT,
+    SERVICE_BUCKETS, SLOT_COUNT, Service, Settings, SettingsFlags, Totals, buckets, flows,
 };
 use nix::time::{ClockId, clock_gettime};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -28,7 +28,9 @@ use super::{
     AttachMode, Contents, Counters, Datapath, DatapathError, Flow, Operation, Pins, Position, SlotTable,
     counters,
     flow_table::{Context, FlowTable, MapOf},
-    local, packet_log, syscall,
+    local,
+    lookup::{AddressFilter, ServiceKeys},
+    packet_log, syscall,
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -575,14 +577,12 @@ impl Datapath for KernelDatapath {
                     .map_err(|error| failed("delete", format!("SERVICES[{id}]"), error))?;
                 self.clear_service_counters(*id)
             }
-            Operation::PutServiceKey(key, id) => self
-                .service_keys
-                .insert(key, *id)
-                .map_err(|source| DatapathError::new("update", format!("{SERVICE_KEYS}[{}]", key.vip), source)),
-            Operation::RemoveServiceKey(key) => self
-                .service_keys
-                .remove(key)
-                .map_err(|source| DatapathError::new("delete", format!("{SERVICE_KEYS}[{}]", key.vip), source)),
+            Operation::PutServiceKey(key, id) => self.service_keys.insert(key, *id).map_err(|source| {
+                DatapathError::new("update", format!("{SERVICE_KEYS}[{}]", key.vip), source)
+            }),
+            Operation::RemoveServiceKey(key) => self.service_keys.remove(key).map_err(|source| {
+                DatapathError::new("delete", format!("{SERVICE_KEYS}[{}]", key.vip), source)
+            }),
             Operation::PutFilter(key, length, value) => self
                 .source_filters
                 .insert(&lpm_trie::Key::new(*length, Raw(*key)), value, 0)

@@ -83,7 +83,9 @@ impl AddressFilter {
             filter.change(&address, 0, roles);
         }
         for (index, counts) in filter.counts.chunks(64).enumerate() {
-            let wanted = (0..64).filter(|bit| counts[*bit] > 0).fold(0, |word, bit| word | 1 << bit);
+            let wanted = (0..64)
+                .filter(|bit| counts[*bit] > 0)
+                .fold(0, |word, bit| word | 1 << bit);
             filter.words[0][index].store(wanted, Ordering::SeqCst);
         }
         Ok(filter)
