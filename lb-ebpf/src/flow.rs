@@ -1,6 +1,6 @@
 //! What holds a connection on its backend: the stage that finds a packet's flow, brings it up to date or begins it.
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use lb_common::{
     abi::{
         Address, Backend, BackendFlags, FlowKey, Forward, Kind, Meta, Reason, Service, Settings, TCP,
@@ -35,6 +35,19 @@ pub fn now() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
+/// As [`now`], for every packet: the clock moves with the kernel's ticks, whose count is read at the price of a load,
+/// and is kept as long as that stays the same.
+#[inline(always)]
+fn now_by(scratch: &mut Scratch) -> u64 {
+    // SAFETY: the helper takes no argument.
+    let tick = unsafe { bpf_jiffies64() };
+    if scratch.clock_tick != tick {
+        scratch.clock_tick = tick;
+        scratch.clock = now();
+    }
+    scratch.clock
+}
+
 /// What a packet of a flow needs of it.
 #[derive(Clone, Copy)]
 pub struct Known {
@@ -66,7 +79,7 @@ pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service
     if flood::passes_table(service_id, &scratch.packet) {
         return None;
     }
-    let now = now();
+    let now = now_by(scratch);
     let hash = hash_of_client(settings, &scratch.packet.key);
     let location = find_client(hash, service_id, of::PACKET);
     if location == NOWHERE {
@@ -514,7 +527,7 @@ pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
     } else {
         flags::RST
     };
-    advance(settings, &mut entry, Sender::Backend, tcp_flags, now());
+    advance(settings, &mut entry, Sender::Backend, tcp_flags, now_by(scratch));
     Reply::Of(Known::of(&entry, scratch.client.source_port, reset))
 }
 

@@ -11,6 +11,10 @@ use lb_common::{
 #[derive(Clone, Copy)]
 pub struct Scratch {
     pub packet: Packet,
+    /// The kernel's count of clock ticks when `clock` was read.
+    pub clock_tick: u64,
+    /// See `flow::now`.
+    pub clock: u64,
     /// Length of the frame as it came.
     pub bytes: u64,
     /// The 5-tuple that the packet is given.
