@@ -187,12 +187,11 @@ const fn failed(reason: Reason) -> u64 {
 
 /// Puts a client's packet that belongs to no flow on a backend and records the flow.
 ///
-/// A function that the verifier checks for itself, as are its parts: it is the longest way, few packets take it, and the
+/// Its parts are functions that the verifier checks for themselves: it is the longest way, few packets take it, and the
 /// parts use the same stack one after the other. What they tell each other is in the scratch memory. Gives the flow as
 /// a number, see [`Known::from_bits`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
+#[inline(always)]
+pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
     let chosen = choose(client_ifindex, service_id);
     if chosen & FAILED != 0 {
         return chosen;
@@ -298,7 +297,7 @@ extern "C" fn needs_source_port() -> u64 {
     }
     // Another service with the same backend may have the client's port.
     scratch.except = NOWHERE;
-    is_taken(now()).into()
+    is_taken().into()
 }
 
 /// Makes room for the new flow; gives its location. Where there is none, a flow without replies to translate goes on
@@ -614,15 +613,25 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
 /// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`] for its replies.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn is_taken(now: u64) -> u32 {
+extern "C" fn is_taken() -> u32 {
     let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
         return 1;
     };
     let location = find_reply(hash_of_scratch_reply(), of::REPLY);
     let is_taken = location != NOWHERE
         && location != LEFT
-        && !ageing::is_over(settings, Entry::found(scratch, location).meta, now);
+        && !ageing::is_over(settings, Entry::found(scratch, location).meta, now());
     is_taken.into()
+}
+
+/// Where the search for a source port starts, see [`first_choice`]; by itself it takes stack only while it runs.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn first_port() -> u32 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => first_choice(settings, &scratch.packet.key),
+        _ => 0,
+    }
 }
 
 /// Takes a source port that no other flow uses towards the backend for the flow for which there is room at `location`, and
@@ -639,13 +648,12 @@ extern "C" fn claim(location: u64) -> u64 {
     let Some(backend) = maps::backend(meta.backend()) else {
         return failed(Reason::Internal);
     };
-    let start = first_choice(settings, &scratch.packet.key);
-    let now = now();
+    let start = first_port();
     for attempt in 0..TRIES {
         let port = candidate(settings, start, attempt).to_be();
         scratch.reply.destination_port = port;
         scratch.except = location;
-        if is_taken(now) != 0 {
+        if is_taken() != 0 {
             continue;
         }
         let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit(meta));
@@ -659,7 +667,7 @@ extern "C" fn claim(location: u64) -> u64 {
         let key = alias_key((location >> 3) as u32, location as usize & 7, port, reply.source_port);
         put(alias, key, meta.of_kind(Kind::Alias).0);
         // Another CPU may have taken the same port meanwhile: both see that, or one does.
-        if is_taken(now) == 0 {
+        if is_taken() == 0 {
             return port.into();
         }
         Entry {

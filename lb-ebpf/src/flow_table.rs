@@ -264,10 +264,19 @@ pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
             return location;
         }
     }
+    for unit in 0..8 {
+        let location = aliased(index, unit, which);
+        if location == LEFT {
+            nowhere = LEFT;
+        } else if location != NOWHERE {
+            return location;
+        }
+    }
     nowhere
 }
 
-/// As [`find_reply`], at one unit of a bucket: a function that the verifier checks for itself, once for all of them.
+/// As [`find_reply`], at one unit of a bucket and unless an alias leads to the flow: a function that the verifier checks
+/// for itself, once for all of them.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
@@ -295,16 +304,27 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
             return answers(scratch, which, index, &found, ports, client.by_words());
         }
     }
+    NOWHERE
+}
+
+/// As [`replied`], for a flow that an alias at the unit leads to.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn aliased(index: u32, unit: u32, which: u32) -> Location {
+    let (Some(scratch), Some(aliases)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let (reply, unit) = (tuple(scratch, which), unit as usize & 7);
     let want = alias_key(0, 0, reply.destination_port, reply.source_port);
-    match flow_table::at(&bucket, unit, Kind::Alias, want, ALIASED_PORTS) {
-        Some(alias) => aliased(scratch, which, &bucket, &alias),
+    match flow_table::at(&aliases, unit, Kind::Alias, want, ALIASED_PORTS) {
+        Some(alias) => leads_to(scratch, which, &aliases, &alias),
         None => NOWHERE,
     }
 }
 
 /// The flow that an alias leads to.
 #[inline(always)]
-fn aliased(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found) -> Location {
+fn leads_to(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found) -> Location {
     let reply = tuple(scratch, which);
     let index = alias.key as u32 >> 3;
     let (Some(bucket), Some(backend), Some(settings)) =
