@@ -522,7 +522,8 @@ fn replied(scratch: &mut Scratch, hash: u64, which: u32) -> Reply<Entry> {
             let entry = Entry::found(scratch, location);
             match maps::backend(entry.meta.backend()) {
                 Some(backend) if entry.is_of_generation(backend.generation) => Reply::Of(entry),
-                _ => Reply::None,
+                // To an address that this host had then.
+                _ => Reply::Late,
             }
         }
     }
@@ -611,6 +612,7 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
 }
 
 /// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`] for its replies.
+/// One that is over does not have it any more after that.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn is_taken() -> u32 {
@@ -618,10 +620,16 @@ extern "C" fn is_taken() -> u32 {
         return 1;
     };
     let location = find_reply(hash_of_scratch_reply(), of::REPLY);
-    let is_taken = location != NOWHERE
-        && location != LEFT
-        && !ageing::is_over(settings, Entry::found(scratch, location).meta, now());
-    is_taken.into()
+    if location == NOWHERE || location == LEFT {
+        return 0;
+    }
+    let found = Entry::found(scratch, location);
+    // It would get the replies: they lead to the first that is found. Where a packet has just come for it, it goes on.
+    if ageing::is_over(settings, found.meta, now()) && found.remove() {
+        count_end(found.meta);
+        return 0;
+    }
+    1
 }
 
 /// Where the search for a source port starts, see [`first_choice`]; by itself it takes stack only while it runs.

@@ -551,6 +551,13 @@ impl Fixture {
         let mut settings = SETTINGS;
         change(&mut settings);
         settings.tick_shifts = ageing::tick_shifts(&settings);
+        if self.instance().contents.settings.tick_shifts != settings.tick_shifts {
+            // As the daemon does: flows are seen now by the new ticks.
+            let mut ageless = settings;
+            ageless.flags |= SettingsFlags::AGELESS;
+            self.apply(Operation::PutSettings(ageless));
+            self.tidy();
+        }
         self.apply(Operation::PutSettings(settings));
     }
 

@@ -5,7 +5,7 @@ use std::{thread::sleep, time::Duration};
 use lb_common::abi::{
     ClientLink, Forward, Kind, Link,
     Reason::{NoFlow, NotForService},
-    SettingsFlags, Tags, TcpState,
+    Tags, TcpState,
 };
 use xlb::datapath::{Datapath, Flow, kernel::monotonic_now};
 
@@ -17,8 +17,8 @@ use crate::{
 };
 
 const CLIENT: &str = "198.51.100.7:5000";
-/// Above a tick of the coarse clock by far.
-const BEYOND: Duration = Duration::from_millis(60);
+/// Above two ticks of any timeout.
+const BEYOND: Duration = Duration::from_millis(250);
 const SHORT: u64 = 5_000_000;
 
 fn answer(service: &TestService, which: usize, to: std::net::SocketAddr, flags: u8) -> Frame {
@@ -84,8 +84,8 @@ fn a_flow_whose_source_port_is_translated_is_recorded_with_that_and_its_backends
 #[test]
 fn packets_of_both_directions_keep_a_flow_young() {
     let mut fixture = Fixture::new();
-    // Ticks of some milliseconds.
-    fixture.change_settings(|settings| settings.tcp_opening = 300_000_000);
+    // Of the shortest ticks.
+    fixture.change_settings(|settings| settings.tcp_opening = 2_000_000_000);
     let syn = tcp(CLIENT, WEB.vip, SYN);
     fixture.run(&syn.bytes());
     let first = fixture.flow(&syn).unwrap();
@@ -418,28 +418,22 @@ fn a_way_back_is_free_when_no_flow_had_it_for_two_passes() {
 }
 
 #[test]
-fn flows_that_do_not_age_are_kept_and_age_from_a_pass_on() {
+fn flows_go_on_when_timeouts_change_and_count_as_seen_then() {
     let mut fixture = Fixture::new();
     let (web, shop) = (tcp(CLIENT, WEB.vip, SYN), tcp(CLIENT, SHOP.vip, SYN));
     let query = udp(CLIENT, DNS.vip);
     let (_, to_shop) = fixture.run(&shop.bytes());
     fixture.run(&web.bytes());
     fixture.run(&query.bytes());
-    // By these ticks they are of any age.
-    let ageless = |settings: &mut lb_common::abi::Settings, ageless: bool| {
-        settings.tcp_opening = 20_000_000_000;
-        settings.udp_idle = 20_000_000_000;
-        if ageless {
-            settings.flags |= SettingsFlags::AGELESS;
-        }
-    };
-    fixture.change_settings(|settings| ageless(settings, true));
     for service in [WEB, SHOP, DNS] {
         fixture.all_slots(&service, service.backends[1].id);
     }
+    // By these ticks they are of any age; they do not age until a pass has brought them to the new ones.
     let now = monotonic_now();
-    fixture.tidy();
-    fixture.change_settings(|settings| ageless(settings, false));
+    fixture.change_settings(|settings| {
+        settings.tcp_opening = 20_000_000_000;
+        settings.udp_idle = 20_000_000_000;
+    });
     let tick = 20_000_000_000 / 64;
     for (key, flow) in fixture.flows() {
         assert!(flow.last_seen + tick >= now, "{key:?}: {} before {now}", flow.last_seen);

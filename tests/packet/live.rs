@@ -141,7 +141,8 @@ fn a_flow_that_has_idled_out_ends_when_the_next_begins() {
             settings.tcp_idle = 1_000_000;
             settings.udp_idle = 1_000_000;
         });
-        sleep(Duration::from_millis(60));
+        // Above two ticks of any timeout.
+        sleep(Duration::from_millis(250));
         // Not seen by anybody yet.
         assert_eq!(fixture.live(service.backends[0].id), 1);
         fixture.all_slots(&service, service.backends[1].id);
