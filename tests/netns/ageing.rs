@@ -55,6 +55,7 @@ fn idle_udp_flows_end_and_leave_empty_tables() {
     }
     // One for that of `nat`, and for that of `full-nat` two and one that leads to it from its replies.
     eventually("what leads to the others is gone", Duration::from_secs(12), || {
+        assert_eq!(servers.map(ask), first);
         maps::units_in_use(&daemon.pins()) == 4
     });
 
