@@ -19,8 +19,8 @@ use network_types::{
 };
 
 use crate::{
-    cursor::{Checked, Cursor},
     client_link::reversed,
+    cursor::{Checked, Cursor},
     forward::write_ethernet,
     scratch::{Scratch, scratch},
     verdict::Verdict,

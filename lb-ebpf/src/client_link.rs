@@ -33,7 +33,12 @@ pub fn get(index: u32) -> Option<&'static ClientLink> {
 #[inline(always)]
 pub fn is(index: u32, frame: &Cursor, packet: &Packet) -> bool {
     get(index).is_some_and(|link| {
-        is_same(link, &reversed(&packet.link), frame.ingress_ifindex(), &packet.tags)
+        is_same(
+            link,
+            &reversed(&packet.link),
+            frame.ingress_ifindex(),
+            &packet.tags,
+        )
     })
 }
 

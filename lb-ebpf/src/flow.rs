@@ -3,7 +3,8 @@
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use lb_common::{
     abi::{
-        Address, Backend, BackendFlags, FlowKey, Forward, Kind, Meta, Reason, Service, Settings, TCP, TcpState,
+        Address, Backend, BackendFlags, FlowKey, Forward, Kind, Meta, Reason, Service, Settings, TCP,
+        TcpState,
     },
     logic::{
         ageing,
@@ -19,8 +20,7 @@ use crate::{
     cursor::Cursor,
     flow_table::{
         self, Entry, LEFT, NOWHERE, count_end, find_client, find_reply, free, hash_of_client, hash_of_reply,
-        hash_of_scratch_reply, make_room,
-        of, put,
+        hash_of_scratch_reply, make_room, of, put,
     },
     maps,
     scratch::{Scratch, scratch},
@@ -103,7 +103,12 @@ fn try_known_local(settings: &Settings, scratch: &mut Scratch, service_id: u32) 
     if location == NOWHERE {
         return None;
     }
-    going_on(settings, &mut Entry::found(scratch, location), &scratch.packet, now())
+    going_on(
+        settings,
+        &mut Entry::found(scratch, location),
+        &scratch.packet,
+        now(),
+    )
 }
 
 #[inline(always)]
@@ -120,7 +125,11 @@ fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -
     } else {
         reset
     };
-    let tcp_flags = if reset == Reset::None { packet.tcp_flags } else { flags::RST };
+    let tcp_flags = if reset == Reset::None {
+        packet.tcp_flags
+    } else {
+        flags::RST
+    };
     advance(settings, entry, Sender::Client, tcp_flags, now);
     Some(Known::of(entry, packet.key.source_port, reset))
 }
@@ -130,7 +139,11 @@ fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -
 fn end(entry: &mut Entry) {
     let meta = entry.meta;
     let ended = if Forward::sees_replies(meta.forward()) {
-        let state = if meta.is_udp() { TcpState::None } else { TcpState::Closed };
+        let state = if meta.is_udp() {
+            TcpState::None
+        } else {
+            TcpState::Closed
+        };
         entry.update(meta.with_state(state).left())
     } else {
         entry.remove()
@@ -173,7 +186,11 @@ fn try_seen(settings: &Settings, scratch: &mut Scratch, service_id: u32, which: 
 /// Tells whether packets of a client go to another host: where its service has become `local` since the flow began.
 #[inline(always)]
 pub fn leaves_host(settings: &Settings, scratch: &Scratch, service_id: u32) -> bool {
-    let location = find_client(hash_of_client(settings, &scratch.packet.key), service_id, of::PACKET);
+    let location = find_client(
+        hash_of_client(settings, &scratch.packet.key),
+        service_id,
+        of::PACKET,
+    );
     location != NOWHERE && Entry::found(scratch, location).meta.forward() != Forward::Local.number()
 }
 
@@ -552,7 +569,9 @@ fn advance(settings: &Settings, entry: &mut Entry, sender: Sender, tcp_flags: u8
             return;
         }
         if entry.update(meta) {
-            if !ageing::has_ended(former.forward(), former.state()) && ageing::has_ended(meta.forward(), meta.state()) {
+            if !ageing::has_ended(former.forward(), former.state())
+                && ageing::has_ended(meta.forward(), meta.state())
+            {
                 maps::count_ended(meta.backend());
             }
             return;
@@ -577,7 +596,9 @@ fn advanced(settings: &Settings, former: Meta, sender: Sender, tcp_flags: u8, no
     } else {
         next_of_client_alone(state, tcp_flags)
     };
-    former.with_state(state).with_age(ageing::ticks(settings, state, now))
+    former
+        .with_state(state)
+        .with_age(ageing::ticks(settings, state, now))
 }
 
 /// Tells whether a flow goes on with a packet, or the packet starts a new one under the same 5-tuple.
@@ -669,10 +690,20 @@ extern "C" fn claim(location: u64) -> u64 {
             continue;
         }
         let client = &scratch.packet.key;
-        let long = long_key(client.source_port, client.destination_port, port, backend.generation);
+        let long = long_key(
+            client.source_port,
+            client.destination_port,
+            port,
+            backend.generation,
+        );
         put(location, long, meta.0);
         let reply = &scratch.reply;
-        let key = alias_key((location >> 3) as u32, location as usize & 7, port, reply.source_port);
+        let key = alias_key(
+            (location >> 3) as u32,
+            location as usize & 7,
+            port,
+            reply.source_port,
+        );
         put(alias, key, meta.of_kind(Kind::Alias).0);
         // Another CPU may have taken the same port meanwhile: both see that, or one does.
         if is_taken() == 0 {

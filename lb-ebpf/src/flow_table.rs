@@ -327,9 +327,11 @@ extern "C" fn aliased(index: u32, unit: u32, which: u32) -> Location {
 fn leads_to(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found) -> Location {
     let reply = tuple(scratch, which);
     let index = alias.key as u32 >> 3;
-    let (Some(bucket), Some(backend), Some(settings)) =
-        (bucket(index), maps::backend(alias.meta.backend()), maps::settings())
-    else {
+    let (Some(bucket), Some(backend), Some(settings)) = (
+        bucket(index),
+        maps::backend(alias.meta.backend()),
+        maps::settings(),
+    ) else {
         return NOWHERE;
     };
     let want = (reply.destination_port as u64) << 32;
@@ -503,5 +505,10 @@ pub fn hash_of_client(settings: &Settings, key: &FlowKey) -> u64 {
 /// Hash of the end of a flow that is the destination of its replies.
 #[inline(always)]
 pub fn hash_of_reply(settings: &Settings, key: &FlowKey) -> u64 {
-    end_hash(settings.table_seed, &key.destination, key.destination_port, key.protocol)
+    end_hash(
+        settings.table_seed,
+        &key.destination,
+        key.destination_port,
+        key.protocol,
+    )
 }

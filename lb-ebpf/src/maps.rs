@@ -14,9 +14,9 @@ use aya_ebpf::{
 };
 use lb_common::abi::{
     Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FilterKey, FragmentKey,
-    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings, SourceKey,
-    SourceRate, Totals, buckets,
+    FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SERVICE_KEYS,
+    MAX_SERVICES, MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SLOT_COUNT, Service, ServiceKey, Settings,
+    SourceKey, SourceRate, Totals, buckets,
 };
 
 /// What holds for all services. Written by the daemon.
@@ -58,7 +58,8 @@ pub static LIVE: Array<LiveCount, { MAX_BACKENDS as usize }, { BPF_F_MMAPABLE as
 /// The flow table. Written here and by the daemon, which ages it, through its memory; that also begins with a page, so that
 /// a bucket is two cache lines and not parts of three. The daemon sets the size at load time.
 #[btf_map]
-pub static FLOWS: Array<Bucket, { buckets(DEFAULT_FLOWS) as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub static FLOWS: Array<Bucket, { buckets(DEFAULT_FLOWS) as usize }, { BPF_F_MMAPABLE as usize }> =
+    Array::new();
 
 /// Buckets of `FLOWS`. The daemon sets it at load time.
 #[unsafe(no_mangle)]
@@ -66,7 +67,8 @@ static FLOW_BUCKETS: u32 = buckets(DEFAULT_FLOWS);
 
 /// The ways back to clients. Written here; freed by the daemon where no flow has the index.
 #[btf_map]
-pub static CLIENT_LINKS: Array<ClientLink, { MAX_CLIENT_LINKS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub static CLIENT_LINKS: Array<ClientLink, { MAX_CLIENT_LINKS as usize }, { BPF_F_MMAPABLE as usize }> =
+    Array::new();
 
 /// The ports of packets that come in fragments, from their first. Neither read nor written by the daemon.
 #[btf_map]

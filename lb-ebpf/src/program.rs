@@ -72,7 +72,8 @@ fn from_client(
     service_id: u32,
 ) -> Verdict {
     let verdict = Verdict::of_service(service_id);
-    let is_local = service::is_local(settings, service_id) && !flow::leaves_host(settings, scratch, service_id);
+    let is_local =
+        service::is_local(settings, service_id) && !flow::leaves_host(settings, scratch, service_id);
     // What is for this host needs no hop.
     if scratch.packet.ttl <= 1 && !is_local {
         return verdict.dropped(Reason::TtlExceeded);

@@ -151,5 +151,9 @@ fn live(id: u32) -> u64 {
         return 0;
     };
     let live = count.flows();
-    if live > u32::MAX as u64 { u32::MAX as u64 } else { live }
+    if live > u32::MAX as u64 {
+        u32::MAX as u64
+    } else {
+        live
+    }
 }

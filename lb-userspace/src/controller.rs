@@ -549,7 +549,11 @@ impl Controller {
                 .push("the control socket stays where it is until the daemon is started again".to_owned());
         }
         let size = self.reconciler.datapath().flow_table_size();
-        if config.flow_table.size.is_some_and(|wanted| abi::buckets(wanted) != abi::buckets(size)) {
+        if config
+            .flow_table
+            .size
+            .is_some_and(|wanted| abi::buckets(wanted) != abi::buckets(size))
+        {
             warnings.push(format!(
                 "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends \
                  all flows"

@@ -54,10 +54,14 @@ fn idle_udp_flows_end_and_leave_empty_tables() {
         assert_eq!(u16::from_be(key.source_port), 40_000);
     }
     // One for that of `nat`, and for that of `full-nat` two and one that leads to it from its replies.
-    eventually("what leads to the others is gone", Duration::from_secs(12), || {
-        assert_eq!(servers.map(ask), first);
-        maps::units_in_use(&daemon.pins()) == 4
-    });
+    eventually(
+        "what leads to the others is gone",
+        Duration::from_secs(12),
+        || {
+            assert_eq!(servers.map(ask), first);
+            maps::units_in_use(&daemon.pins()) == 4
+        },
+    );
 
     drop(alive);
     eventually("the last flows end", Duration::from_secs(12), || {

@@ -552,11 +552,9 @@ fn the_flow_table_empties_when_connections_have_ended_and_datagrams_have_stopped
             .count()
     };
     assert_eq!(udp(), 2);
-    eventually(
-        "flows of datagrams are gone",
-        Duration::from_secs(30),
-        || udp() == 0,
-    );
+    eventually("flows of datagrams are gone", Duration::from_secs(30), || {
+        udp() == 0
+    });
     // Both ends have said FIN: counted as ended, and gone after the time for late segments.
     let status = daemon.status();
     let live: u64 = status

@@ -78,7 +78,10 @@ fn a_flow_whose_source_port_is_translated_is_recorded_with_that_and_its_backends
     let flow = fixture.flow(&syn).unwrap();
     assert_eq!(flow.source_port, given.port().to_be());
     assert_eq!(flow.generation, Some(0x1234));
-    assert_eq!((fixture.units_of(Kind::Long), fixture.units_of(Kind::Alias)), (1, 1));
+    assert_eq!(
+        (fixture.units_of(Kind::Long), fixture.units_of(Kind::Alias)),
+        (1, 1)
+    );
 }
 
 #[test]
@@ -436,7 +439,11 @@ fn flows_go_on_when_timeouts_change_and_count_as_seen_then() {
     });
     let tick = 20_000_000_000 / 64;
     for (key, flow) in fixture.flows() {
-        assert!(flow.last_seen + tick >= now, "{key:?}: {} before {now}", flow.last_seen);
+        assert!(
+            flow.last_seen + tick >= now,
+            "{key:?}: {} before {now}",
+            flow.last_seen
+        );
     }
     for (service, frame) in [(WEB, &web), (DNS, &query)] {
         let expected = Expected::to_backend(&service, 0, frame, frame.source);

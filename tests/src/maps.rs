@@ -33,8 +33,7 @@ pub fn flows(pins: &Pins) -> Vec<(FlowKey, Flow)> {
 /// When there are no maps, or they cannot be read.
 pub fn units_in_use(pins: &Pins) -> usize {
     let data = MapData::from_pin(pins.map("FLOWS")).expect("opening FLOWS");
-    let buckets: Array<MapData, Raw<Bucket>> =
-        Array::try_from(Map::Array(data)).expect("FLOWS is an array");
+    let buckets: Array<MapData, Raw<Bucket>> = Array::try_from(Map::Array(data)).expect("FLOWS is an array");
     let in_use = |bucket: Result<Raw<Bucket>, MapError>| {
         let Raw(Bucket(words)) = bucket.expect("reading FLOWS");
         let metas = words.chunks(2).map(|unit| unit[1]);

@@ -101,7 +101,11 @@ pub const fn is_over_since(settings: &Settings, state: TcpState, last_seen: u64,
     is_over_after(
         settings,
         state,
-        if ticks > u32::MAX as u64 { u32::MAX } else { ticks as u32 },
+        if ticks > u32::MAX as u64 {
+            u32::MAX
+        } else {
+            ticks as u32
+        },
     )
 }
 
@@ -176,7 +180,7 @@ mod tests {
     #[test]
     fn a_timeout_has_64_to_127_ticks_and_they_start_over_long_after_it() {
         for seconds in [5, 7, 60, 3600, 86_400, 10_000_000] {
-            let ticks = seconds * SECOND >> tick_shift(seconds * SECOND);
+            let ticks = (seconds * SECOND) >> tick_shift(seconds * SECOND);
             assert!((64..128).contains(&ticks), "{seconds}: {ticks}");
         }
         for timeout in [0, 1, SECOND, 4 * SECOND, 5 * SECOND, 60 * SECOND, 1 << 50] {

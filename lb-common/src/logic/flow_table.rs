@@ -287,7 +287,11 @@ fn place_worth<W: Words>(words: &W, unit: usize, kind: Kind, worth_of: &impl Fn(
     let first = Meta(words.load(meta_at(even)));
     if first.is(Kind::Long) {
         // Of the two units that it takes the first one is free for a short flow.
-        return if unit == even { worth_of(first) } else { worth::BUSY };
+        return if unit == even {
+            worth_of(first)
+        } else {
+            worth::BUSY
+        };
     }
     let second = Meta(words.load(meta_at(even + 1)));
     if !matches!(kind, Kind::Long) {

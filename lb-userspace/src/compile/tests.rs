@@ -533,7 +533,10 @@ fn the_ids_of_a_removed_service_and_its_backends_are_given_away_once_a_sweep_has
     let mut model = model(vec![other()]);
     let second = compiled(&model, &first);
     assert_eq!(second.directory.services["other"], 1);
-    assert_eq!(second.directory.backends[&("other".to_owned(), "a".to_owned())], 3);
+    assert_eq!(
+        second.directory.backends[&("other".to_owned(), "a".to_owned())],
+        3
+    );
     let leaving = second.contents.services[&0];
     assert_eq!(leaving.flags, ServiceFlags::REMOVED);
     assert_eq!(leaving.vip, first.services[&0].vip, "its flows are told by it");
@@ -551,7 +554,10 @@ fn the_ids_of_a_removed_service_and_its_backends_are_given_away_once_a_sweep_has
     assert_eq!(third.services.keys().collect::<Vec<_>>(), [&1]);
     assert_eq!(third.backends.keys().collect::<Vec<_>>(), [&3]);
     (model.left_services, model.live_flows) = Default::default();
-    model.config.services.push(service("new", 30, &[80], vec![backend("b", 12, 0)]));
+    model
+        .config
+        .services
+        .push(service("new", 30, &[80], vec![backend("b", 12, 0)]));
     let fourth = compiled(&model, &third);
     assert_eq!(fourth.directory.services["new"], 0);
     assert_eq!(fourth.directory.backends[&("new".to_owned(), "b".to_owned())], 1);

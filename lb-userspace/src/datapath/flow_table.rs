@@ -12,14 +12,14 @@ use std::{
 
 use lb_common::{
     abi::{
-        Address, Backend, Bucket, ClientLink, FlowKey, Forward, Kind, LiveCount, Meta, Settings, SettingsFlags,
-        TCP, UDP, UNITS, WORDS,
+        Address, Backend, Bucket, ClientLink, FlowKey, Forward, Kind, LiveCount, Meta, Settings,
+        SettingsFlags, TCP, UDP, UNITS, WORDS,
     },
     logic::{
         ageing,
         flow_table::{
-            Found, Words, again, at, bucket_of, client_of_long, end_hash, free_long, is_address, meta_at, remove,
-            update,
+            Found, Words, again, at, bucket_of, client_of_long, end_hash, free_long, is_address, meta_at,
+            remove, update,
         },
     },
 };
@@ -341,11 +341,7 @@ impl FlowTable {
 }
 
 /// The flow at a unit, and its client's 5-tuple.
-fn flow_at(
-    bucket: &[AtomicU64; WORDS],
-    unit: usize,
-    context: &mut Context<'_>,
-) -> Option<(FlowKey, Found)> {
+fn flow_at(bucket: &[AtomicU64; WORDS], unit: usize, context: &mut Context<'_>) -> Option<(FlowKey, Found)> {
     let is_long = Meta(bucket.load(meta_at(unit))).is(Kind::Long);
     let kind = if is_long { Kind::Long } else { Kind::Short };
     let found = at(bucket, unit, kind, 0, 0).filter(|found| !found.meta.is_left())?;

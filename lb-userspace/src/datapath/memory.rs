@@ -66,8 +66,7 @@ impl Datapath for MemoryDatapath {
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
         let mut removed = 0;
         for key in keys {
-            let is_due =
-                |flow: &&Flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX;
+            let is_due = |flow: &&Flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX;
             let Some(flow) = self.flows.get(key).filter(is_due).copied() else {
                 continue;
             };

@@ -1,8 +1,7 @@
 use std::time::SystemTime;
 
 use lb_common::abi::{
-    self, BackendFlags, FlowKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags,
-    TcpState,
+    self, BackendFlags, FlowKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags, TcpState,
 };
 use proptest::prelude::*;
 

@@ -289,7 +289,11 @@ fn an_opening_flow_never_takes_the_place_of_an_open_one() {
         let id = Id::Short(number);
         id.put(&words, 0, worth::CLOSING).unwrap();
         let found = id.find(&words).unwrap();
-        assert!(update(&words, &found, found.meta.with_state(TcpState::Established)));
+        assert!(update(
+            &words,
+            &found,
+            found.meta.with_state(TcpState::Established)
+        ));
     }
     for id in [Id::Short(50), Id::Long(50), Id::Alias(50)] {
         assert_eq!(id.put(&words, 0, worth::CLOSING), None);
@@ -298,14 +302,23 @@ fn an_opening_flow_never_takes_the_place_of_an_open_one() {
     assert!((0..8).all(|number| Id::Short(number).find(&words).is_some()));
     // One that is closing gives way to none that is opening either; one that is closed does.
     let found = Id::Short(3).find(&words).unwrap();
-    assert!(update(&words, &found, found.meta.with_state(TcpState::FinBackend)));
+    assert!(update(
+        &words,
+        &found,
+        found.meta.with_state(TcpState::FinBackend)
+    ));
     assert_eq!(Id::Short(50).put(&words, 0, worth::CLOSING), None);
     let found = Id::Short(3).find(&words).unwrap();
     assert!(update(&words, &found, found.meta.with_state(TcpState::Closed)));
     let room = Id::Short(50).put(&words, 0, worth::CLOSING).unwrap();
     assert_eq!(Id::of(room.evicted[0]), Id::Short(3));
     // A long one needs two.
-    assert_eq!(Id::Long(50).put(&words, 0, worth::OPENING + 1).map(|room| room.evicted), None);
+    assert_eq!(
+        Id::Long(50)
+            .put(&words, 0, worth::OPENING + 1)
+            .map(|room| room.evicted),
+        None
+    );
 }
 
 /// Writers and readers of one bucket, all at once: who finds a flow gets its own meta, whole.
@@ -391,8 +404,7 @@ fn nobody_sees_the_meta_of_one_flow_with_the_key_of_another() {
         .iter()
         .map(|id| if id.kind() == Kind::Long { 2 } else { 1 })
         .sum();
-    let in_use = (0..UNITS).filter(|unit| {
-        is_address(&words, *unit) || !Meta(words.load(meta_at(*unit))).is_empty()
-    });
+    let in_use =
+        (0..UNITS).filter(|unit| is_address(&words, *unit) || !Meta(words.load(meta_at(*unit))).is_empty());
     assert!(units <= in_use.count());
 }

@@ -329,10 +329,7 @@ fn open_tcp_flows_of_resetting_backends_are_told_with_both_of_their_ends() {
             source: client,
             ..key(0)
         };
-        let mut datapath = datapath([
-            flow(1, TcpState::Closed, 0),
-            flow(2, TcpState::Established, 0),
-        ]);
+        let mut datapath = datapath([flow(1, TcpState::Closed, 0), flow(2, TcpState::Established, 0)]);
         datapath.flows.insert(key, open(forward));
         let scope = Scope {
             resetting: BTreeSet::from([1]),
@@ -466,7 +463,11 @@ fn a_sweep_while_flows_do_not_age_renews_their_ages_and_ends_none() {
 }
 
 /// A sweep after another, given what that has left.
-fn sweep_again(datapath: &mut MemoryDatapath, contents: &Contents, drift: BTreeMap<u32, i64>) -> BTreeMap<u32, i64> {
+fn sweep_again(
+    datapath: &mut MemoryDatapath,
+    contents: &Contents,
+    drift: BTreeMap<u32, i64>,
+) -> BTreeMap<u32, i64> {
     let scope = Scope { drift, ..now() };
     whole_sweep(datapath, contents, &scope).0.drift
 }
@@ -495,7 +496,11 @@ fn counts_of_live_flows_that_are_wrong_twice_are_corrected() {
         let first = sweep_again(&mut datapath, &contents, BTreeMap::new());
         for (id, right) in [1, 2].into_iter().zip(right) {
             assert_eq!(first.get(&id).copied().unwrap_or(0), counted - right);
-            assert_eq!(datapath.live[&id], LiveCount { opened, ended }, "not yet corrected");
+            assert_eq!(
+                datapath.live[&id],
+                LiveCount { opened, ended },
+                "not yet corrected"
+            );
         }
         assert_eq!(sweep_again(&mut datapath, &contents, first), BTreeMap::new());
         for (id, right) in [1, 2].into_iter().zip(right) {
