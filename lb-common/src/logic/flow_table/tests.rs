@@ -1,4 +1,7 @@
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::{
+    cell::{Cell, RefCell},
+    sync::atomic::{AtomicU64, Ordering},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::atomic::AtomicBool,
@@ -59,7 +62,7 @@ impl Id {
             .with_link(1 + number)
     }
 
-    fn find(self, words: &Bucket) -> Option<Found> {
+    fn find<W: Words>(self, words: &W) -> Option<Found> {
         (0..UNITS).find_map(|unit| match self {
             Self::Long(_) if unit % 2 == 1 => None,
             Self::Long(_) => long_at(words, unit, &self.client(), self.key(), u64::MAX),
@@ -67,7 +70,7 @@ impl Id {
         })
     }
 
-    fn put(self, words: &Bucket, line: usize, limit: u32) -> Option<Room> {
+    fn put<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
         let room = make_room(words, line, self.kind(), limit, worth_of)?;
         if self.kind() == Kind::Long {
             put_long(words, room.unit, self.key(), &self.client(), self.meta());
@@ -319,6 +322,129 @@ fn an_opening_flow_never_takes_the_place_of_an_open_one() {
             .map(|room| room.evicted),
         None
     );
+}
+
+/// Notes what is written.
+struct Noting<'a>(&'a Bucket, RefCell<Vec<(usize, u64)>>);
+
+impl Words for Noting<'_> {
+    fn load(&self, at: usize) -> u64 {
+        self.0.load(at)
+    }
+
+    fn store(&self, at: usize, value: u64) {
+        self.0.store(at, value);
+        self.1.borrow_mut().push((at, value));
+    }
+
+    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
+        let is_swapped = self.0.swap(at, old, new);
+        if is_swapped {
+            self.1.borrow_mut().push((at, new));
+        }
+        is_swapped
+    }
+}
+
+/// Has others write at certain of the reader's steps.
+struct Interfered<'a> {
+    words: &'a Bucket,
+    step: Cell<usize>,
+    writes: Vec<(usize, &'a [(usize, u64)])>,
+}
+
+impl Words for Interfered<'_> {
+    fn load(&self, at: usize) -> u64 {
+        let step = self.step.replace(self.step.get() + 1);
+        for (when, writes) in &self.writes {
+            if *when == step {
+                writes
+                    .iter()
+                    .for_each(|(at, value)| self.words.store(*at, *value));
+            }
+        }
+        self.words.load(at)
+    }
+
+    fn store(&self, _: usize, _: u64) {}
+
+    fn swap(&self, _: usize, _: u64, _: u64) -> bool {
+        false
+    }
+}
+
+/// Every way in which one replacement and a search fall into each other, on one CPU.
+#[test]
+fn who_searches_while_a_flow_gives_way_to_another_finds_one_of_them_whole_or_nothing() {
+    let ids = [
+        Id::Short(1),
+        Id::Short(2),
+        Id::Long(1),
+        Id::Long(6),
+        Id::Alias(1),
+        Id::Alias(2),
+    ];
+    for before in ids {
+        for after in ids.into_iter().filter(|after| *after != before) {
+            let words = bucket();
+            before.put(&words, 0, worth::BUSY).unwrap();
+            let noting = Noting(&words, RefCell::default());
+            assert!(remove(&noting, &before.find(&words).unwrap()));
+            after.put(&noting, 0, worth::BUSY).unwrap();
+            let writes = noting.1.into_inner();
+            for wanted in [before, after] {
+                for (first, then, halves) in (0..20).flat_map(|first| {
+                    let later = (0..6).flat_map(move |later| (0..8).map(move |halves| (later, halves)));
+                    later.map(move |(later, halves)| (first, first + later, halves))
+                }) {
+                    let words = bucket();
+                    before.put(&words, 0, worth::BUSY).unwrap();
+                    let (one, other) = writes.split_at(halves.min(writes.len()));
+                    let interfered = Interfered {
+                        words: &words,
+                        step: Cell::new(0),
+                        writes: vec![(first, one), (then, other)],
+                    };
+                    if let Some(found) = wanted.find(&interfered) {
+                        let what = (before, after, wanted, first, then, halves);
+                        assert_eq!((found.key, found.meta), (wanted.key(), wanted.meta()), "{what:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whatever a client's address is.
+#[test]
+fn an_address_is_taken_for_no_flow() {
+    let (flow, words) = (Id::Short(3), bucket());
+    let (key, meta) = (flow.key(), flow.meta().0);
+    let imitating = Address([key as u32, (key >> 32) as u32, meta as u32, (meta >> 32) as u32]);
+    let long = Id::Long(3);
+    let room = make_room(&words, 0, Kind::Long, worth::BUSY, worth_of).unwrap();
+    put_long(&words, room.unit, long.key(), &imitating, long.meta());
+    assert_eq!((words.load(key_at(1)), words.load(meta_at(1))), (key, meta));
+    assert_eq!(flow.find(&words), None);
+    let found = long_at(&words, 0, &imitating, long.key(), u64::MAX).unwrap();
+    let noting = Noting(&words, RefCell::default());
+    assert!(remove(&noting, &found));
+    let writes = noting.1.into_inner();
+    // Nor while it goes.
+    for step in 0..20 {
+        for halves in 0..=writes.len() {
+            let words = bucket();
+            put_long(&words, 0, long.key(), &imitating, long.meta());
+            words.store(meta_at(0), long.meta().0);
+            let (one, other) = writes.split_at(halves);
+            let interfered = Interfered {
+                words: &words,
+                step: Cell::new(0),
+                writes: vec![(step, one), (step + 1, other)],
+            };
+            assert_eq!(flow.find(&interfered), None, "{step} {halves}");
+        }
+    }
 }
 
 /// Writers and readers of one bucket, all at once: who finds a flow gets its own meta, whole.
