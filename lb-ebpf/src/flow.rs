@@ -221,12 +221,11 @@ const fn failed(reason: Reason) -> u64 {
 
 /// Puts a client's packet that belongs to no flow on a backend and records the flow.
 ///
-/// A function that the verifier checks for itself, as are its parts: it is the longest way, few packets take it, and the
+/// Its parts are functions that the verifier checks for themselves: it is the longest way, few packets take it, and the
 /// parts use the same stack one after the other. What they tell each other is in the scratch memory. Gives the flow as
 /// a number, see [`Known::from_bits`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
+#[inline(always)]
+pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
     let chosen = choose(client_ifindex, service_id);
     if chosen & FAILED != 0 {
         return chosen;
@@ -332,7 +331,7 @@ extern "C" fn needs_source_port() -> u64 {
     }
     // Another service with the same backend may have the client's port.
     scratch.except = NOWHERE;
-    is_taken(now()).into()
+    is_taken().into()
 }
 
 /// Makes room for the new flow; gives its location. Where there is none, a flow without replies to translate goes on
@@ -565,7 +564,8 @@ fn replied(scratch: &mut Scratch, hash: u64, which: u32) -> Reply<Entry> {
             let entry = Entry::found(scratch, location);
             match maps::backend(entry.meta.backend()) {
                 Some(backend) if entry.is_of_generation(backend.generation) => Reply::Of(entry),
-                _ => Reply::None,
+                // To an address that this host had then.
+                _ => Reply::Late,
             }
         }
     }
@@ -658,17 +658,34 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
 }
 
 /// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`] for its replies.
+/// One that is over does not have it any more after that.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn is_taken(now: u64) -> u32 {
+extern "C" fn is_taken() -> u32 {
     let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
         return 1;
     };
     let location = find_reply(hash_of_scratch_reply(), of::REPLY);
-    let is_taken = location != NOWHERE
-        && location != LEFT
-        && !ageing::is_over(settings, Entry::found(scratch, location).meta, now);
-    is_taken.into()
+    if location == NOWHERE || location == LEFT {
+        return 0;
+    }
+    let found = Entry::found(scratch, location);
+    // It would get the replies: they lead to the first that is found. Where a packet has just come for it, it goes on.
+    if ageing::is_over(settings, found.meta, now()) && found.remove() {
+        count_end(found.meta);
+        return 0;
+    }
+    1
+}
+
+/// Where the search for a source port starts, see [`first_choice`]; by itself it takes stack only while it runs.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn first_port() -> u32 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => first_choice(settings, &scratch.packet.key),
+        _ => 0,
+    }
 }
 
 /// Takes a source port that no other flow uses towards the backend for the flow for which there is room at `location`, and
@@ -682,12 +699,12 @@ extern "C" fn claim(location: u64) -> u64 {
         return failed(Reason::Internal);
     };
     let meta = Meta(scratch.began_meta);
-    let start = first_choice(settings, &scratch.packet.key);
+    let start = first_port();
     for attempt in 0..TRIES {
         let port = candidate(settings, start, attempt).to_be();
         scratch.reply.destination_port = port;
         scratch.except = location;
-        if is_taken(now()) != 0 {
+        if is_taken() != 0 {
             continue;
         }
         let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit(meta));
@@ -696,7 +713,7 @@ extern "C" fn claim(location: u64) -> u64 {
         }
         record_translated(location, alias);
         // Another CPU may have taken the same port meanwhile: both see that, or one does.
-        if is_taken(now()) == 0 {
+        if is_taken() == 0 {
             return port.into();
         }
         free(alias);

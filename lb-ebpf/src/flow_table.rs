@@ -238,22 +238,29 @@ fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32
 #[inline(never)]
 pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
     let mut nowhere = NOWHERE;
-    for step in 0..16 {
-        let (index, line) = place(hash, step >> 3);
-        let location = replied(index, (line as u32 / 2 + step) & 7, which);
+    // Two buckets, in each the flows and then the aliases of the eight units.
+    for step in 0..32 {
+        let (index, line) = place(hash, step >> 4);
+        let unit = (line as u32 / 2 + step) & 7;
+        let location = if step & 8 == 0 {
+            replied(index, unit, which)
+        } else {
+            aliased(index, unit, which)
+        };
         if location == LEFT {
             nowhere = LEFT;
         } else if location != NOWHERE {
             return location;
         }
-        if step == 7 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+        if step == 15 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
             break;
         }
     }
     nowhere
 }
 
-/// As [`find_reply`], at one unit of a bucket: a function that the verifier checks for itself, once for all of them.
+/// As [`find_reply`], at one unit of a bucket and unless an alias leads to the flow: a function that the verifier checks
+/// for itself, once for all of them.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
@@ -281,19 +288,34 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
             return answers(scratch, which, index, &found, ports, client.by_words());
         }
     }
+    NOWHERE
+}
+
+/// As [`replied`], for a flow that an alias at the unit leads to.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn aliased(index: u32, unit: u32, which: u32) -> Location {
+    let (Some(scratch), Some(aliases)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let (reply, unit) = (tuple(scratch, which), unit as usize & 7);
     let want = alias_key(0, 0, reply.destination_port, reply.source_port);
-    match flow_table::at(&bucket, unit, Kind::Alias, want, ALIASED_PORTS) {
-        Some(alias) => aliased(scratch, which, &alias),
+    match flow_table::at(&aliases, unit, Kind::Alias, want, ALIASED_PORTS) {
+        Some(alias) => leads_to(scratch, which, &aliases, &alias),
         None => NOWHERE,
     }
 }
 
 /// The flow that an alias leads to.
 #[inline(always)]
-fn aliased(scratch: &mut Scratch, which: u32, alias: &Found) -> Location {
+fn leads_to(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found) -> Location {
     let reply = tuple(scratch, which);
     let index = alias.key as u32 >> 3;
-    let (Some(bucket), Some(backend)) = (bucket(index), maps::backend(alias.meta.backend())) else {
+    let (Some(bucket), Some(backend), Some(settings)) = (
+        bucket(index),
+        maps::backend(alias.meta.backend()),
+        maps::settings(),
+    ) else {
         return NOWHERE;
     };
     let want = (reply.destination_port as u64) << 32;
@@ -312,8 +334,19 @@ fn aliased(scratch: &mut Scratch, which: u32, alias: &Found) -> Location {
         return NOWHERE;
     }
     let ports = (found.key as u16, (found.key >> 16) as u16);
-    // The daemon's sweep gives it the state and the age of the flow.
-    answers(scratch, which, index, &found, ports, client)
+    let location = answers(scratch, which, index, &found, ports, client);
+    if location != NOWHERE {
+        // It lives as long as the flow does.
+        let state = found.meta.state();
+        let renewed = alias
+            .meta
+            .with_state(state)
+            .with_age(ageing::ticks(settings, state, now()));
+        if renewed != alias.meta {
+            flow_table::update(aliases, alias, renewed);
+        }
+    }
+    location
 }
 
 /// The location of a flow, if a 5-tuple is one of replies of its backend.

@@ -363,8 +363,8 @@ fn balance(group: Group) {
 
         daemon.configure(&interfaces, &[]);
         daemon.done(&["reload"]);
-        eventually("the tables are empty", Duration::from_secs(10), || {
-            maps::flows(&daemon.pins()).is_empty() && maps::replies(&daemon.pins()) == 0
+        eventually("the table is empty", Duration::from_secs(10), || {
+            maps::units_in_use(&daemon.pins()) == 0
         });
     }
     let contents = maps::contents(&daemon.pins());

@@ -25,7 +25,7 @@ use lb_common::{
     },
     logic::{
         ageing,
-        flow_table::{key_at, meta_at, short_key},
+        flow_table::{PORTS, key_at, long_key, meta_at, short_key},
     },
 };
 use nix::{
@@ -551,6 +551,13 @@ impl Fixture {
         let mut settings = SETTINGS;
         change(&mut settings);
         settings.tick_shifts = ageing::tick_shifts(&settings);
+        if self.instance().contents.settings.tick_shifts != settings.tick_shifts {
+            // As the daemon does: flows are seen now by the new ticks.
+            let mut ageless = settings;
+            ageless.flags |= SettingsFlags::AGELESS;
+            self.apply(Operation::PutSettings(ageless));
+            self.tidy();
+        }
         self.apply(Operation::PutSettings(settings));
     }
 
@@ -660,6 +667,17 @@ impl Fixture {
         }
     }
 
+    pub(crate) fn bucket(&mut self, index: u32) -> Bucket {
+        let buckets: Array<_, Raw<Bucket>> = self.instance().map("FLOWS");
+        buckets.get(&index, 0).unwrap().0
+    }
+
+    /// Writes a bucket of the flow table, as no program does.
+    pub(crate) fn put_bucket(&mut self, index: u32, bucket: Bucket) {
+        let mut buckets: Array<_, Raw<Bucket>> = self.instance().map("FLOWS");
+        buckets.set(index, Raw(bucket), 0).unwrap();
+    }
+
     fn buckets(&mut self) -> Vec<Bucket> {
         let buckets: Array<_, Raw<Bucket>> = self.instance().map("FLOWS");
         buckets.iter().map(|bucket| bucket.unwrap().0).collect()
@@ -685,14 +703,20 @@ impl Fixture {
         self.units().iter().filter(|(_, meta)| meta.is(kind)).count()
     }
 
-    /// The way back to the client of an IPv4 flow whose source port is the client's.
+    /// The way back to the client of an IPv4 flow: the only one from its port to that of the service.
     pub(crate) fn client_link(&mut self, frame: &Frame) -> Option<ClientLink> {
         let key = frame.key();
-        let wanted = short_key(key.source.v4_word(), key.source_port, key.destination_port);
-        let units = self.units();
-        let (_, meta) = units
-            .iter()
-            .find(|(key, meta)| *key == wanted && meta.is(Kind::Short) && !meta.is_left())?;
+        let (client, port) = (key.source_port, key.destination_port);
+        let short = short_key(key.source.v4_word(), client, port);
+        let long = long_key(client, port, 0, 0);
+        let (_, meta) = self.units().into_iter().find(|(key, meta)| {
+            let is_it = if meta.is(Kind::Short) {
+                *key == short
+            } else {
+                meta.is(Kind::Long) && key & PORTS == long
+            };
+            is_it && !meta.is_left()
+        })?;
         let links: Array<_, Raw<ClientLink>> = self.instance().map("CLIENT_LINKS");
         (meta.link() != 0).then(|| links.get(&meta.link(), 0).unwrap().0)
     }

@@ -317,6 +317,7 @@ fn a_service_of_any_port_takes_every_port_of_both_families_and_keeps_or_rewrites
             };
             fixture.apply(Operation::PutServiceKey(key, service.id));
         }
+        fixture.change_service(service, |entry| entry.vip = Address::from(vip.ip()));
         let syn = |port: u16| tcp(client, SocketAddr::new(vip.ip(), port), SYN);
         fixture.change_settings(|_| ());
         let frame = syn(1);

@@ -7,16 +7,17 @@ use aya::maps::{
     lpm_trie::{Key, LpmTrie},
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FILTER_ALLOW, FILTER_DENY, FilterKey, Flow,
-    FlowKey, Forward, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceFlags, ServiceKey,
-    Settings, SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP,
+    Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FILTER_ALLOW, FILTER_DENY,
+    FilterKey, Forward, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICE_KEYS,
+    MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service,
+    ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP, buckets,
+    flows,
 };
 use xlb::{
     compile::SourceFilters,
     datapath::{
-        Contents, Datapath, Live, Operation, Pins, contents_dump,
-        kernel::{KernelDatapath, Raw},
+        Contents, Datapath, Operation, Pins, contents_dump,
+        kernel::{KernelDatapath, Raw, flow_table_memory},
     },
 };
 
@@ -56,6 +57,7 @@ fn contents() -> Contents {
         _pad: [0; 12],
     };
     let service = |strategy| Service {
+        vip: address(100 + strategy),
         strategy,
         forward: 1,
         flags: 3,
@@ -330,23 +332,27 @@ fn the_daemon_judges_sources_as_the_kernels_trie_does() {
 }
 
 #[test]
-fn the_base_of_live_flows_is_read_back_and_survives_a_restart() {
+fn live_flows_are_adjusted_and_survive_a_restart() {
     let mut fixture = Fixture::empty(1024);
     let last = MAX_BACKENDS - 1;
-    fixture
-        .datapath()
-        .set_live_base(last, 3_u64.wrapping_neg())
-        .unwrap();
-    let error = fixture.datapath().set_live_base(MAX_BACKENDS, 1).unwrap_err();
-    assert_eq!(error.object, "LIVE_BASE[16384]");
+    fixture.adjust_live(last, 7);
+    fixture.adjust_live(last, -3);
+    fixture.adjust_live(1, -3);
+    let error = fixture.datapath().adjust_live(MAX_BACKENDS, 1).unwrap_err();
+    assert_eq!(error.object, "LIVE[16384]");
+    let error = fixture.datapath().live_counts(&[MAX_BACKENDS]).unwrap_err();
+    assert_eq!(error.object, "LIVE[16384]");
     fixture.restart(1024);
     let live = fixture.datapath().live_counts(&[1, last]).unwrap();
-    let based = |base| Live {
-        count: LiveCount::default(),
-        base,
-    };
-    assert_eq!(live, [(1, based(0)), (last, based(3_u64.wrapping_neg()))].into());
-    assert_eq!(live[&last].flows(), 0, "the parts contradict each other");
+    let count = |opened, ended| LiveCount { opened, ended };
+    assert_eq!(live, [(1, count(0, 3)), (last, count(7, 3))].into());
+    assert_eq!((live[&1].flows(), live[&last].flows()), (0, 4));
+    // Whatever was counted, the next owner of the id begins with none.
+    for id in [1, last] {
+        fixture.apply(Operation::RemoveBackend(id));
+        let LiveCount { opened, ended } = fixture.datapath().live_counts(&[id]).unwrap()[&id];
+        assert_eq!(opened, ended);
+    }
 }
 
 #[test]
@@ -370,10 +376,35 @@ fn a_restarted_daemon_finds_all_as_it_was() {
     fixture.restart(4096);
     assert!(fixture.datapath().read().unwrap() == expected);
     assert_eq!(
-        fixture.datapath().flow_table_size().unwrap(),
+        fixture.datapath().flow_table_size(),
         1024,
         "the pinned table's size is kept"
     );
+}
+
+/// The program finds flows by the number of buckets that it was told when it was loaded.
+#[test]
+fn flows_are_found_after_a_restart_with_another_size() {
+    for size in [1, 1000, 4096] {
+        let mut fixture = Fixture::with_flow_table(1024);
+        let ack = tcp("198.51.100.7:5000", WEB.vip, ACK);
+        fixture.run(&ack.bytes());
+        fixture.all_slots(&WEB, WEB.backends[1].id);
+        fixture.restart(size);
+        let expected = Expected::to_backend(&WEB, 0, &ack, ack.source);
+        fixture.expect("known flow", &ack.bytes(), expected);
+        assert_eq!(fixture.remove(&ack), 1);
+    }
+}
+
+#[test]
+fn four_million_flows_take_96_mebibytes() {
+    assert_eq!(flow_table_memory(4 << 20), 96 << 20);
+    // Room for a half more units than flows, in whole buckets.
+    for size in [1, 2, 5, 6, 1000, 1024, 65_536, 100_000] {
+        assert!(flows(buckets(size)) >= size);
+        assert_eq!(buckets(flows(buckets(size))), buckets(size));
+    }
 }
 
 #[test]
@@ -437,7 +468,7 @@ fn all_that_is_kept(fixture: &mut Fixture) -> impl PartialEq + Debug + use<> {
     }
     let live = EVERY.map(|service| service.backends.map(|backend| fixture.live(backend.id)));
     let flows: Vec<_> = fixture.flows().into_keys().collect();
-    fixture.set_live_base(WEB.backends[0].id, 5);
+    fixture.adjust_live(WEB.backends[0].id, 5);
     (seen, fixture.counted(), live, flows)
 }
 
@@ -533,14 +564,8 @@ fn the_objects_maps_have_the_sizes_of_the_shared_types() {
             MAX_SOURCE_FILTERS,
         ),
         ("LIVE", 4, size_of::<LiveCount>(), MAX_BACKENDS),
-        ("LIVE_BASE", 4, 8, MAX_BACKENDS),
-        ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>(), DEFAULT_FLOWS),
-        (
-            "REPLIES",
-            size_of::<FlowKey>(),
-            size_of::<FlowKey>(),
-            DEFAULT_FLOWS,
-        ),
+        ("FLOWS", 4, size_of::<Bucket>(), buckets(DEFAULT_FLOWS)),
+        ("CLIENT_LINKS", 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
         ("TOTALS", 4, size_of::<Totals>(), 1),
         ("COUNTERS", 4, size_of::<Count>(), REASON_COUNT),
         (

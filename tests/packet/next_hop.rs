@@ -117,7 +117,7 @@ fn packets_between_two_interfaces_are_redirected_both_ways() {
                 syn.sent(service.backends[0].link(), source, service.backends[0].address)
                     .bytes()
             );
-            assert_eq!(fixture.flow(&syn).unwrap().client_ifindex, client);
+            assert_eq!(fixture.client_link(&syn).unwrap().ifindex, client);
 
             let reply = Frame::answer(
                 service.backends[0].address,
@@ -135,7 +135,7 @@ fn packets_between_two_interfaces_are_redirected_both_ways() {
             );
             // The client's packets come by the backend's interface from now on, and so go the replies.
             fixture.run_from(&tcp(CLIENT, service.vip, ACK).bytes(), Some(backend));
-            assert_eq!(fixture.flow(&syn).unwrap().client_ifindex, backend);
+            assert_eq!(fixture.client_link(&syn).unwrap().ifindex, backend);
             assert_eq!(fixture.run_from(&reply.bytes(), Some(backend)), (TX, output));
         }
     });

@@ -6,7 +6,7 @@ mod sequences;
 use std::collections::BTreeSet;
 
 use lb_common::{
-    abi::{BackendFlags, Forward, SLOT_COUNT, Service, Strategy},
+    abi::{BackendFlags, SLOT_COUNT, Strategy},
     logic::hash::{client_hash, flow_hash, slot_of},
 };
 use xlb::datapath::Operation;
@@ -55,15 +55,7 @@ fn expect_slots(fixture: &mut Fixture, slot: impl Fn(&Frame) -> u32) {
 }
 
 fn put_strategy(fixture: &mut Fixture, strategy: Strategy) {
-    fixture.apply(Operation::PutService(
-        WEB.id,
-        Service {
-            strategy: strategy.number(),
-            forward: Forward::Nat.number(),
-            in_use: 1,
-            ..Service::default()
-        },
-    ));
+    fixture.change_service(&WEB, |service| service.strategy = strategy.number());
 }
 
 #[test]

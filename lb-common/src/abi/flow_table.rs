@@ -13,7 +13,7 @@ pub const LINE: usize = WORDS / 2;
 
 /// What flows with the same hash share; the value of the flow table's array.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Bucket(pub [u64; WORDS]);
 
 const _: () = assert!(size_of::<Bucket>() == 128);

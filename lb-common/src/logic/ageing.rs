@@ -29,15 +29,20 @@ pub const fn has_ended(forward: u8, state: TcpState) -> bool {
     }
 }
 
-/// The shift that makes ticks of nanoseconds for a timeout: at least 64 ticks, and fewer than 128 unless there is no
-/// time at all.
+/// The shift that makes ticks of nanoseconds for a timeout: from 64 to 127 ticks for one of four seconds and more.
+///
+/// Ticks start over after 256. What is idle for so long looks young again, unless the daemon has met it before: its sweeps
+/// have 17 seconds at least, three times their interval, and as long as the timeout is.
 pub const fn tick_shift(timeout: u64) -> u8 {
-    let mut shift = 0;
+    let mut shift = SHORTEST;
     while timeout >> shift >= 128 {
         shift += 1;
     }
     shift
 }
+
+/// The shift for ticks of 67 milliseconds.
+const SHORTEST: u8 = 26;
 
 /// The shifts for the timeouts of some settings, as [`Settings::tick_shifts`] has them.
 pub const fn tick_shifts(settings: &Settings) -> [u8; 4] {
@@ -173,12 +178,15 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_has_64_to_127_ticks() {
-        for timeout in [64, 100, 127, 128, SECOND, 60 * SECOND, 3600 * SECOND, 1 << 62] {
-            let ticks = timeout >> tick_shift(timeout);
-            assert!((64..128).contains(&ticks), "{timeout}: {ticks}");
+    fn a_timeout_has_64_to_127_ticks_and_they_start_over_long_after_it() {
+        for seconds in [5, 7, 60, 3600, 86_400, 10_000_000] {
+            let ticks = (seconds * SECOND) >> tick_shift(seconds * SECOND);
+            assert!((64..128).contains(&ticks), "{seconds}: {ticks}");
         }
-        assert_eq!(tick_shift(0), 0);
+        for timeout in [0, 1, SECOND, 4 * SECOND, 5 * SECOND, 60 * SECOND, 1 << 50] {
+            let over = 256 << tick_shift(timeout);
+            assert!(over >= 17 * SECOND && over >= 2 * timeout, "{timeout}");
+        }
     }
 
     #[test]

@@ -448,3 +448,6 @@ pub fn again<W: Words>(words: &W, found: &Found) -> Option<Meta> {
     }
     Some(meta)
 }
+
+#[cfg(test)]
+mod tests;

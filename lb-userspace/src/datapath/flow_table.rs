@@ -174,11 +174,20 @@ impl FlowTable {
     pub(super) fn remove(&self, context: &mut Context<'_>, key: &FlowKey, unless_seen_since: u64) -> u64 {
         let seed = context.settings.table_seed;
         let hash = end_hash(seed, &key.source, key.source_port, key.protocol);
-        let Some(bucket) = self.buckets.get(bucket_of(hash, self.buckets()) as usize) else {
-            return 0;
+        let places = [
+            bucket_of(hash, self.buckets()),
+            second_bucket_of(hash, self.buckets()),
+        ];
+        let places = if places[0] == places[1] {
+            &places[..1]
+        } else {
+            &places[..]
         };
         let mut removed = 0;
-        for unit in 0..UNITS {
+        for (bucket, unit) in (places.iter())
+            .filter_map(|index| self.buckets.get(*index as usize))
+            .flat_map(|bucket| (0..UNITS).map(move |unit| (bucket, unit)))
+        {
             // Anew where a packet has changed it meanwhile.
             while let Some((_, found)) = flow_at(bucket, unit, context).filter(|(found, _)| found == key) {
                 let last_seen = ageing::last_seen(&context.settings, found.meta, context.now);
@@ -246,7 +255,7 @@ impl FlowTable {
             } else if meta.is(Kind::Long) {
                 free_long(bucket, unit);
             } else {
-                bucket.swap(meta_at(unit), meta.0, Meta::EMPTY.0);
+                bucket.swap(meta_at(unit), meta.0, meta.emptied().0);
             }
             return;
         }

@@ -82,6 +82,8 @@ impl Balancer {
                 .collect(),
             ramps: BTreeMap::new(),
             live_flows: BTreeMap::new(),
+            left_services: BTreeSet::new(),
+            ages_are_renewed: false,
         };
         let actual = self.fixture.datapath().read().unwrap();
         let desired = compile(&mut self.tables, &model, &actual).unwrap().contents;

@@ -247,7 +247,7 @@ fn a_backend_that_has_as_many_flows_as_it_takes_gets_no_more_and_the_others_get_
         let full = Expected::dropped(BackendsFull).of(&WEB);
         fixture.expect("full again", &more.bytes(), full);
         // What the daemon has counted is part of it.
-        fixture.set_live_base(BACKENDS[1], 5_u64.wrapping_neg());
+        fixture.adjust_live(BACKENDS[1], -5);
         let five = backends(&mut fixture, (6000..6006).map(|number| flow(&WEB, number, SYN)));
         assert_eq!(counts(&five)[&Some(BACKENDS[1])], 5);
         assert_eq!(five.iter().filter(|backend| backend.is_none()).count(), 1);
