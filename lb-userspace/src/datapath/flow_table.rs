@@ -19,7 +19,7 @@ use lb_common::{
         ageing,
         flow_table::{
             Found, Words, again, at, bucket_of, client_of_long, end_hash, free_long, is_address, meta_at,
-            remove, update,
+            remove, second_bucket_of, update,
         },
     },
 };
