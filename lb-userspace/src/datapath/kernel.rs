@@ -220,9 +220,8 @@ impl KernelDatapath {
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|error| failed("load", "the program's maps", error))?;
-        xdp_program(&mut ebpf)?
-            .load()
-            .map_err(|error| failed("load", "the program", error))?;
+        let program = xdp_program(&mut ebpf)?;
+        load_despite_signals(|| program.load()).map_err(|error| failed("load", "the program", error))?;
         pin_program(&mut ebpf, PROGRAM, &pins.program(PROGRAM))?;
 
         let data = |name: &str| pinned(&pins.map(name), name);
@@ -680,6 +679,22 @@ fn no_backend(operation: &'static str, id: u32) -> DatapathError {
         format!("{LIVE}[{id}]"),
         io::Error::from_raw_os_error(libc::E2BIG),
     )
+}
+
+/// Loads a program. The kernel gives up on it when a signal comes, as that of a probe's process which has ended, and
+/// says EAGAIN (`bpf_check`).
+pub(super) fn load_despite_signals(
+    mut load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), ProgramError> {
+    const TRIES: u32 = 20;
+    for _ in 1..TRIES {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            outcome => return outcome,
+        }
+    }
+    load()
 }
 
 /// An entry of an array; an unused one beyond its end, and where it cannot be read, which is left as the problem.
