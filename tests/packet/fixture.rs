@@ -188,7 +188,7 @@ pub(crate) const SETTINGS: Settings = Settings {
     udp_idle: LONG,
     source_port_first: 1024,
     source_port_count: 31744,
-    flags: SettingsFlags::LOCAL,
+    flags: SettingsFlags::LOCAL | SettingsFlags::ON_LOOPBACK,
     ipip_source_v4: Address::from_v4_word(u32::from_ne_bytes([172, 16, 0, 0])),
     ipip_source_v6: Address([0x100_0000_u32.to_be(), 0, 0, 0]),
     ipip_varying_v4: 0xffff_u32.to_be(),

@@ -373,12 +373,12 @@ fn a_place_that_nobody_writes_to_its_end_is_free_after_two_passes() {
     let mut bucket = fixture.bucket(index);
     let is_free = |bucket: &Bucket, unit: usize| bucket.0[meta_at(unit)] == 0;
     let short = (0..8).find(|unit| is_free(&bucket, *unit)).unwrap();
-    bucket.0[meta_at(short)] = Meta::busy(Kind::Short).0;
+    bucket.0[meta_at(short)] = Meta::default().busy(Kind::Short).0;
     let long = (0..8)
         .step_by(2)
         .find(|unit| is_free(&bucket, *unit) && is_free(&bucket, unit + 1))
         .unwrap();
-    bucket.0[meta_at(long)] = Meta::busy(Kind::Long).0;
+    bucket.0[meta_at(long)] = Meta::default().busy(Kind::Long).0;
     bucket.0[key_at(long + 1)] = 1;
     bucket.0[meta_at(long + 1)] = 2;
     fixture.put_bucket(index, bucket);

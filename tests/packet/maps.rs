@@ -7,11 +7,11 @@ use aya::maps::{
     lpm_trie::{Key, LpmTrie},
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS, FILTER_ALLOW, FILTER_DENY,
-    FilterKey, Forward, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICE_KEYS,
-    MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service,
-    ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP, buckets,
-    flows,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS,
+    FILTER_ALLOW, FILTER_DENY, FilterKey, Forward, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS,
+    MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, SLOT_COUNT,
+    Service, ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP,
+    buckets, flows,
 };
 use xlb::{
     compile::SourceFilters,
@@ -553,7 +553,8 @@ fn the_objects_maps_have_the_sizes_of_the_shared_types() {
     for (name, key, value, entries) in [
         ("SETTINGS", 4, size_of::<Settings>(), 1),
         ("ADDRESSES", size_of::<Address>(), 4, MAX_ADDRESSES),
-        ("SERVICE_KEYS", size_of::<ServiceKey>(), 4, MAX_SERVICE_KEYS),
+        ("ADDRESS_FILTER", 4, 8 * ADDRESS_FILTER_WORDS as usize, 1),
+        ("SERVICE_KEYS", 4, size_of::<Bucket>(), SERVICE_BUCKETS),
         ("SERVICES", 4, size_of::<Service>(), MAX_SERVICES),
         ("SLOT_TABLES", 4, 4, MAX_SERVICES),
         ("BACKENDS", 4, size_of::<Backend>(), MAX_BACKENDS),

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::Command, thread};
 
-use lb_common::abi::{BackendFlags, Link};
+use lb_common::abi::{BackendFlags, Link, SettingsFlags};
 use nix::{
     net::if_::if_nametoindex,
     sched::{CloneFlags, unshare},
@@ -54,6 +54,17 @@ fn a_next_hop_that_changes_is_followed_by_known_flows() {
     fixture.expect("ACK", &ack.bytes(), expected.with_output(output));
     fixture.change_backend(&WEB, 0, |backend| backend.ifindex = INGRESS + 1);
     assert_eq!(fixture.run(&ack.bytes()).0, REDIRECT);
+}
+
+#[test]
+fn a_test_run_that_names_no_interface_is_told_what_one_interface_does() {
+    let mut fixture = Fixture::new();
+    let syn = tcp(CLIENT, WEB.vip, SYN);
+    fixture.all_slots(&WEB, WEB.backends[1].id);
+    assert_eq!(fixture.run(&syn.bytes()).0, REDIRECT);
+    // The loopback interface is the network's where the program is attached to it, else that of a test run alone.
+    fixture.change_settings(|settings| settings.flags &= !SettingsFlags::ON_LOOPBACK);
+    assert_eq!(fixture.run(&syn.bytes()).0, TX);
 }
 
 #[test]

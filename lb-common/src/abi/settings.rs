@@ -49,4 +49,6 @@ impl SettingsFlags {
     pub const LOCAL: u32 = 1 << 1;
     /// No flow is idle for too long: their times are being brought to other ticks.
     pub const AGELESS: u32 = 1 << 2;
+    /// The program is attached to the loopback interface, so that packets which come in by it are the network's.
+    pub const ON_LOOPBACK: u32 = 1 << 3;
 }

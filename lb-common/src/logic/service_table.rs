@@ -264,7 +264,7 @@ mod tests {
         ServiceKey {
             vip,
             port: (number % 3 * 4000) as u16,
-            protocol: if number % 2 == 0 { 6 } else { 17 },
+            protocol: if number.is_multiple_of(2) { 6 } else { 17 },
             _pad: 0,
         }
     }

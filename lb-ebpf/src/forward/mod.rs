@@ -11,7 +11,7 @@ use aya_ebpf::{
     helpers::bpf_redirect,
 };
 use lb_common::{
-    abi::{Address, Backend, BackendFlags, FlowKey, Forward, Link, Reason, Tags},
+    abi::{Address, Backend, BackendFlags, FlowKey, Forward, Link, Reason, SettingsFlags, Tags},
     logic::headers::{Fragment, Frame, Packet, TAG_LEN, ethertype},
 };
 
@@ -184,14 +184,20 @@ pub fn send(
 /// Sends a frame that is addressed already out of an interface.
 #[inline(always)]
 pub fn redirect(frame: &Cursor, verdict: Verdict, ifindex: u32, reason: Reason) -> Verdict {
-    // A test run that names no interface comes in by loopback, where no packet of the network does.
     let ingress = frame.ingress_ifindex();
-    if ifindex == ingress || ingress == LOOPBACK {
+    if ifindex == ingress || ingress == LOOPBACK && is_test_run() {
         return verdict.sent(XDP_TX, reason);
     }
     // SAFETY: the helper takes numbers alone; an interface that is gone makes the kernel drop the packet.
     unsafe { bpf_redirect(ifindex, 0) };
     verdict.sent(XDP_REDIRECT, reason)
+}
+
+/// Tells whether a packet that came in by the loopback interface is one of a test run, which comes in there unless it
+/// names an interface. That is told what becomes of a packet on one interface.
+#[inline(always)]
+fn is_test_run() -> bool {
+    maps::settings().is_some_and(|settings| settings.flags & SettingsFlags::ON_LOOPBACK == 0)
 }
 
 /// Writes an Ethernet header with its VLAN tags; gives the offset of what follows it.

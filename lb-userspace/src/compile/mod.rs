@@ -38,6 +38,9 @@ use crate::{
     model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
 
+/// Name of the loopback interface in every network namespace.
+const LOOPBACK: &str = "lo";
+
 /// What the maps shall hold, and who is who in them.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
@@ -107,6 +110,9 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
     let is_local = |service: &abi::Service| service.forward == abi::Forward::Local.number();
     if contents.services.values().any(is_local) {
         contents.settings.flags |= SettingsFlags::LOCAL;
+    }
+    if model.config.interfaces.iter().any(|name| name == LOOPBACK) {
+        contents.settings.flags |= SettingsFlags::ON_LOOPBACK;
     }
     add_addresses(&mut contents);
     check_limits(&contents, actual)?;

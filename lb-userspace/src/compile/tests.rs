@@ -281,6 +281,14 @@ fn a_setting_says_that_there_is_a_service_of_this_host() {
 }
 
 #[test]
+fn a_setting_says_that_packets_come_in_by_the_loopback_interface() {
+    let mut model = web();
+    model.config.interfaces.push("lo".to_owned());
+    let on_loopback = compiled(&model, &Contents::default());
+    assert_eq!(on_loopback.contents.settings.flags, SettingsFlags::ON_LOOPBACK);
+}
+
+#[test]
 fn a_service_of_all_ports_takes_no_id_that_another_service_has() {
     let mut model = web();
     let before = compiled(&model, &Contents::default());

@@ -231,7 +231,7 @@ impl Display for DisplaySettings<'_> {
         } = self.0;
         write!(
             f,
-            "{}{}{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
+            "{}{}{}{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
             if flags & SettingsFlags::ANY_PORT == 0 {
                 ""
             } else {
@@ -246,6 +246,11 @@ impl Display for DisplaySettings<'_> {
                 ""
             } else {
                 "ageless, "
+            },
+            if flags & SettingsFlags::ON_LOOPBACK == 0 {
+                ""
+            } else {
+                "on loopback, "
             },
             milliseconds(self.0.tcp_idle),
             milliseconds(self.0.tcp_opening),

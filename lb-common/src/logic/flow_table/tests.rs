@@ -268,7 +268,7 @@ fn what_is_over_gives_way_before_what_is_closed_opening_closing_and_open() {
             worth(&settings, meta(TcpState::Established), 1 << 39),
             worth(&settings, meta(TcpState::Established), 0),
         ],
-        vec![worth(&settings, Meta::busy(Kind::Short), 0)],
+        vec![worth(&settings, Meta::default().busy(Kind::Short), 0)],
     ];
     for pair in order.windows(2) {
         assert!(pair[0].iter().max() < pair[1].iter().min(), "{order:?}");
