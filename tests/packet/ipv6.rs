@@ -6,7 +6,7 @@ use lb_common::{
     abi::{
         Address,
         Reason::{self, BadExtensionHeader, BadSourceAddress, NoFlow, NotForService, TtlExceeded},
-        ServiceKey, SettingsFlags, TCP, UDP,
+        ROLE_VIP, ServiceKey, SettingsFlags, TCP, UDP,
     },
     logic::source_port::{candidate, first_choice},
 };
@@ -317,6 +317,7 @@ fn a_service_of_any_port_takes_every_port_of_both_families_and_keeps_or_rewrites
             };
             fixture.apply(Operation::PutServiceKey(key, service.id));
         }
+        fixture.apply(Operation::PutAddress(Address::from(vip.ip()), ROLE_VIP));
         fixture.change_service(service, |entry| entry.vip = Address::from(vip.ip()));
         let syn = |port: u16| tcp(client, SocketAddr::new(vip.ip(), port), SYN);
         fixture.change_settings(|_| ());

@@ -208,17 +208,23 @@ proptest! {
 
     #[test]
     fn both_ends_of_a_flow_and_all_parts_of_its_meta_are_kept(
-        service in 0_u32..1024, backend in 0_u32..16_384, forward in 1_u8..7, state in 0_u8..7, age: u8, link: u16,
+        service in 0_u32..1024, backend in 0_u32..16_384, forward in 1_u8..7, state in 0_u8..7, age: u8, link in 0_u32..0x7fff, overflows: bool,
     ) {
         for kind in [Kind::Short, Kind::Long, Kind::Alias] {
             let meta = Meta::new(kind, service, backend, forward)
                 .with_state(TcpState::from_number(state))
                 .with_age(age)
-                .with_link(u32::from(link));
+                .with_link(link)
+                .with_overflow(overflows);
             prop_assert_eq!((meta.service(), meta.backend(), meta.forward()), (service, backend, forward));
-            prop_assert_eq!((meta.state() as u8, meta.age(), meta.link()), (state, age, u32::from(link)));
+            prop_assert_eq!((meta.state() as u8, meta.age(), meta.link()), (state, age, link));
             prop_assert!(meta.is(kind) && !meta.is_busy() && !meta.is_empty());
-            prop_assert_eq!(meta.is_left(), link == u16::MAX);
+            prop_assert!(!meta.is_left() && meta.left().is_left());
+            prop_assert_eq!(meta.overflows(), overflows);
+            // The mark is the bucket's: it stays, whatever comes and goes.
+            for other in [meta.left(), meta.busy(kind), meta.emptied(), meta.replaced(Meta::EMPTY)] {
+                prop_assert_eq!(other.overflows(), overflows);
+            }
             prop_assert!(meta.is_of_same(meta.with_age(!age).with_state(TcpState::Closed).with_link(1)));
             prop_assert!(!meta.is_of_same(meta.busy_alike()) && meta.busy_alike().is(kind));
             prop_assert!(meta.busy_alike().is_busy());
