@@ -1,6 +1,7 @@
 //! Every map: who writes it, who reads it, and why it has its capacity.
 //!
-//! All are BTF maps, so that bpftool and libbpf can load the object too.
+//! All are BTF maps, so that bpftool and libbpf can load the object too. Where the size is a number of services or
+//! backends, the daemon sets another one at load time.
 
 use core::{
     intrinsics::{AtomicOrdering, atomic_xadd},
@@ -13,13 +14,16 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::abi::{
-    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS,
-    FilterKey, FragmentKey, FragmentPorts, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS,
-    MAX_FRAGMENTS, MAX_SERVICES, MAX_SOURCE_FILTERS, MAX_SOURCES, REASON_COUNT, SERVICE_BUCKETS, SLOT_COUNT,
-    Service, Settings, SourceKey, SourceRate, Totals, buckets,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
+    DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FilterKey, FragmentKey, FragmentPorts, LINE_WORDS,
+    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SOURCE_FILTERS, MAX_SOURCES, PoolLine,
+    REASON_COUNT, SERVICE_BUCKETS, Service, Settings, SourceKey, SourceRate, Totals, buckets, place_of,
 };
 
 use crate::bucket::InKernel;
+
+/// Backends, and the entry of the id that is none.
+const BACKEND_ENTRIES: usize = DEFAULT_BACKENDS as usize + 1;
 
 /// What holds for all services. Written by the daemon.
 #[btf_map]
@@ -27,7 +31,8 @@ static SETTINGS: Array<Settings, 1> = Array::new();
 
 /// Roles of the addresses of VIPs and backends. Written by the daemon.
 #[btf_map]
-pub static ADDRESSES: HashMap<Address, u32, { MAX_ADDRESSES as usize }> = HashMap::new();
+pub static ADDRESSES: HashMap<Address, u32, { (DEFAULT_SERVICES + DEFAULT_BACKENDS) as usize }> =
+    HashMap::new();
 
 /// What [`ADDRESSES`] has, less exact but faster, see `lb_common::logic::address_filter`. Written by the daemon, through its
 /// memory.
@@ -44,17 +49,24 @@ static SERVICE_KEYS: Array<Bucket, { SERVICE_BUCKETS as usize }, { BPF_F_MMAPABL
 
 /// By service id. Written by the daemon.
 #[btf_map]
-static SERVICES: Array<Service, { MAX_SERVICES as usize }> = Array::new();
+static SERVICES: Array<Service, { DEFAULT_SERVICES as usize }> = Array::new();
 
-/// A service's slot table: backend ids. A map in a map, so that the daemon swaps a whole table in one step and
-/// only services in use cost the 256 KiB of one.
+/// By service id: the line of the pool that new flows are spread over, 0 for none. Written by the daemon, through its
+/// memory: a pool is swapped for another by one store.
 #[btf_map]
-pub static SLOT_TABLES: ArrayOfMaps<Array<u32, { SLOT_COUNT as usize }>, { MAX_SERVICES as usize }> =
-    ArrayOfMaps::new();
+static POOLS: Array<u64, { DEFAULT_SERVICES as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// The lines of pools and slot tables, by chunk. Written by the daemon, through its memory, which adds chunks as it needs
+/// them; see docs/design/slot-tables.md.
+#[btf_map]
+static POOL_CHUNKS: ArrayOfMaps<
+    Array<PoolLine, { CHUNK_LINES as usize }, { BPF_F_MMAPABLE as usize }>,
+    { MAX_CHUNKS as usize },
+> = ArrayOfMaps::new();
 
 /// By backend id. Written by the daemon.
 #[btf_map]
-static BACKENDS: Array<Backend, { MAX_BACKENDS as usize }> = Array::new();
+static BACKENDS: Array<Backend, { BACKEND_ENTRIES }> = Array::new();
 
 /// `FILTER_ALLOW` or `FILTER_DENY` by service and prefix of the client's address: the longest that holds it decides
 /// about a new flow. Written by the daemon. A trie is never preallocated: prefixes that are not there cost nothing.
@@ -64,7 +76,7 @@ pub static SOURCE_FILTERS: LpmTrie<FilterKey, u32, { MAX_SOURCE_FILTERS as usize
 /// By backend id: flows that began and that ended. Written here and by the daemon, through its memory: both add to it
 /// atomically.
 #[btf_map]
-pub static LIVE: Array<LiveCount, { MAX_BACKENDS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub static LIVE: Array<LiveCount, { BACKEND_ENTRIES }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// The flow table. Written here and by the daemon, which ages it, through its memory; that also begins with a page, so that
 /// a bucket is two cache lines and not parts of three. The daemon sets the size at load time.
@@ -104,7 +116,7 @@ pub static SOURCES: LruHashMap<SourceKey, SourceRate, { MAX_SOURCES as usize }> 
 
 /// By service id: this CPU's position in the sequence of `round-robin`. Neither read nor written by the daemon.
 #[btf_map]
-static ROUND_ROBIN: PerCpuArray<u32, { MAX_SERVICES as usize }> = PerCpuArray::new();
+static ROUND_ROBIN: PerCpuArray<u32, { DEFAULT_SERVICES as usize }> = PerCpuArray::new();
 
 /// Packets by verdict. Written here, read by the daemon, as are the counters below.
 #[btf_map]
@@ -116,11 +128,12 @@ static COUNTERS: PerCpuArray<Count, { REASON_COUNT as usize }> = PerCpuArray::ne
 
 /// By service id and reason.
 #[btf_map]
-static SERVICE_COUNTERS: PerCpuArray<Count, { (MAX_SERVICES * REASON_COUNT) as usize }> = PerCpuArray::new();
+static SERVICE_COUNTERS: PerCpuArray<Count, { (DEFAULT_SERVICES * REASON_COUNT) as usize }> =
+    PerCpuArray::new();
 
 /// By backend id.
 #[btf_map]
-static BACKEND_COUNTERS: PerCpuArray<BackendCounters, { MAX_BACKENDS as usize }> = PerCpuArray::new();
+static BACKEND_COUNTERS: PerCpuArray<BackendCounters, { BACKEND_ENTRIES }> = PerCpuArray::new();
 
 #[inline(always)]
 pub fn flow_buckets() -> u32 {
@@ -149,6 +162,23 @@ pub fn round_robin(service_id: u32) -> Option<&'static mut u32> {
     ROUND_ROBIN
         .get_ptr_mut(service_id)
         .map(|position| unsafe { &mut *position })
+}
+
+/// The line in which the pool of a service begins; 0 for none.
+#[inline(always)]
+pub fn pool(service_id: u32) -> u32 {
+    match POOLS.get_ptr(service_id) {
+        // SAFETY: the pointer is of a map's value; the daemon writes whole words.
+        Some(word) => unsafe { read_volatile(word) as u32 },
+        None => 0,
+    }
+}
+
+#[inline(always)]
+pub fn pool_line(line: u32) -> Option<&'static [u64; LINE_WORDS]> {
+    let (chunk, index) = place_of(line);
+    // What a program has found does not change as long as it runs: the daemon waits for that before it uses lines again.
+    POOL_CHUNKS.get_value(chunk, &index).map(|line| &line.0)
 }
 
 #[inline(always)]

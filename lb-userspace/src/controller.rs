@@ -24,8 +24,8 @@ use crate::{
     compile::{self, Directory, SlotTables},
     config::{self, Config, Forward, Service, XdpMode},
     datapath::{
-        Datapath,
-        kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
+        Datapath, Sizes,
+        kernel::{Attachment, KernelDatapath, MapMemory, Mode},
         probes::Probes,
     },
     health::{Driver, Transition},
@@ -35,8 +35,8 @@ use crate::{
     observe::{
         rates::Rates,
         status::{
-            BackendStatus, FlowTableStatus, InterfaceStatus, PacketTotals, ServiceStatus, Status, Traffic,
-            by_reason,
+            BackendStatus, FlowTableStatus, InterfaceStatus, MapsStatus, PacketTotals, ServiceStatus, Status,
+            Traffic, by_reason,
         },
     },
     reconcile::Reconciler,
@@ -97,8 +97,10 @@ impl Controller {
             watcher,
         } = parts;
         let reconciler = Reconciler::new(datapath)?;
-        let restored = compile::restore(&config, reconciler.actual(), SystemTime::now());
+        let sizes = reconciler.datapath().sizes();
+        let restored = compile::restore(&config, reconciler.actual(), &sizes, SystemTime::now());
         let model = Model {
+            sizes,
             seed: seed::load_or_make(&config.seed_file)?,
             source_ports: net::source_ports()?,
             health: restored.health,
@@ -298,7 +300,7 @@ impl Controller {
                 problems.push(chain(error));
                 Default::default()
             });
-        let size = self.reconciler.datapath().flow_table_size();
+        let (sizes, memory) = (self.model.sizes, self.map_memory());
         let reports = self.driver.report();
         let unresolved = self.watcher.unresolved();
         let attached: BTreeSet<u32> = (self.attachments.iter())
@@ -391,15 +393,27 @@ impl Controller {
                 })
                 .collect(),
             flow_table: FlowTableStatus {
-                size,
+                size: sizes.flows,
                 flows: self.model.live_flows.values().sum(),
-                memory_bytes: flow_table_memory(size),
+                memory_bytes: memory.flow_table,
+            },
+            maps: MapsStatus {
+                services: sizes.services,
+                services_memory_bytes: memory.services,
+                backends: sizes.backends,
+                backends_memory_bytes: memory.backends,
+                slot_tables_memory_bytes: memory.slot_tables,
             },
             packets: PacketTotals::of(&counters.totals),
             reasons: by_reason(&counters.reasons),
             services: self.model.config.services.iter().map(service_status).collect(),
             problems,
         }
+    }
+
+    /// What the maps take.
+    pub fn map_memory(&self) -> MapMemory {
+        self.reconciler.datapath().memory()
     }
 
     /// Compiles the model and makes the maps hold the result.
@@ -546,7 +560,12 @@ impl Controller {
     /// Takes over what is known of servers that only have another name now, or whose service has: without it they
     /// would get no new flows until their first probe has ended.
     fn remember_renamed(&mut self) {
-        let restored = compile::restore(&self.model.config, self.reconciler.actual(), SystemTime::now());
+        let restored = compile::restore(
+            &self.model.config,
+            self.reconciler.actual(),
+            &self.model.sizes,
+            SystemTime::now(),
+        );
         for (name, health) in restored.health {
             self.model.health.entry(name).or_insert(health);
         }
@@ -562,16 +581,32 @@ impl Controller {
             warnings
                 .push("the control socket stays where it is until the daemon is started again".to_owned());
         }
-        let size = self.reconciler.datapath().flow_table_size();
+        let Sizes {
+            flows,
+            services,
+            backends,
+        } = self.model.sizes;
         if config
             .flow_table
             .size
-            .is_some_and(|wanted| abi::buckets(wanted) != abi::buckets(size))
+            .is_some_and(|wanted| abi::buckets(wanted) != abi::buckets(flows))
         {
             warnings.push(format!(
-                "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends \
+                "the flow table keeps its {flows} entries: another size takes effect after `xlb detach`, which ends \
                  all flows"
             ));
+        }
+        let limits = [
+            ("services", config.limits.services, services),
+            ("backends", config.limits.backends, backends),
+        ];
+        for (objects, wanted, limit) in limits {
+            if wanted.is_some_and(|wanted| wanted != limit) {
+                warnings.push(format!(
+                    "the maps keep their room for {limit} {objects}: another limit takes effect after `xlb detach`, which \
+                     ends all flows"
+                ));
+            }
         }
         warnings
     }

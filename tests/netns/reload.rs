@@ -154,7 +154,7 @@ fn a_removed_service_ends_its_flows_and_leaves_empty_maps() {
     assert_eq!(
         (
             contents.services.len(),
-            contents.slots.len(),
+            contents.pools.len(),
             contents.backends.len()
         ),
         (1, 1, 3)

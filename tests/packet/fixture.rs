@@ -19,9 +19,9 @@ use aya::{
 use lb_common::{
     abi::{
         Address, Backend, BackendCounters, BackendFlags, Bucket, ClientLink, Count, FlowKey, Forward,
-        FragmentKey, FragmentPorts, Kind, LENGTH_SLOT, Link, LiveCount, MAX_CLIENT_LINKS, Meta, REASON_COUNT,
-        ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, SourceKey,
-        SourceRate, Strategy, TCP, Totals, UDP, UNITS, buckets,
+        FragmentKey, FragmentPorts, Kind, Link, LiveCount, MAX_CLIENT_LINKS, Meta, REASON_COUNT,
+        ROLE_BACKEND, ROLE_VIP, Reason, Service, ServiceKey, Settings, SettingsFlags, SourceKey, SourceRate,
+        Strategy, TCP, Totals, UDP, UNITS, buckets,
     },
     logic::{
         ageing,
@@ -34,7 +34,7 @@ use nix::{
 };
 use xlb::{
     datapath::{
-        Contents, Datapath, Flow, Operation, Pins,
+        Contents, Datapath, Flow, Operation, Pins, Pool, Sizes,
         kernel::{KernelDatapath, PROGRAM, Raw},
     },
     reconcile::plan,
@@ -256,7 +256,7 @@ struct Instance {
     backends: BTreeSet<u32>,
 }
 
-/// Instances that tests have given back: to load the program and to fill slot tables takes longer than most tests.
+/// Instances that tests have given back: to load the program takes longer than most tests.
 /// They have no pins, so that nothing of them is left when the process ends.
 static IDLE: Mutex<Vec<Instance>> = Mutex::new(Vec::new());
 
@@ -274,9 +274,9 @@ impl Drop for Fixture {
 }
 
 impl Instance {
-    fn open(pins: &Pins, flow_table_size: u32) -> Self {
+    fn open(pins: &Pins, sizes: Sizes) -> Self {
         Self {
-            datapath: KernelDatapath::open(pins.clone(), flow_table_size).unwrap(),
+            datapath: KernelDatapath::open(pins.clone(), sizes).unwrap(),
             contents: Contents::default(),
             backends: BTreeSet::new(),
         }
@@ -290,16 +290,13 @@ impl Instance {
         }
     }
 
-    /// Makes all maps as empty as they were at first, but for slot tables, which no packet finds without a service.
+    /// Makes all maps as empty as they were at first.
     fn clear(&mut self) {
-        let emptied = Contents {
-            slots: self.contents.slots.clone(),
-            ..Contents::default()
-        };
-        for operation in plan(&self.contents, &emptied) {
+        let services: Vec<u32> = self.contents.pools.keys().copied().collect();
+        for operation in plan(&self.contents, &Contents::default()) {
             self.apply(&operation);
         }
-        for index in 0..buckets(self.datapath.flow_table_size()) {
+        for index in 0..buckets(self.datapath.sizes().flows) {
             self.empty("FLOWS", index, Bucket::default());
         }
         for index in 0..MAX_CLIENT_LINKS {
@@ -315,7 +312,6 @@ impl Instance {
         // Those of services and backends went with them.
         self.zero("TOTALS", [0], Totals::default());
         self.zero("COUNTERS", 0..REASON_COUNT, Count::default());
-        let services: Vec<u32> = self.contents.slots.keys().copied().collect();
         self.zero("ROUND_ROBIN", services, 0_u32);
     }
 
@@ -413,7 +409,7 @@ impl Fixture {
                 instance
             }
             None => {
-                let instance = Instance::open(&pins, 65_536);
+                let instance = Instance::open(&pins, Sizes::of_flows(65_536));
                 pins.remove_all().unwrap();
                 instance
             }
@@ -423,8 +419,13 @@ impl Fixture {
 
     /// No service and all maps empty, pinned, and not used before.
     pub(crate) fn empty(flow_table_size: u32) -> Self {
+        Self::of_sizes(Sizes::of_flows(flow_table_size))
+    }
+
+    /// As [`Self::empty`], with room for so much.
+    pub(crate) fn of_sizes(sizes: Sizes) -> Self {
         let pins = unique_pins();
-        Self::on(Instance::open(&pins, flow_table_size), pins, false)
+        Self::on(Instance::open(&pins, sizes), pins, false)
     }
 
     fn on(instance: Instance, pins: Pins, is_lent: bool) -> Self {
@@ -491,26 +492,18 @@ impl Fixture {
     pub(crate) fn restart(&mut self, flow_table_size: u32) {
         assert!(!self.is_lent, "its maps have no pins");
         drop(self.instance.take());
-        self.instance = Some(Instance::open(&self.pins, flow_table_size));
+        self.instance = Some(Instance::open(&self.pins, Sizes::of_flows(flow_table_size)));
     }
 
     pub(crate) fn apply(&mut self, operation: Operation) {
         self.counted = None;
-        // A slot table takes long to fill, and most are the same in all tests.
-        if let Operation::PutSlots(id, slots) = &operation
-            && self.instance().contents.slots.get(id) == Some(slots)
-        {
-            return;
-        }
         self.instance().apply(&operation);
     }
 
     /// Gives all slots of a service to one backend, 0 for none.
     pub(crate) fn all_slots(&mut self, service: &TestService, backend: u32) {
-        self.apply(Operation::PutSlots(
-            service.id,
-            vec![backend; SLOT_COUNT as usize].into(),
-        ));
+        let members: Vec<u32> = [backend].into_iter().filter(|id| *id != 0).collect();
+        self.apply(Operation::PutPool(service.id, Pool::of(members)));
     }
 
     /// Writes a backend that differs from what it was at the start.
@@ -539,12 +532,17 @@ impl Fixture {
         self.apply(Operation::PutService(service.id, entry));
     }
 
-    /// Gives a service these slots from slot 1 on, as the strategies by position have them.
+    /// Gives a service these slots, as the strategies by position have them.
     pub(crate) fn sequence(&mut self, service: &TestService, backends: &[u32]) {
-        let mut slots = vec![0; SLOT_COUNT as usize];
-        slots[LENGTH_SLOT as usize] = backends.len() as u32;
-        slots[LENGTH_SLOT as usize + 1..][..backends.len()].copy_from_slice(backends);
-        self.apply(Operation::PutSlots(service.id, slots.into()));
+        let mut members = backends.to_vec();
+        members.sort_unstable();
+        members.dedup();
+        let pool = if members.len() == backends.len() {
+            Pool::of(backends)
+        } else {
+            Pool::listed(backends)
+        };
+        self.apply(Operation::PutPool(service.id, pool));
     }
 
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {

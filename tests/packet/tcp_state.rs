@@ -239,7 +239,7 @@ fn a_new_connection_to_a_service_without_backends_is_reset() {
 #[test]
 fn a_service_without_a_slot_table_resets_new_connections() {
     let mut fixture = Fixture::new();
-    fixture.apply(xlb::datapath::Operation::RemoveSlots(WEB.id));
+    fixture.apply(xlb::datapath::Operation::RemovePool(WEB.id));
     let syn = client(SYN);
     fixture.expect("SYN", &syn.bytes(), Expected::rejected(&syn).of(&WEB));
 }

@@ -3,7 +3,7 @@
 use aya::maps::{Array, Map, MapData, MapError};
 use lb_common::abi::{Bucket, FlowKey};
 use xlb::datapath::{
-    Contents, Datapath, Flow, Pins,
+    Contents, Datapath, Flow, Pins, Sizes,
     kernel::{KernelDatapath, Raw},
 };
 
@@ -13,6 +13,15 @@ use xlb::datapath::{
 /// When there are no maps, or they cannot be read.
 pub fn contents(pins: &Pins) -> Contents {
     open(pins).read().expect("reading the maps")
+}
+
+/// Backend ids by slot, as the program finds them for a service.
+///
+/// # Panics
+/// When there are no maps, or the service has no pool.
+pub fn by_slot(pins: &Pins, service: u32) -> Vec<u32> {
+    let slots = open(pins).by_slot(service).expect("reading the slots");
+    slots.expect("the service has a pool")
 }
 
 /// All flows.
@@ -44,6 +53,6 @@ pub fn units_in_use(pins: &Pins) -> usize {
 
 fn open(pins: &Pins) -> KernelDatapath {
     assert!(pins.exist(), "the instance has no maps");
-    // The size is that of the maps that exist.
-    KernelDatapath::open(pins.clone(), 1024).expect("opening the maps")
+    // The sizes are those of the maps that exist.
+    KernelDatapath::open(pins.clone(), Sizes::default()).expect("opening the maps")
 }

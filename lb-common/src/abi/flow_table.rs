@@ -53,15 +53,17 @@ pub enum Kind {
 
 /// The second word of a unit: all that is known of a flow but its client.
 ///
-/// It is read and replaced as a whole. From the lowest bit: 16 bits of service id, 16 of backend id, 2 of [`Kind`], 3 of
+/// It is read and replaced as a whole. From the lowest bit: 14 bits of service id, 18 of backend id, 2 of [`Kind`], 3 of
 /// state, 3 of [`Forward`](super::Forward), 8 of age, 15 of the link to the client, 1 of the bucket, see [`Meta::overflows`].
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Meta(pub u64);
 
 /// "No service", of a unit that is being written.
-const NOBODY: u64 = 0xffff;
-const BACKEND: u32 = 16;
+const NOBODY: u64 = SERVICE_MASK;
+const SERVICE_MASK: u64 = 0x3fff;
+const BACKEND: u32 = 14;
+const BACKEND_MASK: u64 = 0x3_ffff;
 const KIND: u32 = 32;
 const STATE: u32 = 34;
 const FORWARD: u32 = 37;
@@ -74,6 +76,7 @@ const OVERFLOWS: u64 = 1 << 63;
 const IDENTITY: u64 = 0xffff_ffff | 3 << KIND | 7 << FORWARD;
 /// In place of a link, of a flow that its client has left.
 const LEFT: u32 = 0x7fff;
+const _: () = assert!(super::MAX_SERVICES as u64 == NOBODY && super::MAX_BACKENDS as u64 == BACKEND_MASK);
 /// State of a UDP flow of which more than its first datagram was seen.
 const CONFIRMED: u64 = 7;
 
@@ -83,8 +86,8 @@ impl Meta {
     #[inline(always)]
     pub const fn new(kind: Kind, service: u32, backend: u32, forward: u8) -> Self {
         Self(
-            (service & 0xffff) as u64
-                | ((backend & 0xffff) as u64) << BACKEND
+            (service as u64 & SERVICE_MASK)
+                | (backend as u64 & BACKEND_MASK) << BACKEND
                 | (kind as u64) << KIND
                 | ((forward & 7) as u64) << FORWARD,
         )
@@ -127,7 +130,7 @@ impl Meta {
 
     #[inline(always)]
     pub const fn is_busy(self) -> bool {
-        self.0 & 0xffff == NOBODY
+        self.0 & SERVICE_MASK == NOBODY
     }
 
     #[inline(always)]
@@ -142,12 +145,12 @@ impl Meta {
 
     #[inline(always)]
     pub const fn service(self) -> u32 {
-        (self.0 & 0xffff) as u32
+        (self.0 & SERVICE_MASK) as u32
     }
 
     #[inline(always)]
     pub const fn backend(self) -> u32 {
-        (self.0 >> BACKEND) as u32 & 0xffff
+        (self.0 >> BACKEND & BACKEND_MASK) as u32
     }
 
     #[inline(always)]

@@ -69,10 +69,6 @@ impl ServiceFlags {
     pub const REMOVED: u16 = 1 << 2;
 }
 
-/// In the slot table of `round-robin` and `least-connections`: the slot that holds the number of slots in use, which
-/// follow it. A hash-based strategy uses all slots.
-pub const LENGTH_SLOT: u32 = 0;
-
 /// How a new flow gets a backend.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +89,7 @@ impl Strategy {
         self as u8
     }
 
-    /// Tells whether a slot table of this strategy is a sequence, whose length is in [`LENGTH_SLOT`].
+    /// Tells whether a strategy looks backends up by their position, not by a hash: a flow that is forgotten may get another.
     #[inline(always)]
     pub const fn is_sequence(number: u8) -> bool {
         number == Self::RoundRobin as u8 || number == Self::LeastConnections as u8

@@ -1,4 +1,4 @@
-//! From the desired state to exact map contents: ids, flags and slot tables; pure.
+//! From the desired state to exact map contents: ids, flags and pools; pure.
 //!
 //! What the maps hold now is an input, so that services and backends keep their ids, and their flows with them,
 //! over every change and over a restart of the daemon.
@@ -9,19 +9,18 @@ mod identity;
 pub mod maglev;
 mod probe_paths;
 mod restore;
-mod round_robin;
+pub mod round_robin;
 mod slots;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    sync::Arc,
     time::Duration,
 };
 
 use lb_common::abi::{
-    self, BackendFlags, Link, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags,
+    self, BackendFlags, Link, MAX_SERVICE_KEYS, MAX_SOURCE_FILTERS, ROLE_BACKEND, ROLE_VIP, ServiceFlags,
+    SettingsFlags,
 };
 use lb_common::logic::ageing;
 
@@ -34,7 +33,7 @@ pub use self::{
 };
 use crate::{
     config::{Backend, Forward, Protocol, Service, Strategy},
-    datapath::Contents,
+    datapath::{Contents, Sizes},
     model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
 
@@ -66,6 +65,16 @@ pub enum CompileError {
         needed: usize,
         limit: usize,
     },
+    #[error(
+        "the configuration has {needed} {objects}, and the maps were made for {limit}: `limits.{objects}` (\"auto\", or at \
+         least {needed}) takes effect with new maps, after `xlb detach`, which ends all flows, and a start"
+    )]
+    TooManyForMaps {
+        /// As the key of the configuration is called.
+        objects: &'static str,
+        needed: usize,
+        limit: u32,
+    },
     /// Old entries leave the maps only after the new ones are in place.
     #[error(
         "the new configuration's {objects} do not fit beside the old ones: {needed} together, {limit} fit; \
@@ -87,7 +96,7 @@ pub enum CompileError {
 /// # Errors
 /// When something does not fit into the maps, also together with what has to leave them first.
 pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Result<Compiled, CompileError> {
-    let directory = assign_ids(&model.config.services, actual)?;
+    let directory = assign_ids(&model.config.services, actual, &model.sizes)?;
     let mut contents = Contents {
         settings: settings(model, &actual.settings),
         ..Contents::default()
@@ -97,11 +106,9 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
             continue;
         };
         let candidates = add_service(&mut contents, *id, service, &directory, model, actual);
-        let table = tables.get(*id, service.strategy, candidates);
-        let unchanged = actual.slots.get(id).filter(|old| **old == table);
-        contents.slots.insert(*id, unchanged.map_or(table, Arc::clone));
+        contents.pools.insert(*id, tables.pool(service, candidates));
     }
-    tables.retain(&contents);
+    tables.retain_used();
     add_removed_services(&mut contents, model, actual);
     add_removed_backends(&mut contents, &directory, model, actual);
     if contents.service_keys.keys().any(|key| key.port == 0) {
@@ -120,11 +127,11 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
 }
 
 /// Finds the ids that exist and gives the lowest free ones to the others.
-fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, CompileError> {
+fn assign_ids(services: &[Service], actual: &Contents, sizes: &Sizes) -> Result<Directory, CompileError> {
     let mut directory = Directory::default();
     let backends = services.iter().map(|service| service.backends.len()).sum();
-    check_limit("services", services.len(), MAX_SERVICES as usize)?;
-    check_limit("backends", backends, MAX_BACKENDS as usize - 1)?;
+    check_size("services", services.len(), sizes.services)?;
+    check_size("backends", backends, sizes.backends)?;
 
     // An id that no key leads to or has led to is out of reach of packets, whatever an interrupted change has left under
     // it; a retry finds it again.
@@ -132,17 +139,17 @@ fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, Comp
         .filter(|(_, service)| service.flags & ServiceFlags::REMOVED != 0)
         .map(|(id, _)| *id);
     let used_services: BTreeSet<u32> = (actual.service_keys.values().copied()).chain(removed).collect();
-    let mut free_services = (0..MAX_SERVICES).filter(|id| !used_services.contains(id));
-    let mut free_backends = (1..MAX_BACKENDS).filter(|id| !actual.backends.contains_key(id));
-    let known_backends = identity::backends(actual);
+    let mut free_services = (0..sizes.services).filter(|id| !used_services.contains(id));
+    let mut free_backends = (1..=sizes.backends).filter(|id| !actual.backends.contains_key(id));
+    let known_backends = identity::backends(actual, sizes);
 
-    for (service, known) in services.iter().zip(identity::services(services, actual)) {
+    for (service, known) in services.iter().zip(identity::services(services, actual, sizes)) {
         let id = known
             .or_else(|| free_services.next())
             .ok_or(CompileError::TooManyAtOnce {
                 objects: "services",
                 needed: used_services.len() + services.len(),
-                limit: MAX_SERVICES as usize,
+                limit: sizes.services as usize,
             })?;
         directory.services.insert(service.name.clone(), id);
         for backend in &service.backends {
@@ -152,7 +159,7 @@ fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, Comp
                 .ok_or(CompileError::TooManyAtOnce {
                     objects: "backends",
                     needed: actual.backends.len() + backends,
-                    limit: MAX_BACKENDS as usize - 1,
+                    limit: sizes.backends as usize,
                 })?;
             directory
                 .backends
@@ -333,7 +340,7 @@ fn add_removed_services(contents: &mut Contents, model: &Model, actual: &Content
     for (id, entry) in &actual.services {
         let is_removed = entry.flags & ServiceFlags::REMOVED != 0;
         if contents.services.contains_key(id)
-            || *id >= MAX_SERVICES
+            || *id >= model.sizes.services
             || !(is_removed || has_led_to.contains(id))
             || is_removed && model.left_services.contains(id)
         {
@@ -360,7 +367,7 @@ fn add_removed_backends(contents: &mut Contents, directory: &Directory, model: &
             continue;
         };
         let has_flows = model.live_flows.get(id) != Some(&0);
-        if contents.backends.contains_key(id) || !(1..MAX_BACKENDS).contains(id) || !has_flows {
+        if contents.backends.contains_key(id) || !(1..=model.sizes.backends).contains(id) || !has_flows {
             continue;
         }
         let resets = if resetting.contains(&service) {
@@ -386,7 +393,8 @@ fn add_addresses(contents: &mut Contents) {
     }
 }
 
-/// Checks what is found by key; ids have been checked when they were assigned.
+/// Checks what is found by key; ids have been checked when they were assigned, and with them addresses: there is room for
+/// one for each service and each backend.
 fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileError> {
     let (keys, limit) = (&contents.service_keys, MAX_SERVICE_KEYS as usize);
     check_limit("ports", keys.len(), limit)?;
@@ -397,15 +405,6 @@ fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileErr
         .count();
     check_limit_at_once("ports", keys.len() + leaving, limit)?;
 
-    let (addresses, limit) = (&contents.addresses, MAX_ADDRESSES as usize);
-    check_limit("addresses", addresses.len(), limit)?;
-    let leaving = actual
-        .addresses
-        .keys()
-        .filter(|address| !addresses.contains_key(address))
-        .count();
-    check_limit_at_once("addresses", addresses.len() + leaving, limit)?;
-
     let (filters, limit) = (&contents.source_filters, MAX_SOURCE_FILTERS as usize);
     check_limit("source prefixes", filters.len(), limit)?;
     let leaving = actual
@@ -414,6 +413,18 @@ fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileErr
         .filter(|key| !filters.contains_key(key))
         .count();
     check_limit_at_once("source prefixes", filters.len() + leaving, limit)
+}
+
+fn check_size(objects: &'static str, needed: usize, limit: u32) -> Result<(), CompileError> {
+    if needed <= limit as usize {
+        Ok(())
+    } else {
+        Err(CompileError::TooManyForMaps {
+            objects,
+            needed,
+            limit,
+        })
+    }
 }
 
 fn check_limit(objects: &'static str, needed: usize, limit: usize) -> Result<(), CompileError> {

@@ -1,6 +1,11 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
-use std::{collections::BTreeMap, fmt, fs, io, os::fd::AsFd, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap as Seen},
+    fmt, fs, io,
+    os::fd::AsFd,
+    path::Path,
+};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
@@ -14,23 +19,25 @@ use aya::{
         links::{FdLink, LinkError, PinnedLink},
         xdp::XdpLink,
     },
-    util::{KernelVersion, nr_cpus},
+    util::nr_cpus,
 };
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey,
-    LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT,
-    SERVICE_BUCKETS, SLOT_COUNT, Service, Settings, SettingsFlags, Totals, buckets, flows,
+    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, REASON_COUNT, SERVICE_BUCKETS, Service,
+    Settings, SettingsFlags, Totals, buckets, flows,
 };
 use nix::time::{ClockId, clock_gettime};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    AttachMode, Contents, Counters, Datapath, DatapathError, Flow, Operation, Pins, Position, SlotTable,
+    AttachMode, Contents, Counters, Datapath, DatapathError, Flow, Operation, Pins, Position, Sizes,
     counters,
     flow_table::{Context, FlowTable, MapOf},
     local,
     lookup::{AddressFilter, ServiceKeys},
-    packet_log, syscall,
+    packet_log,
+    pools::Pools,
+    syscall,
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -64,6 +71,7 @@ pub struct Attachment {
 /// The maps and the program of one instance.
 pub struct KernelDatapath {
     pins: Pins,
+    sizes: Sizes,
     /// Holds the program; the maps are taken out of it.
     ebpf: Ebpf,
     settings: Array<MapData, Raw<Settings>>,
@@ -71,8 +79,7 @@ pub struct KernelDatapath {
     address_filter: AddressFilter,
     service_keys: ServiceKeys,
     services: Array<MapData, Raw<Service>>,
-    slot_tables: ArrayOfMaps<MapData, Array<MapData, u32>>,
-    slot_tables_data: MapData,
+    pools: Pools,
     backends: Array<MapData, Raw<Backend>>,
     source_filters: LpmTrie<MapData, Raw<FilterKey>, u32>,
     flow_table: FlowTable,
@@ -90,24 +97,13 @@ impl fmt::Debug for KernelDatapath {
     }
 }
 
-/// What a pinned map must be for the program to run on it.
+/// What a map must be for the program to run on it.
 struct Layout {
     name: &'static str,
     kind: MapType,
     key: usize,
     value: usize,
-    /// `None` where the daemon chooses.
-    entries: Option<u32>,
-}
-
-const fn layout(name: &'static str, kind: MapType, key: usize, value: usize, entries: u32) -> Layout {
-    Layout {
-        name,
-        kind,
-        key,
-        value,
-        entries: Some(entries),
-    }
+    entries: u32,
 }
 
 /// The key of a source filter as the kernel has it (`struct bpf_lpm_trie_key_u8`).
@@ -118,75 +114,110 @@ struct FilterEntry {
     key: FilterKey,
 }
 
-/// Every map of the object that is pinned.
-const MAPS: &[Layout] = &[
-    layout("SETTINGS", MapType::Array, 4, size_of::<Settings>(), 1),
-    layout("ADDRESSES", MapType::Hash, size_of::<Address>(), 4, MAX_ADDRESSES),
-    layout(
-        ADDRESS_FILTER,
-        MapType::Array,
-        4,
-        8 * ADDRESS_FILTER_WORDS as usize,
-        1,
-    ),
-    layout(
-        SERVICE_KEYS,
-        MapType::Array,
-        4,
-        size_of::<Bucket>(),
-        SERVICE_BUCKETS,
-    ),
-    layout("SERVICES", MapType::Array, 4, size_of::<Service>(), MAX_SERVICES),
-    layout("SLOT_TABLES", MapType::ArrayOfMaps, 4, 4, MAX_SERVICES),
-    layout("BACKENDS", MapType::Array, 4, size_of::<Backend>(), MAX_BACKENDS),
-    layout(
-        SOURCE_FILTERS,
-        MapType::LpmTrie,
-        size_of::<FilterEntry>(),
-        4,
-        MAX_SOURCE_FILTERS,
-    ),
-    layout(LIVE, MapType::Array, 4, size_of::<LiveCount>(), MAX_BACKENDS),
-    Layout {
-        name: FLOWS,
-        kind: MapType::Array,
-        key: 4,
-        value: size_of::<Bucket>(),
-        entries: None,
-    },
-    layout(
-        CLIENT_LINKS,
-        MapType::Array,
-        4,
-        size_of::<ClientLink>(),
-        MAX_CLIENT_LINKS,
-    ),
-    layout("TOTALS", MapType::PerCpuArray, 4, size_of::<Totals>(), 1),
-    layout(
-        "COUNTERS",
-        MapType::PerCpuArray,
-        4,
-        size_of::<Count>(),
-        REASON_COUNT,
-    ),
-    layout(
-        "SERVICE_COUNTERS",
-        MapType::PerCpuArray,
-        4,
-        size_of::<Count>(),
-        MAX_SERVICES * REASON_COUNT,
-    ),
-    layout(
-        "BACKEND_COUNTERS",
-        MapType::PerCpuArray,
-        4,
-        size_of::<BackendCounters>(),
-        MAX_BACKENDS,
-    ),
-];
+/// Every map of the object that is pinned, for such sizes.
+fn maps(sizes: &Sizes) -> [Layout; 16] {
+    use MapType::{Array, ArrayOfMaps, Hash, LpmTrie, PerCpuArray};
+    let Sizes {
+        flows,
+        services,
+        backends,
+    } = *sizes;
+    let layout = |name, kind, key, value, entries| Layout {
+        name,
+        kind,
+        key,
+        value,
+        entries,
+    };
+    // Id 0 means "none".
+    let backend_entries = backends + 1;
+    let filter = 8 * ADDRESS_FILTER_WORDS as usize;
+    let service_counters = services * REASON_COUNT;
+    [
+        layout("SETTINGS", Array, 4, size_of::<Settings>(), 1),
+        layout(ADDRESSES, Hash, size_of::<Address>(), 4, services + backends),
+        layout(ADDRESS_FILTER, Array, 4, filter, 1),
+        layout(SERVICE_KEYS, Array, 4, size_of::<Bucket>(), SERVICE_BUCKETS),
+        layout(SERVICES, Array, 4, size_of::<Service>(), services),
+        layout(POOLS, Array, 4, 8, services),
+        layout(POOL_CHUNKS, ArrayOfMaps, 4, 4, MAX_CHUNKS),
+        layout(BACKENDS, Array, 4, size_of::<Backend>(), backend_entries),
+        layout(
+            SOURCE_FILTERS,
+            LpmTrie,
+            size_of::<FilterEntry>(),
+            4,
+            MAX_SOURCE_FILTERS,
+        ),
+        layout(LIVE, Array, 4, size_of::<LiveCount>(), backend_entries),
+        layout(FLOWS, Array, 4, size_of::<Bucket>(), buckets(flows)),
+        layout(CLIENT_LINKS, Array, 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
+        layout("TOTALS", PerCpuArray, 4, size_of::<Totals>(), 1),
+        layout("COUNTERS", PerCpuArray, 4, size_of::<Count>(), REASON_COUNT),
+        layout(
+            SERVICE_COUNTERS,
+            PerCpuArray,
+            4,
+            size_of::<Count>(),
+            service_counters,
+        ),
+        layout(
+            BACKEND_COUNTERS,
+            PerCpuArray,
+            4,
+            size_of::<BackendCounters>(),
+            backend_entries,
+        ),
+    ]
+}
 
+impl Layout {
+    /// What the kernel takes for it: values by eight bytes, those of every CPU, and what leads to them.
+    fn memory(&self) -> u64 {
+        let entries = u64::from(self.entries);
+        let value = self.value.next_multiple_of(8) as u64;
+        match self.kind {
+            MapType::PerCpuArray => entries * (8 + value * nr_cpus().unwrap_or(1) as u64),
+            // `struct htab_elem`, and twice as many buckets as the next power of two.
+            MapType::Hash => {
+                entries * (48 + self.key.next_multiple_of(8) as u64 + value)
+                    + 16 * entries.next_power_of_two()
+            }
+            // It grows with its entries.
+            MapType::LpmTrie => 0,
+            _ => entries * value,
+        }
+    }
+}
+
+/// Bytes of memory in the kernel, by what they are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapMemory {
+    pub flow_table: u64,
+    /// With their counters and keys.
+    pub services: u64,
+    /// With their counters and addresses.
+    pub backends: u64,
+    /// Pools and slot tables: as much as there was need for.
+    pub slot_tables: u64,
+}
+
+impl MapMemory {
+    pub fn total(&self) -> u64 {
+        self.flow_table + self.services + self.backends + self.slot_tables
+    }
+}
+
+const ADDRESSES: &str = "ADDRESSES";
 const ADDRESS_FILTER: &str = "ADDRESS_FILTER";
 const SERVICE_KEYS: &str = "SERVICE_KEYS";
+const SERVICES: &str = "SERVICES";
+const SERVICE_COUNTERS: &str = "SERVICE_COUNTERS";
+const ROUND_ROBIN: &str = "ROUND_ROBIN";
+const POOLS: &str = "POOLS";
+const POOL_CHUNKS: &str = "POOL_CHUNKS";
+const BACKENDS: &str = "BACKENDS";
+const BACKEND_COUNTERS: &str = "BACKEND_COUNTERS";
 const SOURCE_FILTERS: &str = "SOURCE_FILTERS";
 const FLOWS: &str = "FLOWS";
 const LIVE: &str = "LIVE";
@@ -195,27 +226,24 @@ const CLIENT_LINKS: &str = "CLIENT_LINKS";
 const FLOW_BUCKETS: &str = "FLOW_BUCKETS";
 
 impl KernelDatapath {
-    /// Loads the program on the maps that an earlier daemon has pinned, or on new ones with room for
-    /// `flow_table_size` flows.
+    /// Loads the program on the maps that an earlier daemon has pinned, or on new ones of such sizes.
     ///
     /// # Errors
     /// bpffs is not mounted, a permission is missing, the kernel refuses the program, or the pinned maps are of
     /// another build.
-    pub fn open(pins: Pins, flow_table_size: u32) -> Result<Self, DatapathError> {
+    pub fn open(pins: Pins, sizes: Sizes) -> Result<Self, DatapathError> {
         pins.create()?;
-        for layout in MAPS {
-            check_pinned(&pins, layout)?;
-        }
-        let flow_buckets = match pins.map(FLOWS) {
-            path if path.exists() => entries(FLOWS, &pinned(&path, FLOWS)?)?,
-            _ => buckets(flow_table_size),
-        };
+        let sizes = pinned_sizes(&pins, sizes)?;
+        let flow_buckets = buckets(sizes.flows);
         let mut loader = EbpfLoader::new();
         loader
-            .map_max_entries(FLOWS, flow_buckets)
-            .override_global(FLOW_BUCKETS, &flow_buckets, true);
-        for layout in MAPS {
-            loader.map_pin_path(layout.name, pins.map(layout.name));
+            .override_global(FLOW_BUCKETS, &flow_buckets, true)
+            .map_max_entries(ROUND_ROBIN, sizes.services);
+        for layout in maps(&sizes) {
+            check_pinned(&pins, &layout)?;
+            loader
+                .map_max_entries(layout.name, layout.entries)
+                .map_pin_path(layout.name, pins.map(layout.name));
         }
         let mut ebpf = loader
             .load(OBJECT)
@@ -241,16 +269,19 @@ impl KernelDatapath {
             settings: array(data("SETTINGS")?).map_err(|error| converted("SETTINGS", error))?,
             service_keys: ServiceKeys::new(data(SERVICE_KEYS)?.fd().as_fd())
                 .map_err(|source| mapped(SERVICE_KEYS, source))?,
-            services: array(data("SERVICES")?).map_err(|error| converted("SERVICES", error))?,
-            slot_tables: ArrayOfMaps::try_from(Map::ArrayOfMaps(data("SLOT_TABLES")?))
-                .map_err(|error| converted("SLOT_TABLES", error))?,
-            slot_tables_data: data("SLOT_TABLES")?,
+            services: array(data(SERVICES)?).map_err(|error| converted(SERVICES, error))?,
+            pools: Pools::open(
+                &MapOf(data(POOLS)?.fd().as_fd(), sizes.services),
+                ArrayOfMaps::try_from(Map::ArrayOfMaps(data(POOL_CHUNKS)?))
+                    .map_err(|error| converted(POOL_CHUNKS, error))?,
+                data(POOL_CHUNKS)?,
+            )?,
             backends: array(data("BACKENDS")?).map_err(|error| converted("BACKENDS", error))?,
             source_filters: LpmTrie::try_from(Map::LpmTrie(data(SOURCE_FILTERS)?))
                 .map_err(|error| converted(SOURCE_FILTERS, error))?,
             flow_table: FlowTable::new(
                 &MapOf(data(FLOWS)?.fd().as_fd(), flow_buckets),
-                &MapOf(data(LIVE)?.fd().as_fd(), MAX_BACKENDS),
+                &MapOf(data(LIVE)?.fd().as_fd(), sizes.backends + 1),
                 &MapOf(data(CLIENT_LINKS)?.fd().as_fd(), MAX_CLIENT_LINKS),
             )
             .map_err(|source| DatapathError::new("map the memory of", FLOWS, source))?,
@@ -262,6 +293,7 @@ impl KernelDatapath {
                 .map_err(|error| converted("BACKEND_COUNTERS", error))?,
             ebpf,
             pins,
+            sizes,
         })
     }
 
@@ -282,9 +314,32 @@ impl KernelDatapath {
         }
     }
 
-    /// Flows that the table is for: those of the pinned one, whatever was asked for.
-    pub fn flow_table_size(&self) -> u32 {
-        flows(self.flow_table.buckets())
+    /// What the maps are made for: the pinned ones, whatever was asked for.
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// What the maps take.
+    pub fn memory(&self) -> MapMemory {
+        let maps = maps(&self.sizes);
+        let of = |names: &[&str]| {
+            let named = maps.iter().filter(|layout| names.contains(&layout.name));
+            named.map(Layout::memory).sum()
+        };
+        MapMemory {
+            flow_table: of(&[FLOWS]),
+            services: of(&[SERVICES, SERVICE_KEYS, SERVICE_COUNTERS]),
+            backends: of(&[BACKENDS, BACKEND_COUNTERS, LIVE, ADDRESSES, ADDRESS_FILTER]),
+            slot_tables: of(&[POOLS, POOL_CHUNKS]) + self.pools.memory(),
+        }
+    }
+
+    /// Backend ids by slot of a service's pool, as the program finds them; nothing where it has no pool.
+    ///
+    /// # Errors
+    /// The memory cannot be read.
+    pub fn by_slot(&self, service: u32) -> Result<Option<Vec<u32>>, DatapathError> {
+        self.pools.by_slot(service)
     }
 
     /// Attaches the program to exactly these interfaces: a pinned link of one of them is kept and given this
@@ -383,7 +438,7 @@ impl KernelDatapath {
         Ok(())
     }
 
-    fn read_all_but_slots(&self) -> Result<Contents, DatapathError> {
+    fn read_all_but_pools(&self) -> Result<Contents, DatapathError> {
         let mut contents = Contents {
             settings: self.read_settings()?,
             ..Contents::default()
@@ -442,39 +497,6 @@ impl KernelDatapath {
         problem.map_or(Ok(result), Err)
     }
 
-    /// Reads the slot tables of services alone: a table that an interrupted change has left under an id without a
-    /// service is replaced when the id is given to one.
-    fn read_slots(&self, contents: &Contents) -> Result<BTreeMap<u32, SlotTable>, DatapathError> {
-        let mut tables = BTreeMap::new();
-        for &id in contents.services.keys() {
-            let table = match self.slot_tables.get(&id, 0) {
-                Ok(table) => table,
-                Err(MapError::KeyNotFound) => continue,
-                Err(error) => return Err(failed("read", format!("SLOT_TABLES[{id}]"), error)),
-            };
-            let mut slots = vec![0; SLOT_COUNT as usize];
-            syscall::for_each(table.map().fd().as_fd(), |slot: &u32, backend: &u32| {
-                if let Some(entry) = slots.get_mut(*slot as usize) {
-                    *entry = *backend;
-                }
-            })
-            .map_err(|source| DatapathError::new("read", format!("SLOT_TABLES[{id}]"), source))?;
-            tables.insert(id, slots.into());
-        }
-        Ok(tables)
-    }
-
-    fn put_slots(&mut self, service: u32, slots: &[u32]) -> Result<(), DatapathError> {
-        let object = format!("SLOT_TABLES[{service}]");
-        let table: Array<MapData, u32> =
-            Array::create(SLOT_COUNT, 0).map_err(|error| failed("create", &object, error))?;
-        syscall::fill(table.map().fd().as_fd(), slots)
-            .map_err(|source| DatapathError::new("fill", &object, source))?;
-        self.slot_tables
-            .set(service, &table, 0)
-            .map_err(|error| failed("update", &object, error))
-    }
-
     fn clear_service_counters(&mut self, service: u32) -> Result<(), DatapathError> {
         for reason in 0..REASON_COUNT {
             zero(
@@ -508,20 +530,14 @@ impl Mode {
 
 impl Datapath for KernelDatapath {
     fn read(&self) -> Result<Contents, DatapathError> {
-        let mut contents = self.read_all_but_slots()?;
-        contents.slots = self.read_slots(&contents)?;
-        Ok(contents)
-    }
-
-    fn refresh(&self, known: &Contents) -> Result<Contents, DatapathError> {
-        // Before 6.8 the kernel waits for a grace period of RCU, some 20 ms, with each look into a map of maps
-        // (`maybe_wait_bpf_programs`): too long to do for every service time and again.
-        if KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 8, 0)) {
-            return self.read();
+        let mut contents = self.read_all_but_pools()?;
+        let mut seen = Seen::new();
+        // Those of services alone: without one no packet finds a pool, and it is replaced when the id is given to one.
+        for id in contents.services.keys() {
+            if let Some(pool) = self.pools.get(*id, &mut seen)? {
+                contents.pools.insert(*id, pool);
+            }
         }
-        let mut contents = self.read_all_but_slots()?;
-        contents.slots = known.slots.clone();
-        contents.slots.retain(|id, _| contents.services.contains_key(id));
         Ok(contents)
     }
 
@@ -563,9 +579,8 @@ impl Datapath for KernelDatapath {
                 zero(&mut self.backend_counters, *id, BackendCounters::default())
                     .map_err(|error| failed("clear", &object, error))
             }
-            Operation::PutSlots(service, slots) => self.put_slots(*service, slots),
-            Operation::RemoveSlots(service) => syscall::delete(self.slot_tables_data.fd().as_fd(), *service)
-                .map_err(|source| DatapathError::new("delete", format!("SLOT_TABLES[{service}]"), source)),
+            Operation::PutPool(service, pool) => self.pools.put(*service, pool),
+            Operation::RemovePool(service) => self.pools.remove(*service),
             Operation::PutService(id, service) => self
                 .services
                 .set(*id, Raw(*service), 0)
@@ -860,13 +875,26 @@ fn check_pinned(pins: &Pins, layout: &Layout) -> Result<(), DatapathError> {
     let info = data.info().map_err(|error| failed("read", layout.name, error))?;
     let fits = info.map_type().is_ok_and(|kind| kind == layout.kind)
         && (info.key_size() as usize, info.value_size() as usize) == (layout.key, layout.value)
-        && layout.entries.is_none_or(|entries| entries == info.max_entries());
+        && layout.entries == info.max_entries();
     if fits {
         return Ok(());
     }
     let hint = "it was made by another build of xlb: `xlb detach` removes it, with all flows";
     let source = io::Error::new(io::ErrorKind::InvalidData, hint);
     Err(DatapathError::new("open", layout.name, source))
+}
+
+/// The sizes of the pinned maps, and where there are none those that are wanted.
+fn pinned_sizes(pins: &Pins, wanted: Sizes) -> Result<Sizes, DatapathError> {
+    let pinned = |name: &str, wanted: u32| match pins.map(name) {
+        path if path.exists() => entries(name, &pinned(&path, name)?),
+        _ => Ok(wanted),
+    };
+    Ok(Sizes {
+        flows: flows(pinned(FLOWS, buckets(wanted.flows))?),
+        services: pinned(SERVICES, wanted.services)?,
+        backends: pinned(BACKENDS, wanted.backends + 1)?.saturating_sub(1),
+    })
 }
 
 fn pinned(path: &Path, name: &str) -> Result<MapData, DatapathError> {

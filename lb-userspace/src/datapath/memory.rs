@@ -4,19 +4,20 @@ use std::{collections::BTreeMap, io};
 
 use lb_common::{
     abi::{
-        Address, FILTER_ALLOW, FILTER_DENY, FlowKey, LiveCount, MAX_ADDRESSES, MAX_BACKENDS,
-        MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, SLOT_COUNT, SettingsFlags,
+        Address, FILTER_ALLOW, FILTER_DENY, FlowKey, LiveCount, MAX_MEMBERS, MAX_SERVICE_KEYS,
+        MAX_SOURCE_FILTERS, SettingsFlags,
     },
     logic::hash::siphash13,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Flow, Operation, Position};
+use super::{Contents, Counters, Datapath, DatapathError, Flow, Operation, Position, Sizes};
 
 /// A data path without a kernel.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryDatapath {
     /// Change it to play somebody else who changes the maps.
     pub contents: Contents,
+    pub sizes: Sizes,
     /// The flow table, by the client's 5-tuple.
     pub flows: BTreeMap<FlowKey, Flow>,
     /// What is the time.
@@ -113,24 +114,29 @@ impl MemoryDatapath {
     /// size, and removing what is not there.
     fn check(&self, operation: &Operation) -> Result<(), DatapathError> {
         let contents = &self.contents;
+        let Sizes {
+            services, backends, ..
+        } = self.sizes;
         match operation {
             Operation::PutSettings(_) => Ok(()),
-            Operation::PutAddress(key, _) => check_room(&contents.addresses, key, MAX_ADDRESSES, "addresses"),
+            Operation::PutAddress(key, _) => {
+                check_room(&contents.addresses, key, services + backends, "addresses")
+            }
             Operation::PutServiceKey(key, id) => {
-                check_index(*id, MAX_SERVICES, "service-keys")?;
+                check_index(*id, services, "service-keys")?;
                 check_room(&contents.service_keys, key, MAX_SERVICE_KEYS, "service-keys")
             }
-            Operation::PutService(id, _) => check_index(*id, MAX_SERVICES, "services"),
-            Operation::PutSlots(id, table) if table.len() != SLOT_COUNT as usize => {
-                Err(refusal("update", format!("slots [{id}]"), libc::EINVAL))
+            Operation::PutService(id, _) => check_index(*id, services, "services"),
+            Operation::PutPool(id, pool) if pool.members.len() > MAX_MEMBERS as usize => {
+                Err(refusal("update", format!("pools [{id}]"), libc::EINVAL))
             }
-            Operation::PutSlots(id, _) => check_index(*id, MAX_SERVICES, "slots"),
+            Operation::PutPool(id, _) => check_index(*id, services, "pools"),
             Operation::PutBackend(0, _) => Err(refusal("update", "backends [0]".to_owned(), libc::EINVAL)),
-            Operation::PutBackend(id, _) => check_index(*id, MAX_BACKENDS, "backends"),
+            Operation::PutBackend(id, _) => check_index(*id, backends + 1, "backends"),
             Operation::RemoveAddress(key) => check_present(&contents.addresses, key, "addresses"),
             Operation::RemoveServiceKey(key) => check_present(&contents.service_keys, key, "service-keys"),
             Operation::RemoveService(id) => check_present(&contents.services, id, "services"),
-            Operation::RemoveSlots(id) => check_present(&contents.slots, id, "slots"),
+            Operation::RemovePool(id) => check_present(&contents.pools, id, "pools"),
             Operation::RemoveBackend(id) => check_present(&contents.backends, id, "backends"),
             Operation::PutFilter(key, length, value) => {
                 if *length > 160 || ![FILTER_ALLOW, FILTER_DENY].contains(value) {
@@ -140,7 +146,7 @@ impl MemoryDatapath {
                         libc::EINVAL,
                     ));
                 }
-                check_index(key.service, MAX_SERVICES, "source-filters")?;
+                check_index(key.service, services, "source-filters")?;
                 let limit = MAX_SOURCE_FILTERS;
                 check_room(
                     &contents.source_filters,
@@ -199,9 +205,10 @@ fn refusal(operation: &'static str, object: String, errno: i32) -> DatapathError
 
 #[cfg(test)]
 mod tests {
-    use lb_common::abi::Backend;
+    use lb_common::abi::{Backend, DEFAULT_BACKENDS, DEFAULT_SERVICES};
 
     use super::*;
+    use crate::datapath::Pool;
 
     fn errno(result: Result<(), DatapathError>) -> Option<i32> {
         result.err().and_then(|error| error.source.raw_os_error())
@@ -213,7 +220,7 @@ mod tests {
         for operation in [
             Operation::RemoveAddress(Address::default()),
             Operation::RemoveBackend(1),
-            Operation::RemoveSlots(0),
+            Operation::RemovePool(0),
             Operation::RemoveService(0),
             Operation::RemoveServiceKey(Default::default()),
             Operation::RemoveFilter(Default::default(), 32),
@@ -235,28 +242,32 @@ mod tests {
             Some(libc::EINVAL)
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutBackend(MAX_BACKENDS, backend))),
+            errno(datapath.apply(&Operation::PutBackend(DEFAULT_BACKENDS + 1, backend))),
             Some(libc::E2BIG)
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutBackend(MAX_BACKENDS - 1, backend))),
+            errno(datapath.apply(&Operation::PutBackend(DEFAULT_BACKENDS, backend))),
             None
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutService(MAX_SERVICES, Default::default()))),
+            errno(datapath.apply(&Operation::PutService(DEFAULT_SERVICES, Default::default()))),
             Some(libc::E2BIG)
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutSlots(0, vec![0; 7].into()))),
+            errno(datapath.apply(&Operation::PutPool(
+                0,
+                Pool::of(vec![1; MAX_MEMBERS as usize + 1])
+            ))),
             Some(libc::EINVAL)
         );
-        for number in 0..MAX_ADDRESSES {
+        let room = DEFAULT_SERVICES + DEFAULT_BACKENDS;
+        for number in 0..room {
             let operation = Operation::PutAddress(Address([number, 0, 0, 0]), 1);
             assert_eq!(errno(datapath.apply(&operation)), None);
         }
         let known = Operation::PutAddress(Address([0; 4]), 2);
         assert_eq!(errno(datapath.apply(&known)), None);
-        let one_more = Operation::PutAddress(Address([MAX_ADDRESSES, 0, 0, 0]), 1);
+        let one_more = Operation::PutAddress(Address([room, 0, 0, 0]), 1);
         assert_eq!(errno(datapath.apply(&one_more)), Some(libc::E2BIG));
     }
 

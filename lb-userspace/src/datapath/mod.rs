@@ -16,18 +16,24 @@ pub mod memory;
 mod packet_log;
 pub mod pass;
 mod pins;
+mod pool;
+mod pools;
 pub mod probes;
 mod syscall;
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{collections::BTreeMap, io};
 
-use lb_common::abi::{Address, Backend, FilterKey, FlowKey, LiveCount, Service, ServiceKey, Settings};
+use lb_common::abi::{
+    Address, Backend, DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FilterKey, FlowKey, LiveCount,
+    Service, ServiceKey, Settings,
+};
 
 pub use contents::contents_dump;
 pub use counters::Counters;
 pub use flow::{Flow, reply_key};
 pub use hooks::LinkKind;
 pub use pins::Pins;
+pub use pool::{Pool, RankTable};
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,16 +45,43 @@ pub struct Contents {
     pub service_keys: BTreeMap<ServiceKey, u32>,
     /// By service id; unused ids are absent.
     pub services: BTreeMap<u32, Service>,
-    /// Slot table by service id: `SLOT_COUNT` backend ids, 0 where there is none.
-    pub slots: BTreeMap<u32, SlotTable>,
+    /// Who gets new flows, by service id.
+    pub pools: BTreeMap<u32, Pool>,
     /// By backend id, from 1 on; unused ids are absent.
     pub backends: BTreeMap<u32, Backend>,
     /// `FILTER_ALLOW` or `FILTER_DENY` by key and length in bits: 32 for the service and those of the prefix.
     pub source_filters: BTreeMap<(FilterKey, u32), u32>,
 }
 
-/// Backend ids by slot.
-pub type SlotTable = Arc<[u32]>;
+/// How much the maps of an instance are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    pub flows: u32,
+    /// With those that have just left.
+    pub services: u32,
+    /// Of all services, with those that have just left.
+    pub backends: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            flows: DEFAULT_FLOWS,
+            services: DEFAULT_SERVICES,
+            backends: DEFAULT_BACKENDS,
+        }
+    }
+}
+
+impl Sizes {
+    /// Sizes for so many flows, of which nothing else is known.
+    pub fn of_flows(flows: u32) -> Self {
+        Self {
+            flows,
+            ..Self::default()
+        }
+    }
+}
 
 /// One change to one map; each takes effect at once and for itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,9 +91,9 @@ pub enum Operation {
     RemoveAddress(Address),
     PutBackend(u32, Backend),
     RemoveBackend(u32),
-    /// Swaps the whole table in one step: no packet sees a half-written one.
-    PutSlots(u32, SlotTable),
-    RemoveSlots(u32),
+    /// Swaps the whole pool in one step: no packet sees a half-written one.
+    PutPool(u32, Pool),
+    RemovePool(u32),
     PutService(u32, Service),
     RemoveService(u32),
     PutServiceKey(ServiceKey, u32),
@@ -125,13 +158,6 @@ impl AttachMode {
 pub trait Datapath: Send {
     /// Reads back everything that the reconciler governs.
     fn read(&self) -> Result<Contents, DatapathError>;
-
-    /// Reads back the same, where `known` is what the maps held last; slot tables may be taken from that where the
-    /// kernel makes looking at them slow.
-    fn refresh(&self, known: &Contents) -> Result<Contents, DatapathError> {
-        let _ = known;
-        self.read()
-    }
 
     /// Makes one change.
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError>;

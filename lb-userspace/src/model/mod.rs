@@ -9,7 +9,10 @@ use std::{
 use lb_common::abi::Tags;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Backend, Config, Probe, Service};
+use crate::{
+    config::{Backend, Config, Probe, Service},
+    datapath::Sizes,
+};
 
 pub mod slow_start;
 
@@ -20,6 +23,8 @@ pub type BackendName = (String, String);
 #[derive(Clone, Debug)]
 pub struct Model {
     pub config: Config,
+    /// What the maps are made for.
+    pub sizes: Sizes,
     /// Key of the hash.
     pub seed: [u64; 2],
     /// Source ports for flows: the first and how many.

@@ -95,10 +95,7 @@ impl<D: Datapath> Reconciler<D> {
     /// # Errors
     /// When the maps cannot be read; what is known stays as it was.
     pub fn refresh(&mut self) -> Result<usize, ReconcileError> {
-        let read = self
-            .datapath
-            .refresh(&self.actual)
-            .map_err(ReconcileError::Read)?;
+        let read = self.datapath.read().map_err(ReconcileError::Read)?;
         let changes = plan(&self.actual, &read).len();
         self.actual = read;
         Ok(changes)
@@ -125,14 +122,14 @@ fn is_removal(operation: &Operation) -> bool {
     match operation {
         Operation::RemoveAddress(_)
         | Operation::RemoveBackend(_)
-        | Operation::RemoveSlots(_)
+        | Operation::RemovePool(_)
         | Operation::RemoveService(_)
         | Operation::RemoveServiceKey(_)
         | Operation::RemoveFilter(..) => true,
         Operation::PutSettings(_)
         | Operation::PutAddress(..)
         | Operation::PutBackend(..)
-        | Operation::PutSlots(..)
+        | Operation::PutPool(..)
         | Operation::PutService(..)
         | Operation::PutServiceKey(..)
         | Operation::PutFilter(..) => false,

@@ -1,7 +1,7 @@
 use std::time::SystemTime;
 
 use lb_common::abi::{
-    self, BackendFlags, FlowKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags, TcpState,
+    self, BackendFlags, FlowKey, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags, TcpState,
 };
 use proptest::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::{
     compile::{SlotTables, compile},
     config::Backend,
     datapath::{
-        Contents, Datapath, Flow, Operation, contents_dump,
+        Contents, Datapath, Flow, Operation, Pool, contents_dump,
         faulty::{FaultyDatapath, Schedule},
         memory::MemoryDatapath,
     },
@@ -102,7 +102,7 @@ fn the_maps_follow_a_service_through_its_life() {
             "service 0 consistent-hash nat".to_owned(),
             "service-key tcp 203.0.113.10:80 service 0".to_owned(),
             "service-key tcp 203.0.113.10:443 service 0".to_owned(),
-            "slots 0 1=32768 2=32769".to_owned(),
+            "pool 0 members 2,1 slots 16381 table f662e4e9e675f9b8".to_owned(),
         ]
     );
     let started = dump(&testbed);
@@ -113,7 +113,7 @@ fn the_maps_follow_a_service_through_its_life() {
     assert_eq!(settle(&mut testbed, &model), 2);
     let mut expected = started.clone();
     expected[4] = format!("backend 2 {B} next-hop-known,down {}", way(12));
-    expected[8] = "slots 0 1=65537".to_owned();
+    expected[8] = "pool 0 members 1".to_owned();
     assert_eq!(dump(&testbed), expected);
     model.set_health("web", "b", Health::Up);
     settle(&mut testbed, &model);
@@ -130,7 +130,7 @@ fn the_maps_follow_a_service_through_its_life() {
     assert_eq!(settle(&mut testbed, &model), 2);
     let mut expected = started.clone();
     expected[3] = format!("backend 1 {A} next-hop-known,keeps-udp,up,draining {}", way(11));
-    expected[8] = "slots 0 2=65537".to_owned();
+    expected[8] = "pool 0 members 2".to_owned();
     assert_eq!(dump(&testbed), expected);
 
     // A reload replaces it while it has a flow.
@@ -141,7 +141,7 @@ fn the_maps_follow_a_service_through_its_life() {
     expected.insert(2, "address 10.0.0.13 backend".to_owned());
     expected[4] = format!("backend 1 {A} next-hop-known,removed {}", way(11));
     expected.insert(6, format!("backend 3 {C} {healthy} {}", way(13)));
-    expected[10] = "slots 0 2=32769 3=32768".to_owned();
+    expected[10] = "pool 0 members 2,3 slots 16381 table 7349dd5540f438a4".to_owned();
     assert_eq!(dump(&testbed), expected);
     let key = FlowKey {
         destination: model.config.services[0].vip.into(),
@@ -172,7 +172,7 @@ fn the_maps_follow_a_service_through_its_life() {
     contents.addresses.clear();
     contents.backends.get_mut(&3).unwrap().flags = 0;
     contents.services.insert(5, Default::default());
-    contents.slots.insert(0, vec![0; 65_537].into());
+    contents.pools.insert(0, Pool::default());
     contents.service_keys.pop_first();
     contents.settings.tcp_idle = 1;
     assert_eq!(testbed.refresh().unwrap(), 8);
@@ -330,7 +330,7 @@ fn flows_do_not_age_before_the_ticks_change() {
 fn check_invariants(contents: &Contents) -> Result<(), TestCaseError> {
     for (key, id) in &contents.service_keys {
         prop_assert!(contents.services.contains_key(id), "{key:?} leads to no service");
-        prop_assert!(contents.slots.contains_key(id), "{key:?} leads to no slot table");
+        prop_assert!(contents.pools.contains_key(id), "{key:?} leads to no pool");
         let roles = contents.addresses.get(&key.vip).copied().unwrap_or(0);
         prop_assert!(roles & ROLE_VIP != 0, "{} is not known as a VIP", key.vip);
     }
@@ -348,21 +348,16 @@ fn check_invariants(contents: &Contents) -> Result<(), TestCaseError> {
             is_found && has_filters && service.flags & ServiceFlags::DENIES_OTHERS == 0 && filters.is_empty();
         prop_assert!(!looks_in_vain, "the filters of service {} are missing", id);
     }
-    for (service, table) in &contents.slots {
+    for (service, pool) in &contents.pools {
         // Without a service no packet gets there.
-        let Some(entry) = contents.services.get(service) else {
+        if !contents.services.contains_key(service) {
             continue;
-        };
-        let slots = contents.slots_in_use(*service);
-        let ids: std::collections::BTreeSet<u32> = slots.iter().copied().filter(|id| *id != 0).collect();
-        if abi::Strategy::is_sequence(entry.strategy) {
-            prop_assert_eq!(slots.len(), table[LENGTH_SLOT as usize] as usize);
-        } else {
-            let is_mixed = table.contains(&0) && !ids.is_empty();
-            prop_assert!(!is_mixed, "the table of service {} has holes", service);
         }
-        for id in ids {
-            let backend = contents.backends.get(&id);
+        // Each slot leads to a member.
+        let ranks = pool.table.as_ref().map_or(0, |table| table.members);
+        prop_assert!(ranks as usize <= pool.members.len());
+        for id in &*pool.members {
+            let backend = contents.backends.get(id);
             prop_assert_eq!(backend.map(|backend| backend.service_plus_one), Some(service + 1));
         }
     }
@@ -470,7 +465,7 @@ proptest! {
             if backend.flags & BackendFlags::REMOVED != 0 {
                 let not = BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;
                 prop_assert_eq!(backend.flags & not, 0);
-                prop_assert!(desired.slots.keys().all(|service| !desired.slots_in_use(*service).contains(id)));
+                prop_assert!(desired.pools.values().all(|pool| !pool.members.contains(id)));
             }
         }
     }
