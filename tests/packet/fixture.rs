@@ -19,9 +19,9 @@ use aya::{
 use lb_common::{
     abi::{
         Address, Backend, BackendCounters, BackendFlags, Bucket, ClientLink, Count, FlowKey, Forward,
-        FragmentKey, FragmentPorts, Kind, LENGTH_SLOT, Link, LiveCount, MAX_CLIENT_LINKS, Meta, REASON_COUNT,
-        ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings, SettingsFlags, SourceKey,
-        SourceRate, Strategy, TCP, Totals, UDP, UNITS, buckets,
+        FragmentKey, FragmentPorts, Kind, LENGTH_SLOT, Link, LiveCount, MAX_CLIENT_LINKS, Meta, PerCpu,
+        REASON_COUNT, ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT, Service, ServiceKey, Settings,
+        SettingsFlags, SourceKey, SourceRate, Strategy, TCP, Totals, UDP, UNITS, buckets,
     },
     logic::{
         ageing,
@@ -313,7 +313,7 @@ impl Instance {
             live.set(*id, Raw(LiveCount::default()), 0).unwrap();
         }
         // Those of services and backends went with them.
-        self.zero("TOTALS", [0], Totals::default());
+        self.zero("PER_CPU", [0], PerCpu::default());
         self.zero("COUNTERS", 0..REASON_COUNT, Count::default());
         let services: Vec<u32> = self.contents.slots.keys().copied().collect();
         self.zero("ROUND_ROBIN", services, 0_u32);

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use lb_common::{
     abi::{
-        Address,
+        Address, ROLE_VIP,
         Reason::{self, BadExtensionHeader, BadSourceAddress, NoFlow, NotForService, TtlExceeded},
-        ROLE_VIP, ServiceKey, SettingsFlags, TCP, UDP,
+        ServiceKey, SettingsFlags, TCP, UDP,
     },
     logic::source_port::{candidate, first_choice},
 };

@@ -9,8 +9,8 @@ use aya::maps::{
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, DEFAULT_FLOWS,
     FILTER_ALLOW, FILTER_DENY, FilterKey, Forward, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS,
-    MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, SLOT_COUNT,
-    Service, ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP,
+    MAX_SERVICES, MAX_SOURCE_FILTERS, PerCpu, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS,
+    SLOT_COUNT, Service, ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP,
     buckets, flows,
 };
 use xlb::{
@@ -567,7 +567,7 @@ fn the_objects_maps_have_the_sizes_of_the_shared_types() {
         ("LIVE", 4, size_of::<LiveCount>(), MAX_BACKENDS),
         ("FLOWS", 4, size_of::<Bucket>(), buckets(DEFAULT_FLOWS)),
         ("CLIENT_LINKS", 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
-        ("TOTALS", 4, size_of::<Totals>(), 1),
+        ("PER_CPU", 4, size_of::<PerCpu>(), 1),
         ("COUNTERS", 4, size_of::<Count>(), REASON_COUNT),
         (
             "SERVICE_COUNTERS",

@@ -18,8 +18,8 @@ use aya::{
 };
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey,
-    LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT,
-    SERVICE_BUCKETS, SLOT_COUNT, Service, Settings, SettingsFlags, Totals, buckets, flows,
+    LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_CLIENT_LINKS, MAX_SERVICES, MAX_SOURCE_FILTERS, PerCpu,
+    REASON_COUNT, SERVICE_BUCKETS, SLOT_COUNT, Service, Settings, SettingsFlags, buckets, flows,
 };
 use nix::time::{ClockId, clock_gettime};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -76,7 +76,7 @@ pub struct KernelDatapath {
     backends: Array<MapData, Raw<Backend>>,
     source_filters: LpmTrie<MapData, Raw<FilterKey>, u32>,
     flow_table: FlowTable,
-    totals: PerCpuArray<MapData, Raw<Totals>>,
+    per_cpu: PerCpuArray<MapData, Raw<PerCpu>>,
     reasons: PerCpuArray<MapData, Raw<Count>>,
     service_counters: PerCpuArray<MapData, Raw<Count>>,
     backend_counters: PerCpuArray<MapData, Raw<BackendCounters>>,
@@ -161,7 +161,7 @@ const MAPS: &[Layout] = &[
         size_of::<ClientLink>(),
         MAX_CLIENT_LINKS,
     ),
-    layout("TOTALS", MapType::PerCpuArray, 4, size_of::<Totals>(), 1),
+    layout("PER_CPU", MapType::PerCpuArray, 4, size_of::<PerCpu>(), 1),
     layout(
         "COUNTERS",
         MapType::PerCpuArray,
@@ -254,7 +254,7 @@ impl KernelDatapath {
                 &MapOf(data(CLIENT_LINKS)?.fd().as_fd(), MAX_CLIENT_LINKS),
             )
             .map_err(|source| DatapathError::new("map the memory of", FLOWS, source))?,
-            totals: per_cpu(data("TOTALS")?).map_err(|error| converted("TOTALS", error))?,
+            per_cpu: per_cpu(data("PER_CPU")?).map_err(|error| converted("PER_CPU", error))?,
             reasons: per_cpu(data("COUNTERS")?).map_err(|error| converted("COUNTERS", error))?,
             service_counters: per_cpu(data("SERVICE_COUNTERS")?)
                 .map_err(|error| converted("SERVICE_COUNTERS", error))?,
@@ -641,12 +641,12 @@ impl Datapath for KernelDatapath {
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
-        let totals = self
-            .totals
+        let per_cpu = self
+            .per_cpu
             .get(&0, 0)
-            .map_err(|error| failed("read", "TOTALS", error))?;
+            .map_err(|error| failed("read", "PER_CPU", error))?;
         let mut result = Counters {
-            totals: totals.iter().map(|Raw(totals)| *totals).collect(),
+            totals: per_cpu.iter().map(|Raw(per_cpu)| per_cpu.totals).collect(),
             ..Counters::default()
         };
         result.reasons =
