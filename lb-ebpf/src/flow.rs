@@ -81,11 +81,7 @@ pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service
     }
     let now = now_by(scratch);
     let hash = hash_of_client(settings, &scratch.packet.key);
-    let location = find_client(hash, service_id, of::PACKET);
-    if location == NOWHERE {
-        return None;
-    }
-    let mut entry = Entry::found(scratch, location);
+    let mut entry = flow_table::of_packet(scratch, hash, service_id)?;
     let known = going_on(settings, &mut entry, &scratch.packet, now)?;
     if Forward::translates(known.forward) && !client_link::is(entry.meta.link(), frame, &scratch.packet) {
         let link = client_link::remember(frame.ingress_ifindex());

@@ -139,6 +139,32 @@ pub fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
     }
 }
 
+/// The flow of a client's packet. Without a call where it is of the kind and in the line that most are.
+#[inline(always)]
+pub fn of_packet(scratch: &mut Scratch, hash: u64, service_id: u32) -> Option<Entry> {
+    let key = &scratch.packet.key;
+    let (index, line) = place(hash, 0);
+    if key.source.is_v4() {
+        let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+        if let Some(found) = short_of_client(&bucket(index)?, line, want, service_id) {
+            return Some(Entry {
+                location: location(index, &found),
+                key: found.key,
+                meta: found.meta,
+            });
+        }
+    }
+    match find_client(hash, service_id, of::PACKET) {
+        NOWHERE => None,
+        location => Some(Entry::found(scratch, location)),
+    }
+}
+
+#[inline(always)]
+fn location(index: u32, found: &Found) -> Location {
+    (index << 3 | found.unit as u32) as u64
+}
+
 /// As [`find_client`], but for the line that it is in mostly.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -193,7 +219,7 @@ fn place(hash: u64, round: u32) -> (u32, usize) {
 fn leave(scratch: &mut Scratch, index: u32, found: &Found) -> Location {
     scratch.found_key = found.key;
     scratch.found_meta = found.meta.0;
-    (index << 3 | found.unit as u32) as u64
+    location(index, found)
 }
 
 #[inline(always)]

@@ -17,7 +17,6 @@ use crate::{
     answer,
     cursor::Cursor,
     flow::{self, Known, Reply, Reset},
-    flow_table::of,
     forward, fragment, icmp, maps,
     scratch::{Scratch, per_cpu},
     service,
@@ -57,7 +56,7 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
     let Some(settings) = maps::settings() else {
         return Verdict::drop(Reason::Internal);
     };
-    match service::find(of::PACKET) {
+    match service::of_packet(scratch) {
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
         None => from_backend(context, frame, scratch, settings),
     }
