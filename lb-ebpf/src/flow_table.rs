@@ -144,15 +144,19 @@ pub fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
 pub fn of_packet(scratch: &mut Scratch, hash: u64, service_id: u32) -> Option<Entry> {
     let key = &scratch.packet.key;
     let (index, line) = place(hash, 0);
-    if key.source.is_v4() {
+    let bucket = bucket(index)?;
+    let found = if key.source.is_v4() {
         let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
-        if let Some(found) = short_of_client(&bucket(index)?, line, want, service_id) {
-            return Some(Entry {
-                location: location(index, &found),
-                key: found.key,
-                meta: found.meta,
-            });
-        }
+        short_of_client(&bucket, line, want, service_id)
+    } else {
+        long_of_client(&bucket, line, key, service_id)
+    };
+    if let Some(found) = found {
+        return Some(Entry {
+            location: location(index, &found),
+            key: found.key,
+            meta: found.meta,
+        });
     }
     match find_client(hash, service_id, of::PACKET) {
         NOWHERE => None,

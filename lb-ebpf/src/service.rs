@@ -32,12 +32,10 @@ pub fn of_packet(scratch: &Scratch) -> Option<u32> {
     };
     let place = service_table::place(&key, 0);
     let words = maps::service_bucket(place.bucket)?;
-    if key.vip.is_v4()
-        && let Some(id) = service_table::in_line(&words, place.line, &key)
-    {
-        return Some(id);
+    match service_table::in_line(&words, place.line, &key) {
+        Some(id) => Some(id),
+        None => find(flow_table::of::PACKET),
     }
-    find(flow_table::of::PACKET)
 }
 
 /// "No service".
