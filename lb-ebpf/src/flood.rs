@@ -6,16 +6,16 @@ use lb_common::{
     logic::{headers::Packet, tcp_state::opens},
 };
 
-use crate::{flow::now, maps};
+use crate::maps;
 
 /// Nanoseconds as a power of two: 1.07 s.
 const WINDOW: u32 = 30;
 
 /// Tells whether a packet is one that opens a connection that would not be recorded.
 #[inline(always)]
-pub fn passes_table(service_id: u32, packet: &Packet) -> bool {
+pub fn passes_table(service_id: u32, packet: &Packet, now: u64) -> bool {
     opens(packet.tcp_flags)
-        && is_over_budget()
+        && is_over_budget(now)
         && maps::service(service_id).is_some_and(|service| needs_no_record(service, packet.key.protocol))
 }
 
@@ -29,11 +29,11 @@ pub fn needs_no_record(service: &Service, protocol: u32) -> bool {
 
 /// Tells whether as many flows have begun on this CPU as may be recorded for now.
 #[inline(always)]
-pub fn is_over_budget() -> bool {
+pub fn is_over_budget(now: u64) -> bool {
     let Some(openings) = maps::openings() else {
         return false;
     };
-    let window = now() >> WINDOW;
+    let window = now >> WINDOW;
     if openings.window != window {
         openings.window = window;
         openings.begun = 0;

@@ -76,16 +76,12 @@ pub enum Reset {
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
 pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
-    if flood::passes_table(service_id, &scratch.packet) {
-        return None;
-    }
     let now = now_by(scratch);
-    let hash = hash_of_client(settings, &scratch.packet.key);
-    let location = find_client(hash, service_id, of::PACKET);
-    if location == NOWHERE {
+    if flood::passes_table(service_id, &scratch.packet, now) {
         return None;
     }
-    let mut entry = Entry::found(scratch, location);
+    let hash = hash_of_client(settings, &scratch.packet.key);
+    let mut entry = flow_table::of_packet(scratch, hash, service_id)?;
     let known = going_on(settings, &mut entry, &scratch.packet, now)?;
     if Forward::translates(known.forward) && !client_link::is(entry.meta.link(), frame, &scratch.packet) {
         let link = client_link::remember(frame.ingress_ifindex());
@@ -227,6 +223,9 @@ const fn failed(reason: Reason) -> u64 {
 #[inline(always)]
 pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
     let chosen = choose(client_ifindex, service_id);
+    if chosen == UNRECORDED {
+        return count_unrecorded(service_id);
+    }
     if chosen & FAILED != 0 {
         return chosen;
     }
@@ -235,6 +234,9 @@ pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
         return is_translated;
     }
     let location = room(is_translated as u32);
+    if location == UNRECORDED {
+        return count_unrecorded(service_id);
+    }
     if location & FAILED != 0 {
         return location;
     }
@@ -249,7 +251,7 @@ pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
     count(service_id, port)
 }
 
-/// Chooses a backend; leaves the flow's meta in the scratch memory.
+/// Chooses a backend; leaves the flow's meta in the scratch memory. [`UNRECORDED`] where a flood is passed on.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
@@ -266,7 +268,11 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
                 0
             };
             scratch.began_meta = meta.with_link(link).0;
-            0
+            if needs_no_record(service, scratch.packet.key.protocol) && is_over_budget(now_by(scratch)) {
+                UNRECORDED
+            } else {
+                0
+            }
         }
         Err(reason) => failed(reason),
     }
@@ -275,11 +281,11 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
 #[inline(always)]
 fn try_choose(
     settings: &Settings,
-    scratch: &Scratch,
+    scratch: &mut Scratch,
     service: &Service,
     service_id: u32,
 ) -> Result<Meta, Reason> {
-    let now = now();
+    let now = now_by(scratch);
     let packet = &scratch.packet;
     let is_tcp = packet.key.protocol == TCP as u32;
     let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
@@ -350,14 +356,8 @@ extern "C" fn room(is_translated: u32) -> u64 {
     };
     let meta = Meta(scratch.began_meta).of_kind(kind);
     scratch.began_meta = meta.0;
-    let is_recorded = !is_over_budget()
-        || !maps::service(meta.service()).is_some_and(|service| needs_no_record(service, key.protocol));
-    let location = if is_recorded {
-        flood::count();
-        make_room(hash_of_client(settings, key), kind as u32, limit(meta))
-    } else {
-        NOWHERE
-    };
+    flood::count();
+    let location = make_room(hash_of_client(settings, key), kind as u32, limit(meta));
     if location != NOWHERE {
         location
     } else if Forward::has_reply_key(meta.forward(), key.protocol) {
@@ -389,10 +389,6 @@ extern "C" fn record(location: u64) -> u64 {
         return failed(Reason::Internal);
     };
     let key = &scratch.packet.key;
-    if location == UNRECORDED {
-        scratch.began_meta = Meta(scratch.began_meta).of_kind(Kind::Empty).0;
-        return key.source_port.into();
-    }
     let meta = Meta(scratch.began_meta);
     let Some(backend) = maps::backend(meta.backend()) else {
         return failed(Reason::Internal);
@@ -405,6 +401,16 @@ extern "C" fn record(location: u64) -> u64 {
     };
     put(location, words, meta.0);
     source_port.into()
+}
+
+/// Counts a new flow that goes on without a record; gives it as a number.
+#[inline(always)]
+fn count_unrecorded(service_id: u32) -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    scratch.began_meta = Meta(scratch.began_meta).of_kind(Kind::Empty).0;
+    count(service_id, scratch.packet.key.source_port.into())
 }
 
 /// Counts the new flow; gives it as a number.

@@ -7,7 +7,7 @@ use lb_common::{
         ageing,
         flow_table::{
             self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, alias_key, bucket_of, end_hash, line_of,
-            long_key, other_line, second_bucket_of, short_key,
+            long_key, other_line, second_bucket_of, short_key, worth,
         },
     },
 };
@@ -139,6 +139,36 @@ pub fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
     }
 }
 
+/// The flow of a client's packet. Without a call where it is of the kind and in the line that most are.
+#[inline(always)]
+pub fn of_packet(scratch: &mut Scratch, hash: u64, service_id: u32) -> Option<Entry> {
+    let key = &scratch.packet.key;
+    let (index, line) = place(hash, 0);
+    let bucket = bucket(index)?;
+    let found = if key.source.is_v4() {
+        let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+        short_of_client(&bucket, line, want, service_id)
+    } else {
+        long_of_client(&bucket, line, key, service_id)
+    };
+    if let Some(found) = found {
+        return Some(Entry {
+            location: location(index, &found),
+            key: found.key,
+            meta: found.meta,
+        });
+    }
+    match find_client(hash, service_id, of::PACKET) {
+        NOWHERE => None,
+        location => Some(Entry::found(scratch, location)),
+    }
+}
+
+#[inline(always)]
+fn location(index: u32, found: &Found) -> Location {
+    (index << 3 | found.unit as u32) as u64
+}
+
 /// As [`find_client`], but for the line that it is in mostly.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -193,7 +223,7 @@ fn place(hash: u64, round: u32) -> (u32, usize) {
 fn leave(scratch: &mut Scratch, index: u32, found: &Found) -> Location {
     scratch.found_key = found.key;
     scratch.found_meta = found.meta.0;
-    (index << 3 | found.unit as u32) as u64
+    location(index, found)
 }
 
 #[inline(always)]
@@ -403,10 +433,10 @@ pub fn backend_port(port: u16, backend: &Backend) -> u16 {
 /// What a flow is worth now, see [`flow_table::worth`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn worth(meta: u64) -> u32 {
+extern "C" fn worth_now(meta: u64) -> u32 {
     match maps::settings() {
         Some(settings) => flow_table::worth(settings, Meta(meta), now()),
-        None => flow_table::worth::BUSY,
+        None => worth::BUSY,
     }
 }
 
@@ -419,19 +449,31 @@ pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
         2 => Kind::Long,
         _ => Kind::Alias,
     };
-    for round in 0..2 {
-        let (index, line) = place(hash, round);
-        let Some(bucket) = bucket(index) else {
+    let first = place(hash, 0).0;
+    // No flow that goes on gives way while there is room for another in either bucket.
+    for step in 0..4 {
+        let limit = if step < 2 && limit > worth::LIVE {
+            worth::LIVE
+        } else {
+            limit
+        };
+        let (index, line) = place(hash, step & 1);
+        let Some(words) = bucket(index) else {
             return NOWHERE;
         };
-        if let Some(room) = flow_table::make_room(&bucket, line, kind, limit, |meta| worth(meta.0)) {
-            for meta in room.evicted {
-                count_end(meta);
-            }
-            return (index << 3 | room.unit as u32) as u64;
+        let Some(room) = flow_table::make_room(&words, line, kind, limit, |meta| worth_now(meta.0)) else {
+            continue;
+        };
+        for meta in room.evicted {
+            count_end(meta);
         }
-        // Before the flow can be seen in the second one.
-        flow_table::mark_overflow(&bucket);
+        if index != first
+            && let Some(first) = bucket(first)
+        {
+            // Before the flow can be seen in the second one.
+            flow_table::mark_overflow(&first);
+        }
+        return (index << 3 | room.unit as u32) as u64;
     }
     NOWHERE
 }

@@ -203,14 +203,12 @@ fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, known:
         }
         // The flow's own outer port or address: the error stays in the queue of its flow.
         scratch.packet.key = scratch.client.by_words();
-        return match encapsulation::wrap(context, known.forward as u32, known.backend_id) {
-            0 => forward::redirect(
-                &Cursor::new(context),
-                verdict,
-                backend.ifindex,
-                Reason::ErrorForwarded,
-            ),
-            reason => verdict.dropped(Reason::from_index(reason)),
+        let (frame, Some(settings)) = (Cursor::new(context), maps::settings()) else {
+            return verdict.dropped(Reason::Internal);
+        };
+        return match encapsulation::wrap(frame, &scratch.packet, settings, known.forward, backend) {
+            Ok(frame) => forward::redirect(&frame, verdict, backend.ifindex, Reason::ErrorForwarded),
+            Err(reason) => verdict.dropped(reason),
         };
     }
     let translated = if Forward::translates(known.forward) {

@@ -16,8 +16,8 @@ use aya_ebpf::{
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
     DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FilterKey, FragmentKey, FragmentPorts, LINE_WORDS,
-    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SOURCE_FILTERS, MAX_SOURCES, PoolLine,
-    REASON_COUNT, SERVICE_BUCKETS, Service, Settings, SourceKey, SourceRate, Totals, buckets, place_of,
+    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SOURCE_FILTERS, MAX_SOURCES, PerCpu,
+    PoolLine, REASON_COUNT, SERVICE_BUCKETS, Service, Settings, SourceKey, SourceRate, buckets, place_of,
 };
 
 use crate::bucket::InKernel;
@@ -118,9 +118,10 @@ pub static SOURCES: LruHashMap<SourceKey, SourceRate, { MAX_SOURCES as usize }> 
 #[btf_map]
 static ROUND_ROBIN: PerCpuArray<u32, { DEFAULT_SERVICES as usize }> = PerCpuArray::new();
 
-/// Packets by verdict. Written here, read by the daemon, as are the counters below.
+/// Packets by verdict, read by the daemon, as are the counters below; and what is known of the packet that is being
+/// handled, see `scratch`.
 #[btf_map]
-static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
+pub static PER_CPU: PerCpuArray<PerCpu, 1> = PerCpuArray::new();
 
 /// By reason: packets that belong to no service.
 #[btf_map]
@@ -158,7 +159,7 @@ pub fn backend(id: u32) -> Option<&'static Backend> {
 
 #[inline(always)]
 pub fn round_robin(service_id: u32) -> Option<&'static mut u32> {
-    // SAFETY: as in `totals`.
+    // SAFETY: as in `counter`.
     ROUND_ROBIN
         .get_ptr_mut(service_id)
         .map(|position| unsafe { &mut *position })
@@ -193,25 +194,19 @@ pub fn service_bucket(index: u32) -> Option<InKernel> {
 
 #[inline(always)]
 pub fn openings() -> Option<&'static mut Openings> {
-    // SAFETY: as in `totals`.
+    // SAFETY: as in `counter`.
     OPENINGS.get_ptr_mut(0).map(|openings| unsafe { &mut *openings })
 }
 
 #[inline(always)]
-pub fn totals() -> Option<&'static mut Totals> {
-    // SAFETY: the entry is this CPU's own and the program is not interrupted by itself.
-    TOTALS.get_ptr_mut(0).map(|totals| unsafe { &mut *totals })
-}
-
-#[inline(always)]
 pub fn counter(reason: u32) -> Option<&'static mut Count> {
-    // SAFETY: as in `totals`.
+    // SAFETY: the entry is this CPU's own and the program is not interrupted by itself.
     COUNTERS.get_ptr_mut(reason).map(|count| unsafe { &mut *count })
 }
 
 #[inline(always)]
 pub fn service_counter(service_id: u32, reason: u32) -> Option<&'static mut Count> {
-    // SAFETY: as in `totals`.
+    // SAFETY: as in `counter`.
     SERVICE_COUNTERS
         .get_ptr_mut(service_id * REASON_COUNT + reason)
         .map(|count| unsafe { &mut *count })
@@ -219,7 +214,7 @@ pub fn service_counter(service_id: u32, reason: u32) -> Option<&'static mut Coun
 
 #[inline(always)]
 pub fn backend_counters(backend_id: u32) -> Option<&'static mut BackendCounters> {
-    // SAFETY: as in `totals`.
+    // SAFETY: as in `counter`.
     BACKEND_COUNTERS
         .get_ptr_mut(backend_id)
         .map(|counters| unsafe { &mut *counters })

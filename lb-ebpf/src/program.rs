@@ -1,6 +1,10 @@
 //! The entry point and the sequence of stages, nothing else.
 
-use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
+use aya_ebpf::{
+    bindings::{xdp_action::XDP_DROP, xdp_md},
+    macros::xdp,
+    programs::XdpContext,
+};
 use lb_common::{
     abi::{Reason, Settings},
     logic::{
@@ -13,21 +17,19 @@ use crate::{
     answer,
     cursor::Cursor,
     flow::{self, Known, Reply, Reset},
-    flow_table::of,
     forward, fragment, icmp, maps,
-    scratch::{Scratch, scratch},
+    scratch::{Scratch, per_cpu},
     service,
     verdict::{Verdict, conclude},
 };
 
 #[xdp(frags)]
 pub fn xlb(context: XdpContext) -> u32 {
-    let frame = Cursor::new(context.ctx);
-    let Some(scratch) = scratch() else {
-        return conclude(&context, 0, Verdict::drop(Reason::Internal));
+    let Some((totals, scratch)) = per_cpu() else {
+        return XDP_DROP;
     };
-    let verdict = balance(context.ctx, frame, scratch);
-    conclude(&context, scratch.bytes, verdict)
+    let verdict = balance(context.ctx, Cursor::new(context.ctx), scratch);
+    conclude(&context, totals, scratch.bytes, verdict)
 }
 
 #[inline(always)]
@@ -54,7 +56,7 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
     let Some(settings) = maps::settings() else {
         return Verdict::drop(Reason::Internal);
     };
-    match service::find(of::PACKET) {
+    match service::of_packet(scratch) {
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
         None => from_backend(context, frame, scratch, settings),
     }
@@ -123,7 +125,7 @@ fn from_client(
         }
         Reset::OfSender => return answer::reset_of_sender(context, scratch, verdict),
     }
-    forward::to_backend(context, scratch, verdict, &known, backend)
+    forward::to_backend(context, scratch, settings, verdict, &known, backend)
 }
 
 /// A packet for no service: a backend's reply to a client, or none of ours.

@@ -65,18 +65,19 @@ fn try_select(settings: &Settings, service: &Service, service_id: u32, key: &Flo
         (slot_of(hash, slots), 1 + (hash as u32 & 0xfff))
     };
     let mut reason = Reason::NoBackend;
-    for attempt in 0..TRIES {
-        let id = pool.at((start + attempt * stride) % slots);
-        if id == 0 {
-            continue;
+    let mut position = start;
+    for _ in 0..TRIES {
+        let id = pool.at(position);
+        if id != 0
+            && let Some(backend) = maps::backend(id)
+        {
+            if takes_more(id, backend) {
+                return Ok(id);
+            }
+            reason = Reason::BackendsFull;
         }
-        let Some(backend) = maps::backend(id) else {
-            continue;
-        };
-        if takes_more(id, backend) {
-            return Ok(id);
-        }
-        reason = Reason::BackendsFull;
+        // A division, which the first one does without.
+        position = (position + stride) % slots;
     }
     Err(reason)
 }

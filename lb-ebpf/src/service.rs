@@ -8,7 +8,7 @@ use lb_common::{
 use crate::{
     flow_table,
     maps::{self, ADDRESSES},
-    scratch::scratch,
+    scratch::{Scratch, scratch},
 };
 
 /// The id of the service that the destination of a 5-tuple in the scratch memory belongs to; see `flow_table::of`.
@@ -17,6 +17,24 @@ pub fn find(which: u32) -> Option<u32> {
     match find_id(which) {
         NONE => None,
         id => Some(id),
+    }
+}
+
+/// As [`find`] of the packet's own destination, with a look at the line that it is in mostly.
+#[inline(always)]
+pub fn of_packet(scratch: &Scratch) -> Option<u32> {
+    let tuple = &scratch.packet.key;
+    let key = ServiceKey {
+        vip: tuple.destination.by_words(),
+        port: tuple.destination_port,
+        protocol: tuple.protocol as u8,
+        _pad: 0,
+    };
+    let place = service_table::place(&key, 0);
+    let words = maps::service_bucket(place.bucket)?;
+    match service_table::in_line(&words, place.line, &key) {
+        Some(id) => Some(id),
+        None => find(flow_table::of::PACKET),
     }
 }
 

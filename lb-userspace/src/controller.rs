@@ -158,8 +158,10 @@ impl Controller {
             Health::Unknown => {}
         }
         // The driver's own word, not that of a transition that may have waited behind a change of the targets.
-        self.follow_health();
-        self.converge_or_retry();
+        self.follow_health_of(&(service.clone(), backend));
+        if let Err(error) = self.converge_service(&service) {
+            self.problem("converge", &error);
+        }
     }
 
     /// The ways to the backends have changed.
@@ -425,6 +427,31 @@ impl Controller {
         self.directory = compiled.directory;
         self.problems.remove("converge");
         Ok(())
+    }
+
+    /// As [`Self::converge`], where nothing but the health of a service's backends has changed: with many services, most of
+    /// the work would be to find the others as they are.
+    fn converge_service(&mut self, name: &str) -> anyhow::Result<()> {
+        let ramps = self.rising.percents(&self.model.config);
+        let is_all_that_changes =
+            ramps.is_empty() && self.model.ramps.is_empty() && !self.problems.contains_key("converge");
+        let service = (self.model.config.services.iter()).find(|service| service.name == name);
+        let operations = service.filter(|_| is_all_that_changes).and_then(|service| {
+            compile::follow_health(
+                &mut self.tables,
+                &self.model,
+                service,
+                &self.directory,
+                self.reconciler.actual(),
+            )
+        });
+        match operations {
+            Some(operations) => {
+                self.reconciler.apply(&operations)?;
+                Ok(())
+            }
+            None => self.converge(),
+        }
     }
 
     /// As [`Self::converge`]; what fails is told in the status and tried again by the next [`Self::repair`].

@@ -18,7 +18,7 @@ use tests::{
     maps,
     services::Service,
 };
-use xlb::{datapath::Contents, lab::Topology, model::Health, observe::status::Status};
+use xlb::{lab::Topology, model::Health, observe::status::Status};
 
 use crate::scene::{
     INTERFACES, WEB, connection_by, connection_to, nginx, source, topology, topology_of, web,
@@ -244,7 +244,7 @@ fn when_one_of_three_leaves_the_others_keep_their_slots() {
                 .find(|backend| backend.name == "c");
             backend.is_none_or(|backend| backend.share == 0.0)
         });
-        assert_others_keep_their_slots(&before, &owners(daemon), how);
+        assert_others_keep_their_slots(&before, &owners(&daemon), how);
     };
     leaves("drained", &mut |daemon| drop(daemon.done(&["drain", "web", "c"])));
     leaves("disabled", &mut |daemon| {

@@ -19,7 +19,7 @@ use aya::{
 use lb_common::{
     abi::{
         Address, Backend, BackendCounters, BackendFlags, Bucket, ClientLink, Count, FlowKey, Forward,
-        FragmentKey, FragmentPorts, Kind, Link, LiveCount, MAX_CLIENT_LINKS, Meta, REASON_COUNT,
+        FragmentKey, FragmentPorts, Kind, Link, LiveCount, MAX_CLIENT_LINKS, Meta, PerCpu, REASON_COUNT,
         ROLE_BACKEND, ROLE_VIP, Reason, Service, ServiceKey, Settings, SettingsFlags, SourceKey, SourceRate,
         Strategy, TCP, Totals, UDP, UNITS, buckets,
     },
@@ -35,7 +35,7 @@ use nix::{
 use xlb::{
     datapath::{
         Contents, Datapath, Flow, Operation, Pins, Pool, Sizes,
-        kernel::{KernelDatapath, PROGRAM, Raw},
+        kernel::{KernelDatapath, PROGRAM, Raw, monotonic_now},
     },
     reconcile::plan,
 };
@@ -310,7 +310,8 @@ impl Instance {
             live.set(*id, Raw(LiveCount::default()), 0).unwrap();
         }
         // Those of services and backends went with them.
-        self.zero("TOTALS", [0], Totals::default());
+        self.zero("PER_CPU", [0], PerCpu::default());
+        self.zero("OPENINGS", [0], [0_u64; 2]);
         self.zero("COUNTERS", 0..REASON_COUNT, Count::default());
         self.zero("ROUND_ROBIN", services, 0_u32);
     }
@@ -361,6 +362,11 @@ impl Instance {
             map.set(index, zeros, 0).unwrap();
         }
     }
+}
+
+/// The number of the second or so in which new flows are counted now.
+pub(crate) fn openings_window() -> u64 {
+    monotonic_now() >> 30
 }
 
 /// Pins that no other test has.
@@ -652,6 +658,13 @@ impl Fixture {
     /// Has a backend have more live flows or fewer, as the daemon does when it has found a count wrong.
     pub(crate) fn adjust_live(&mut self, backend: u32, by: i64) {
         self.datapath().adjust_live(backend, by).unwrap();
+    }
+
+    /// Has all CPUs think that they have recorded as many new flows in this second or so as they may; gives its number.
+    pub(crate) fn exhaust_openings(&mut self) -> u64 {
+        let window = openings_window();
+        self.instance().zero("OPENINGS", [0], [window, u64::MAX >> 1]);
+        window
     }
 
     /// A whole pass of the daemon for what flows have left behind.

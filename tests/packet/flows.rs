@@ -351,6 +351,41 @@ fn what_tells_late_replies_of_a_backend_that_a_flow_has_left_is_removed_when_the
     }
 }
 
+#[test]
+fn flows_that_find_no_room_in_their_bucket_are_found_in_another_in_both_directions() {
+    use lb_common::{
+        abi::TCP,
+        logic::flow_table::{bucket_of, end_hash},
+    };
+    let mut fixture = Fixture::with_flow_table(1024);
+    let seed = crate::fixture::SETTINGS.table_seed;
+    let in_one_bucket = (0..60_000_u32).filter_map(|number| {
+        let mut syn = tcp(CLIENT, WEB.vip, SYN);
+        syn.source = address(&format!("198.51.{}.{}:7000", number / 250, 1 + number % 250));
+        let key = syn.key();
+        let hash = end_hash(seed, &key.source, key.source_port, u32::from(TCP));
+        (bucket_of(hash, lb_common::abi::buckets(1024)) == 77).then_some(syn)
+    });
+    let flows: Vec<Frame> = in_one_bucket.take(12).collect();
+    assert_eq!(flows.len(), 12);
+    for syn in &flows {
+        let expected = Expected::to_backend(&WEB, 0, syn, syn.source).new_flow();
+        fixture.expect("first", &syn.bytes(), expected);
+    }
+    assert_eq!(fixture.flows().len(), 12);
+    for syn in &flows {
+        let mut ack = syn.clone();
+        ack.transport = tcp(CLIENT, WEB.vip, ACK).transport;
+        let expected = Expected::to_backend(&WEB, 0, &ack, ack.source);
+        fixture.expect("of a known flow", &ack.bytes(), expected);
+        let reply = answer(&WEB, 0, syn.source, SYN_ACK);
+        let expected = Expected::to_client(&WEB, 0, &reply, &ack);
+        fixture.expect("reply", &reply.bytes(), expected);
+        assert_eq!(fixture.remove(syn), 1);
+    }
+    assert_eq!(fixture.units().len(), 0);
+}
+
 /// As when the daemon is killed between the two.
 #[test]
 fn a_place_that_nobody_writes_to_its_end_is_free_after_two_passes() {

@@ -16,9 +16,9 @@ use aya::{
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
     DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FEW_SLOTS, FILTER_ALLOW, FILTER_DENY, FilterKey,
-    Forward, LINE_WORDS, LiveCount, MANY_SLOTS, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, PoolLine,
-    REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service, ServiceFlags, ServiceKey, Settings,
-    SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP, buckets, flows,
+    Forward, LINE_WORDS, LiveCount, MANY_SLOTS, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, PerCpu,
+    PoolLine, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service, ServiceFlags, ServiceKey,
+    Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP, buckets, flows,
 };
 use lb_common::logic::hash::{flow_hash, siphash13, slot_of};
 use xlb::{
@@ -663,7 +663,7 @@ fn the_objects_maps_have_the_sizes_of_the_shared_types() {
         ("LIVE", 4, size_of::<LiveCount>(), DEFAULT_BACKENDS + 1),
         ("FLOWS", 4, size_of::<Bucket>(), buckets(DEFAULT_FLOWS)),
         ("CLIENT_LINKS", 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
-        ("TOTALS", 4, size_of::<Totals>(), 1),
+        ("PER_CPU", 4, size_of::<PerCpu>(), 1),
         ("COUNTERS", 4, size_of::<Count>(), REASON_COUNT),
         (
             "SERVICE_COUNTERS",

@@ -23,6 +23,18 @@ pub struct Totals {
 
 const _: () = assert!(size_of::<Totals>() == 40);
 
+/// What the program touches for every packet, in one place of each CPU's memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct PerCpu {
+    pub totals: Totals,
+    /// What the program knows of a packet while it runs on it; nobody else's business.
+    pub scratch: Scratch,
+}
+
+/// See [`PerCpu::scratch`].
+pub type Scratch = [[u64; 8]; 6];
+
 /// What a backend was sent and has answered, for each CPU; indexed by backend id.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -272,6 +272,8 @@ pub mod worth {
     pub const OVER: u32 = 1;
     /// A connection that both ends have closed, or one has reset.
     pub const CLOSED: u32 = 2;
+    /// What is worth so much or more goes on.
+    pub const LIVE: u32 = 3;
     /// A flow that is opening, or of a single datagram; less for each tick that it is idle.
     pub const OPENING: u32 = 0x100;
     /// A connection that one end has closed.

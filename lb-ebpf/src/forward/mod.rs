@@ -11,7 +11,7 @@ use aya_ebpf::{
     helpers::bpf_redirect,
 };
 use lb_common::{
-    abi::{Address, Backend, BackendFlags, FlowKey, Forward, Link, Reason, SettingsFlags, Tags},
+    abi::{Address, Backend, BackendFlags, FlowKey, Forward, Link, Reason, Settings, SettingsFlags, Tags},
     logic::headers::{Fragment, Frame, Packet, TAG_LEN, ethertype},
 };
 
@@ -32,6 +32,7 @@ const LOOPBACK: u32 = 1;
 pub fn to_backend(
     context: *mut xdp_md,
     scratch: &mut Scratch,
+    settings: &Settings,
     verdict: Verdict,
     known: &Known,
     backend: &Backend,
@@ -75,12 +76,12 @@ pub fn to_backend(
         if !encapsulation::fits(&scratch.packet, known.forward, backend) {
             return answer::too_big(context, scratch, verdict, known.forward, backend);
         }
-        return match encapsulation::wrap(context, known.forward as u32, known.backend_id) {
-            0 => {
+        return match encapsulation::wrap(frame, &scratch.packet, settings, known.forward, backend) {
+            Ok(frame) => {
                 count_forwarded(scratch, known);
-                redirect(&Cursor::new(context), verdict, backend.ifindex, Reason::Forwarded)
+                redirect(&frame, verdict, backend.ifindex, Reason::Forwarded)
             }
-            reason => verdict.dropped(Reason::from_index(reason)),
+            Err(reason) => verdict.dropped(reason),
         };
     } else {
         if nat::hop(&frame, &scratch.packet).is_none() {

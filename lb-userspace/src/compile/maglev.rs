@@ -1,7 +1,11 @@
 //! Slot tables by Maglev hashing (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer",
 //! NSDI 2016, section 3.4), with weights.
 
-use std::{cmp::Ordering, collections::BinaryHeap, net::IpAddr};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, BinaryHeap},
+    net::IpAddr,
+};
 
 use lb_common::logic::hash::siphash13;
 
@@ -22,31 +26,88 @@ pub fn identity(seed: [u64; 2], address: IpAddr, port: u16) -> u64 {
 /// member of some weight all are 0.
 pub fn ranks(members: &[(u64, u32)], slots: u32) -> Vec<u16> {
     let mut table = Table::new(slots);
-    let mut turns: Vec<Turn> = (0..members.len() as u16)
-        .zip(members)
-        .filter(|(_, (_, weight))| *weight > 0)
-        .map(|(rank, (identity, weight))| Turn::first(rank, *identity, *weight, slots))
-        .collect();
-    let Some(weight) = turns.first().map(|turn| turn.weight) else {
-        return table.ranks;
-    };
-    if turns.iter().all(|turn| turn.weight == weight) {
-        // Their turns come round and round.
-        turns.sort_unstable_by_key(|turn| (turn.identity, turn.rank));
-        while table.free > 0 {
-            for turn in turns.iter_mut().take(table.free as usize) {
-                turn.take_slot(&mut table);
-            }
+    let mut classes = classes(members, slots);
+    while table.free > 0 {
+        let Some(first) = classes.pop() else { break };
+        let mut due = vec![first];
+        while classes.peek().is_some_and(|class| class.cmp(&due[0]).is_eq()) {
+            due.extend(classes.pop());
         }
-    } else {
-        let mut turns = BinaryHeap::from(turns);
-        while table.free > 0 {
-            let Some(mut turn) = turns.peek_mut() else { break };
+        let are_several = due.len() > 1;
+        let mut turns: Vec<&mut Turn> = due.iter_mut().flat_map(|class| &mut class.turns).collect();
+        if are_several {
+            turns.sort_unstable_by_key(|turn| turn.order());
+        }
+        for turn in turns.into_iter().take(table.free as usize) {
             turn.take_slot(&mut table);
         }
+        classes.extend(due.into_iter().map(Class::next));
     }
     table.ranks
 }
+
+/// The members of some weight, those of the same weight together.
+fn classes(members: &[(u64, u32)], slots: u32) -> BinaryHeap<Class> {
+    let mut classes = BTreeMap::<u32, Vec<Turn>>::new();
+    for (rank, (identity, weight)) in (0..).zip(members).filter(|(_, (_, weight))| *weight > 0) {
+        let turns = classes.entry(*weight).or_default();
+        turns.push(Turn::first(rank, *identity, slots));
+    }
+    let class = |(weight, mut turns): (u32, Vec<Turn>)| {
+        turns.sort_unstable_by_key(Turn::order);
+        Class {
+            weight,
+            odd: 1,
+            turns,
+        }
+    };
+    classes.into_iter().map(class).collect()
+}
+
+/// Members of the same weight, whose turns to take a slot are at the same times.
+///
+/// The k-th turn of a member is due at (k - 1/2) / weight, and of those that are due at once the least identity is first. So
+/// each has taken its share, rounded, at any time, and the order of any two does not depend on who else takes part: that
+/// keeps slots in place when one leaves.
+#[derive(Debug)]
+struct Class {
+    weight: u32,
+    /// 2k - 1.
+    odd: u64,
+    /// In their order.
+    turns: Vec<Turn>,
+}
+
+impl Class {
+    fn next(mut self) -> Self {
+        self.odd += 2;
+        self
+    }
+}
+
+impl Ord for Class {
+    /// The greatest is the first to be due.
+    fn cmp(&self, other: &Self) -> Ordering {
+        // At most 2^18 times 2^32: does not overflow.
+        let due = self.odd * u64::from(other.weight);
+        let other_due = other.odd * u64::from(self.weight);
+        other_due.cmp(&due)
+    }
+}
+
+impl PartialOrd for Class {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Class {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Class {}
 
 /// Free slots at which they are compared rather than tried: most tries would be in vain.
 const FEW: u32 = 256;
@@ -92,17 +153,11 @@ impl Table {
     }
 }
 
-/// The next turn of one member to take a slot.
-///
-/// The k-th turn of a member is due at (k - 1/2) / weight. So each has taken its share, rounded, at any time, and
-/// the order of any two does not depend on who else takes part: that keeps slots in place when one leaves.
+/// Where a member is in the sequence of the slots that it prefers.
 #[derive(Debug)]
 struct Turn {
     rank: u16,
     identity: u64,
-    weight: u32,
-    /// 2k - 1.
-    odd: u64,
     /// The slot that the member prefers among those that it has not tried.
     next: u32,
     skip: u32,
@@ -111,21 +166,22 @@ struct Turn {
 }
 
 impl Turn {
-    fn first(rank: u16, identity: u64, weight: u32, slots: u32) -> Self {
+    fn first(rank: u16, identity: u64, slots: u32) -> Self {
         Self {
             rank,
             identity,
-            weight,
-            odd: 1,
             next: ((identity >> 32) % u64::from(slots)) as u32,
             skip: ((identity & 0xffff_ffff) % u64::from(slots - 1)) as u32 + 1,
             inverse: 0,
         }
     }
 
+    fn order(&self) -> (u64, u16) {
+        (self.identity, self.rank)
+    }
+
     /// Takes the preferred slot that is free. The number of slots is prime, so that all are tried in turn.
     fn take_slot(&mut self, table: &mut Table) {
-        self.odd += 2;
         if table.free <= FEW {
             self.take_one_of_few(table);
             return;
@@ -175,32 +231,6 @@ fn inverse(number: u32, prime: u32) -> u32 {
     }
     result as u32
 }
-
-impl Ord for Turn {
-    /// The greatest is the first to be due.
-    fn cmp(&self, other: &Self) -> Ordering {
-        // At most 2^18 times 2^32: does not overflow.
-        let due = self.odd * u64::from(other.weight);
-        let other_due = other.odd * u64::from(self.weight);
-        (other_due.cmp(&due))
-            .then_with(|| other.identity.cmp(&self.identity))
-            .then_with(|| other.rank.cmp(&self.rank))
-    }
-}
-
-impl PartialOrd for Turn {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Turn {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Turn {}
 
 #[cfg(test)]
 mod tests;

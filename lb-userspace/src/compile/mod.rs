@@ -33,7 +33,7 @@ pub use self::{
 };
 use crate::{
     config::{Backend, Forward, Protocol, Service, Strategy},
-    datapath::{Contents, Sizes},
+    datapath::{Contents, Operation, Sizes},
     model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
 
@@ -124,6 +124,32 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
     add_addresses(&mut contents);
     check_limits(&contents, actual)?;
     Ok(Compiled { contents, directory })
+}
+
+/// Says what changes in the maps because the health of a service's backends has, where nothing else has: the same as
+/// [`compile`] and a plan from its result, without a look at the other services.
+///
+/// Nothing where the service is not in the maps.
+pub fn follow_health(
+    tables: &mut SlotTables,
+    model: &Model,
+    service: &Service,
+    directory: &Directory,
+    actual: &Contents,
+) -> Option<Vec<Operation>> {
+    let id = *directory.services.get(&service.name)?;
+    let mut contents = Contents::default();
+    let candidates = add_service(&mut contents, id, service, directory, model, actual);
+    let pool = tables.pool(service, candidates);
+    // The entries come before the pool that leads to them.
+    let mut operations: Vec<Operation> = (contents.backends.iter())
+        .filter(|(id, backend)| actual.backends.get(id) != Some(backend))
+        .map(|(id, backend)| Operation::PutBackend(*id, *backend))
+        .collect();
+    if actual.pools.get(&id) != Some(&pool) {
+        operations.push(Operation::PutPool(id, pool));
+    }
+    Some(operations)
 }
 
 /// Finds the ids that exist and gives the lowest free ones to the others.

@@ -969,6 +969,35 @@ proptest! {
 
 proptest! {
     #[test]
+    fn following_the_health_of_a_service_leads_where_compiling_all_does(
+        mut model in any_model(),
+        chosen in any::<(prop::sample::Index, prop::sample::Index)>(),
+        health in prop::sample::select(vec![Health::Up, Health::Down]),
+    ) {
+        prop_assume!(!model.config.services.is_empty());
+        model.ramps.clear();
+        let first = compiled(&model, &Contents::default());
+        // What was found out about backends that leave is not of interest here.
+        model.live_flows.clear();
+        let service = chosen.0.get(&model.config.services).clone();
+        prop_assume!(!service.backends.is_empty());
+        let backend = &chosen.1.get(&service.backends).name;
+        model.set_health(&service.name, backend, health);
+        let mut followed = first.contents.clone();
+        let operations = follow_health(
+            &mut SlotTables::default(),
+            &model,
+            &service,
+            &first.directory,
+            &first.contents,
+        );
+        for operation in operations.unwrap() {
+            followed.record(&operation);
+        }
+        prop_assert_eq!(followed, compiled(&model, &first.contents).contents);
+    }
+
+    #[test]
     fn remembered_slot_tables_change_no_result(models in proptest::collection::vec(any_model(), 1..5)) {
         let mut tables = SlotTables::default();
         let mut actual = Contents::default();

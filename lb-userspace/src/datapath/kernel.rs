@@ -23,8 +23,8 @@ use aya::{
 };
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey,
-    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, REASON_COUNT, SERVICE_BUCKETS, Service,
-    Settings, SettingsFlags, Totals, buckets, flows,
+    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, PerCpu, REASON_COUNT, SERVICE_BUCKETS,
+    Service, Settings, SettingsFlags, buckets, flows,
 };
 use nix::time::{ClockId, clock_gettime};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -83,7 +83,7 @@ pub struct KernelDatapath {
     backends: Array<MapData, Raw<Backend>>,
     source_filters: LpmTrie<MapData, Raw<FilterKey>, u32>,
     flow_table: FlowTable,
-    totals: PerCpuArray<MapData, Raw<Totals>>,
+    per_cpu: PerCpuArray<MapData, Raw<PerCpu>>,
     reasons: PerCpuArray<MapData, Raw<Count>>,
     service_counters: PerCpuArray<MapData, Raw<Count>>,
     backend_counters: PerCpuArray<MapData, Raw<BackendCounters>>,
@@ -152,7 +152,7 @@ fn maps(sizes: &Sizes) -> [Layout; 16] {
         layout(LIVE, Array, 4, size_of::<LiveCount>(), backend_entries),
         layout(FLOWS, Array, 4, size_of::<Bucket>(), buckets(flows)),
         layout(CLIENT_LINKS, Array, 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
-        layout("TOTALS", PerCpuArray, 4, size_of::<Totals>(), 1),
+        layout("PER_CPU", PerCpuArray, 4, size_of::<PerCpu>(), 1),
         layout("COUNTERS", PerCpuArray, 4, size_of::<Count>(), REASON_COUNT),
         layout(
             SERVICE_COUNTERS,
@@ -285,7 +285,7 @@ impl KernelDatapath {
                 &MapOf(data(CLIENT_LINKS)?.fd().as_fd(), MAX_CLIENT_LINKS),
             )
             .map_err(|source| DatapathError::new("map the memory of", FLOWS, source))?,
-            totals: per_cpu(data("TOTALS")?).map_err(|error| converted("TOTALS", error))?,
+            per_cpu: per_cpu(data("PER_CPU")?).map_err(|error| converted("PER_CPU", error))?,
             reasons: per_cpu(data("COUNTERS")?).map_err(|error| converted("COUNTERS", error))?,
             service_counters: per_cpu(data("SERVICE_COUNTERS")?)
                 .map_err(|error| converted("SERVICE_COUNTERS", error))?,
@@ -656,12 +656,12 @@ impl Datapath for KernelDatapath {
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
-        let totals = self
-            .totals
+        let per_cpu = self
+            .per_cpu
             .get(&0, 0)
-            .map_err(|error| failed("read", "TOTALS", error))?;
+            .map_err(|error| failed("read", "PER_CPU", error))?;
         let mut result = Counters {
-            totals: totals.iter().map(|Raw(totals)| *totals).collect(),
+            totals: per_cpu.iter().map(|Raw(per_cpu)| per_cpu.totals).collect(),
             ..Counters::default()
         };
         result.reasons =
@@ -671,19 +671,8 @@ impl Datapath for KernelDatapath {
                 .map_err(|error| DatapathError::new("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
             result.services.insert(*service, counts);
         }
-        for backend in backends {
-            let cpus = self
-                .backend_counters
-                .get(backend, 0)
-                .map_err(|error| failed("read", format!("BACKEND_COUNTERS[{backend}]"), error))?;
-            let mut total = BackendCounters::default();
-            for Raw(cpu) in cpus.iter() {
-                counters::add(&mut total.forwarded, &cpu.forwarded);
-                counters::add(&mut total.returned, &cpu.returned);
-                total.flows += cpu.flows;
-            }
-            result.backends.insert(*backend, total);
-        }
+        result.backends = by_backend(&self.backend_counters, backends, self.sizes.backends + 1)
+            .map_err(|error| DatapathError::new("read", BACKEND_COUNTERS, error))?;
         Ok(result)
     }
 }
@@ -750,6 +739,43 @@ fn by_reason(map: &PerCpuArray<MapData, Raw<Count>>, first: u32) -> io::Result<V
             total
         })
         .collect())
+}
+
+/// The counters of backends by id, those of all CPUs together; ids beyond the end have none.
+fn by_backend(
+    map: &PerCpuArray<MapData, Raw<BackendCounters>>,
+    ids: &[u32],
+    entries: u32,
+) -> io::Result<BTreeMap<u32, BackendCounters>> {
+    /// Read at once: with an entry each, ten thousand backends would be as many system calls every second.
+    const AT_ONCE: u32 = 1024;
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    let mut totals = BTreeMap::new();
+    let mut sorted: Vec<u32> = ids.iter().copied().filter(|id| *id < entries).collect();
+    sorted.sort_unstable();
+    let mut rest = &sorted[..];
+    while let Some(first) = rest.first().copied() {
+        let (these, others) = rest.split_at(rest.partition_point(|id| *id - first < AT_ONCE));
+        rest = others;
+        let last = these.last().copied().unwrap_or(first);
+        let count = (last - first + 1) as usize;
+        let values: Vec<BackendCounters> = syscall::some_per_cpu(map.map().fd().as_fd(), first, count, cpus)?;
+        for id in these {
+            let mut total = BackendCounters::default();
+            for cpu in values
+                .chunks(cpus)
+                .nth((id - first) as usize)
+                .into_iter()
+                .flatten()
+            {
+                counters::add(&mut total.forwarded, &cpu.forwarded);
+                counters::add(&mut total.returned, &cpu.returned);
+                total.flows += cpu.flows;
+            }
+            totals.insert(*id, total);
+        }
+    }
+    Ok(totals)
 }
 
 /// A counter of all CPUs together.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::BackendName;
-use crate::config::Config;
+use crate::config::{Config, Service};
 
 /// Percent of its weight that a backend begins with.
 const FIRST: u128 = 10;
@@ -38,9 +38,13 @@ impl SlowStarts {
     /// Percent of its weight by backend, of those that do not have the whole yet; the others are forgotten.
     pub fn percents(&mut self, config: &Config, now: Instant) -> BTreeMap<BackendName, u32> {
         let mut percents = BTreeMap::new();
+        if self.is_empty() {
+            return percents;
+        }
+        let named = config.services.iter().map(|service| (&service.name, service));
+        let services: BTreeMap<&String, &Service> = named.collect();
         self.0.retain(|name, since| {
-            let service = config.services.iter().find(|service| service.name == name.0);
-            let duration = service
+            let duration = (services.get(&name.0))
                 .filter(|service| service.backends.iter().any(|backend| backend.name == name.1))
                 .map_or(Duration::ZERO, |service| service.slow_start);
             let percent = percent(now.saturating_duration_since(*since), duration);

@@ -70,6 +70,14 @@ impl<D: Datapath> Reconciler<D> {
     )]
     pub fn reconcile(&mut self, desired: Contents) -> Result<Applied, ReconcileError> {
         let operations = plan(&self.actual, &desired);
+        self.apply(&operations)
+    }
+
+    /// Makes these changes, which must be in such an order.
+    ///
+    /// # Errors
+    /// As of [`Self::reconcile`].
+    pub fn apply(&mut self, operations: &[Operation]) -> Result<Applied, ReconcileError> {
         let total = operations.len();
         for (operation, number) in operations.iter().zip(1..) {
             match self.datapath.apply(operation) {
