@@ -104,24 +104,35 @@ impl Pool {
     /// The id of the backend that a slot leads to; 0 where there is none.
     #[inline(always)]
     fn at(&self, slot: u32) -> u32 {
-        let rank = if self.header.bits == 0 {
-            slot
-        } else {
-            let part = Part::of_rank(slot, self.header.bits);
-            word(self.header.ranks + part.line, &part) & ((1 << (self.header.bits & 31)) - 1)
-        };
-        self.member(rank)
+        let PoolHeader {
+            ranks, bits, members, ..
+        } = self.header;
+        member(self.line, members, ranks, bits, slot)
     }
 
     /// The id of the member of a rank; 0 where there is none.
     #[inline(always)]
     fn member(&self, rank: u32) -> u32 {
-        if rank >= self.header.members {
-            return 0;
-        }
-        let part = Part::of_member(rank);
-        word(self.line + part.line, &part)
+        member(self.line, self.header.members, 0, 0, rank)
     }
+}
+
+/// The id of the member of a pool that a slot leads to, by ranks of some bits or by itself; 0 where there is none. A function
+/// that the verifier checks for itself, once for all tries.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn member(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
+    let rank = if bits == 0 {
+        slot
+    } else {
+        let part = Part::of_rank(slot, bits);
+        word(ranks + part.line, &part) & ((1 << (bits & 31)) - 1)
+    };
+    if rank >= members {
+        return 0;
+    }
+    let part = Part::of_member(rank);
+    word(pool + part.line, &part)
 }
 
 /// 32 bits of a line of pools; 0 where there is none.

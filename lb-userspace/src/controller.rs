@@ -232,7 +232,7 @@ impl Controller {
             },
         };
         let former = self.model.administrative.insert(name.clone(), state);
-        if let Err(error) = self.converge() {
+        if let Err(error) = self.converge_service(service) {
             match former {
                 Some(former) => self.model.administrative.insert(name, former),
                 None => self.model.administrative.remove(&name),
@@ -429,15 +429,15 @@ impl Controller {
         Ok(())
     }
 
-    /// As [`Self::converge`], where nothing but the health of a service's backends has changed: with many services, most of
-    /// the work would be to find the others as they are.
+    /// As [`Self::converge`], where nothing but health or administrative state of a service's backends has changed: with many
+    /// services, most of the work would be to find the others as they are.
     fn converge_service(&mut self, name: &str) -> anyhow::Result<()> {
         let ramps = self.rising.percents(&self.model.config);
         let is_all_that_changes =
             ramps.is_empty() && self.model.ramps.is_empty() && !self.problems.contains_key("converge");
         let service = (self.model.config.services.iter()).find(|service| service.name == name);
         let operations = service.filter(|_| is_all_that_changes).and_then(|service| {
-            compile::follow_health(
+            compile::follow_states(
                 &mut self.tables,
                 &self.model,
                 service,

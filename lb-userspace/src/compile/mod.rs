@@ -126,11 +126,11 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
     Ok(Compiled { contents, directory })
 }
 
-/// Says what changes in the maps because the health of a service's backends has, where nothing else has: the same as
+/// Says what changes in the maps because health or administrative state of a service's backends has, where nothing else has: the same as
 /// [`compile`] and a plan from its result, without a look at the other services.
 ///
 /// Nothing where the service is not in the maps.
-pub fn follow_health(
+pub fn follow_states(
     tables: &mut SlotTables,
     model: &Model,
     service: &Service,

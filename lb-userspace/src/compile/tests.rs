@@ -969,10 +969,11 @@ proptest! {
 
 proptest! {
     #[test]
-    fn following_the_health_of_a_service_leads_where_compiling_all_does(
+    fn following_the_states_of_a_service_leads_where_compiling_all_does(
         mut model in any_model(),
         chosen in any::<(prop::sample::Index, prop::sample::Index)>(),
         health in prop::sample::select(vec![Health::Up, Health::Down]),
+        is_disabled: bool,
     ) {
         prop_assume!(!model.config.services.is_empty());
         model.ramps.clear();
@@ -983,8 +984,11 @@ proptest! {
         prop_assume!(!service.backends.is_empty());
         let backend = &chosen.1.get(&service.backends).name;
         model.set_health(&service.name, backend, health);
+        if is_disabled {
+            model.set_administrative(&service.name, backend, Administrative::Disabled);
+        }
         let mut followed = first.contents.clone();
-        let operations = follow_health(
+        let operations = follow_states(
             &mut SlotTables::default(),
             &model,
             &service,

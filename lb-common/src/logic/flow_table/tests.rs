@@ -540,3 +540,25 @@ fn nobody_sees_the_meta_of_one_flow_with_the_key_of_another() {
         (0..UNITS).filter(|unit| is_address(&words, *unit) || !Meta(words.load(meta_at(*unit))).is_empty());
     assert!(units <= in_use.count());
 }
+
+#[test]
+fn a_meta_holds_the_highest_ids_and_is_not_taken_for_one_that_is_being_written() {
+    use crate::abi::{MAX_BACKENDS, MAX_SERVICES};
+    for (service, backend) in [
+        (MAX_SERVICES - 1, MAX_BACKENDS),
+        (0, MAX_BACKENDS),
+        (MAX_SERVICES - 1, 0),
+    ] {
+        let meta = Meta::new(Kind::Long, service, backend, 5)
+            .with_age(255)
+            .with_link(0x7ffe);
+        assert_eq!(
+            (meta.service(), meta.backend(), meta.forward()),
+            (service, backend, 5)
+        );
+        assert!(meta.is(Kind::Long) && !meta.is_busy() && !meta.is_left());
+        assert!(meta.busy_alike().is_busy());
+        let other = Meta::new(Kind::Long, service, backend ^ 1 << 17, 5);
+        assert!(!meta.is_of_same(other));
+    }
+}
