@@ -414,9 +414,10 @@ impl<'a, 'f> Table<'a, 'f> {
         entries: &'a DeTable<'a>,
         found: &'f mut Vec<Diagnostic>,
     ) -> Self {
-        for key in entries.keys() {
+        for (key, value) in entries {
             if !keys.keys.contains(&key.get_ref().as_ref()) {
-                found.push(unknown_key(keys, key.get_ref(), key.span()));
+                let is_value = !matches!(value.get_ref(), DeValue::Table(_) | DeValue::Array(_));
+                found.push(unknown_key(keys, key.get_ref(), is_value, key.span()));
             }
         }
         Self {
@@ -567,7 +568,7 @@ impl<'a, 'f> Table<'a, 'f> {
     }
 }
 
-fn unknown_key(table: &TableKeys, key: &str, span: Span) -> Diagnostic {
+fn unknown_key(table: &TableKeys, key: &str, is_value: bool, span: Span) -> Diagnostic {
     let place = match table.header {
         "" => "at the top of the file".to_owned(),
         header => format!("in {header}"),
@@ -578,6 +579,10 @@ fn unknown_key(table: &TableKeys, key: &str, span: Span) -> Diagnostic {
             "write the port with the address, such as address = \"10.0.0.11:8080\"".to_owned()
         }
         (Some(_), _) if header_of(key).is_some() => format!("write {}", as_written(key)),
+        // `[services]` is no limit.
+        (Some(_), Some(known)) if !is_value && header_of(known).is_some() => {
+            format!("write {}", as_written(known))
+        }
         (Some(other), _) if other.header.is_empty() => {
             format!("write `{key}` at the top of the file, above the first line in brackets")
         }
