@@ -16,8 +16,8 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 /// Debian's toolchain for its browsers, used where rustup has no such nightly.
 const DEBIAN: (&str, &str) = ("/usr/bin/cargo", "/usr/bin/rustc");
 const TARGET: &str = "bpfel-unknown-none";
-/// The binaries of lb-ebpf: the data path, the program of `xlb decap`, and those of probes.
-const OBJECTS: [&str; 3] = ["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe"];
+/// The binaries of lb-ebpf: the data path, the program of `xlb decap`, those of probes, and the barrier.
+const OBJECTS: [&str; 4] = ["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe", "lb-ebpf-barrier"];
 
 fn main() {
     if let Err(error) = build() {
