@@ -182,11 +182,19 @@ impl Controller {
         self.expect_added(&former);
         // What was counted of a backend that has gone says nothing of the next with its id.
         self.model.live_flows.retain(|_, flows| *flows > 0);
-        self.follow_configuration().await;
-        if let Err(error) = self.attach().and_then(|()| self.converge()) {
-            self.model = former;
+        // First, since it is what may be refused: until then probes know nothing of it.
+        let mut outcome = self.attach();
+        let is_attached = outcome.is_ok();
+        if is_attached {
             self.follow_configuration().await;
-            self.converge_or_retry();
+            outcome = self.converge();
+        }
+        if let Err(error) = outcome {
+            self.model = former;
+            if is_attached {
+                self.follow_configuration().await;
+                self.converge_or_retry();
+            }
             if let Err(error) = self.attach() {
                 error!("the interfaces of the running configuration: {error:#}");
             }

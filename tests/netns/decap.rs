@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use tests::{
     decap::Decap,
     encapsulation::{Encapsulated, Wrapping, udp_packet},
@@ -327,6 +327,9 @@ fn loaded() -> Vec<u32> {
 
 #[test]
 fn an_end_by_any_signal_leaves_nothing() {
+    // Children inherit what nohup(1) does, under which they are not to end by a hang-up.
+    // SAFETY: no handler is installed.
+    unsafe { signal(Signal::SIGHUP, SigHandler::SigDfl) }.unwrap();
     let scene = Scene::new();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGKILL] {
         let decap = scene.decap(&["--interface", "eth1"]);

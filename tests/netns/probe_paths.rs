@@ -224,6 +224,33 @@ fn a_backend_without_the_vip_that_forwards_packets_is_down() {
     assert_eq!(health(&daemon.status()), [Health::Down, Health::Up]);
 }
 
+/// Its own address answers, so that a probe which takes another path would have it up.
+#[test]
+fn a_reload_that_is_refused_leaves_the_probes_on_their_path() {
+    let scene = Scene::new();
+    let _server = scene.server();
+    let mut daemon = Daemon::new(&scene.balancer);
+    let service = || Scene::service("web", 0, "dsr", "type = \"tcp\"");
+    daemon.configure(&["eth0"], &[service()]);
+    daemon.start();
+    all_are(&daemon, Health::Down);
+    daemon.configure(&["eth0", "eth9"], &[service()]);
+    // A target that changes is asked at once: the own address would answer often enough.
+    for _ in 0..20 {
+        let outcome = daemon.xlb(&["reload"]);
+        assert_eq!(outcome.code, 1, "{outcome:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let status = daemon.status();
+    assert_eq!(status.services[0].backends[0].health, Health::Down);
+    assert!(status.problems.is_empty(), "{:?}", status.problems);
+    let log = daemon.log();
+    assert!(
+        !log.contains("probe paths") && !log.contains("backend is up"),
+        "{log}"
+    );
+}
+
 #[test]
 fn a_request_that_would_fill_a_packet_leaves_room_for_the_outer_headers() {
     for forward in ["ipip", "gue"] {

@@ -17,7 +17,10 @@ use lb_common::abi::{Address, Count, DecapReason};
 
 use super::{
     DatapathError,
-    kernel::{Attachment, Mode, Raw, attach_link, failed, named_map, named_program, obtain, sum},
+    kernel::{
+        Attachment, Mode, Raw, attach_link, failed, load_despite_signals, named_map, named_program, obtain,
+        sum,
+    },
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -72,9 +75,8 @@ impl Decap {
         let mut ebpf = EbpfLoader::new()
             .load(OBJECT)
             .map_err(|error| failed("load", "the program's maps", error))?;
-        named_program::<Xdp>(&mut ebpf, PROGRAM)?
-            .load()
-            .map_err(|error| failed("load", PROGRAM, error))?;
+        let program = named_program::<Xdp>(&mut ebpf, PROGRAM)?;
+        load_despite_signals(|| program.load()).map_err(|error| failed("load", PROGRAM, error))?;
 
         let mut vip_map: HashMap<MapData, Raw<Address>, u32> = named_map(&mut ebpf, VIPS)?;
         for vip in vips {

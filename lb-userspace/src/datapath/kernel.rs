@@ -201,9 +201,8 @@ impl KernelDatapath {
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|error| failed("load", "the program's maps", error))?;
-        xdp_program(&mut ebpf)?
-            .load()
-            .map_err(|error| failed("load", "the program", error))?;
+        let program = xdp_program(&mut ebpf)?;
+        load_despite_signals(|| program.load()).map_err(|error| failed("load", "the program", error))?;
         pin_program(&mut ebpf, PROGRAM, &pins.program(PROGRAM))?;
 
         let data =
@@ -677,6 +676,22 @@ impl Datapath for KernelDatapath {
         }
         Ok(result)
     }
+}
+
+/// Loads a program. The kernel gives up on it when a signal comes, as that of a probe's process which has ended, and
+/// says EAGAIN (`bpf_check`).
+pub(super) fn load_despite_signals(
+    mut load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), ProgramError> {
+    const TRIES: u32 = 20;
+    for _ in 1..TRIES {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            outcome => return outcome,
+        }
+    }
+    load()
 }
 
 /// Removes an entry that the data path may have removed meanwhile.

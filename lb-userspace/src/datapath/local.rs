@@ -15,7 +15,7 @@ use aya::{
 use super::{
     DatapathError, Pins,
     hooks::{self, Hook, LinkKind},
-    kernel::{failed, named_program, pin_program, runs},
+    kernel::{failed, load_despite_signals, named_program, pin_program, runs},
     syscall,
 };
 
@@ -47,7 +47,7 @@ fn load(ebpf: &mut Ebpf, pins: &Pins, hook: Hook) -> Result<(), DatapathError> {
     let name = hook.program();
     let program: &mut SchedClassifier = named_program(ebpf, name)?;
     if program.fd().is_err() {
-        program.load().map_err(|error| failed("load", name, error))?;
+        load_despite_signals(|| program.load()).map_err(|error| failed("load", name, error))?;
     }
     pin_program(ebpf, name, &pins.program(name))
 }

@@ -16,7 +16,7 @@ use lb_common::abi::{MAX_PROBE_PATHS, PROBE_MARK, ProbePath};
 use super::{
     DatapathError, LinkKind, Pins,
     hooks::{self, Hook},
-    kernel::{Raw, failed, named_map, named_program},
+    kernel::{Raw, failed, load_despite_signals, named_map, named_program},
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -58,9 +58,8 @@ impl Probes {
             .load(OBJECT)
             .map_err(|error| failed("load", "the maps of probes", error))?;
         for hook in HOOKS {
-            named_program::<SchedClassifier>(&mut ebpf, hook.program())?
-                .load()
-                .map_err(|error| failed("load", hook.program(), error))?;
+            let program = named_program::<SchedClassifier>(&mut ebpf, hook.program())?;
+            load_despite_signals(|| program.load()).map_err(|error| failed("load", hook.program(), error))?;
         }
         Ok(Self {
             paths: named_map(&mut ebpf, PATHS)?,
