@@ -30,7 +30,7 @@ struct Arguments {
     /// How often each scenario is measured; the median counts
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Packets of each round; of new flows no more than the flow table has room for, of floods a quarter
+    /// Packets of each round; of new flows at most 100000 and what the flow table has room for, of floods a quarter
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(100..=100_000_000))]
     packets: u32,
     /// Flows that the flow table has room for
