@@ -25,7 +25,15 @@ fn xlb() -> PathBuf {
     )
 }
 
+/// Of the cost of a packet.
 fn bench(rounds: u32, options: &[&str]) -> Command {
+    let mut command = program(rounds, options);
+    // Few: the program of debug builds logs every packet.
+    command.args(["--packets", "300"]);
+    command
+}
+
+fn program(rounds: u32, options: &[&str]) -> Command {
     let xlb = xlb();
     assert!(
         xlb.exists(),
@@ -36,8 +44,7 @@ fn bench(rounds: u32, options: &[&str]) -> Command {
     command
         .arg("--xlb")
         .arg(xlb)
-        // Few: the program of debug builds logs every packet.
-        .args(["--packets", "300", "--flow-table", "4096", "--rounds"])
+        .args(["--flow-table", "4096", "--rounds"])
         .arg(rounds.to_string())
         .args(options);
     command
@@ -113,6 +120,39 @@ fn a_short_measurement_has_figures_of_each_kind_of_scenario() {
         }
     }
     assert_eq!(report["rounds"], 2);
+}
+
+#[test]
+fn a_short_measurement_of_the_daemon_has_a_value_for_each_figure() {
+    let options = ["--control", "--services", "3", "--backends", "4", "--json"];
+    let output = program(2, &options).output().unwrap();
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{messages}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let figures = report["figures"].as_array().unwrap();
+    assert_eq!(figures.len(), 10);
+    for figure in figures {
+        assert!(figure["problem"].is_null(), "{figure}");
+        assert!(figure["value"]["min"].as_f64().unwrap() > 0.0, "{figure}");
+    }
+    let targets = figures.iter().filter(|figure| figure["target"].is_f64());
+    assert_eq!(targets.count(), 6);
+    assert_eq!(report["services"], 3);
+}
+
+#[test]
+fn a_configuration_that_the_daemon_refuses_is_a_figure_that_is_missing() {
+    let services = (lb_common::abi::MAX_SERVICES + 1).to_string();
+    let options = ["--control", "--services", &services, "--backends", "2", "--json"];
+    let output = program(1, &options).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let figures = report["figures"].as_array().unwrap();
+    let missing = figures.iter().filter(|figure| {
+        let problem = figure["problem"].as_str().unwrap_or_default();
+        figure["value"].is_null() && problem.contains("services")
+    });
+    assert_eq!(missing.count(), 4);
 }
 
 #[test]
