@@ -1,10 +1,11 @@
 //! `cargo xtask bench`: what xlb costs, beside what it has to cost. The method is in `docs/bench.md`.
 //!
-//! What is measured has a folder: `per_packet`, the program under `BPF_PROG_TEST_RUN`; `control`, the daemon. The others
-//! are what any measurement needs: a balancer to measure, a processor to itself, statistics and a report.
+//! What is measured has a folder: `per_packet`, the program under `BPF_PROG_TEST_RUN`; `control`, the daemon;
+//! `end_to_end`, connections and requests of real clients and servers. The others are what any measurement needs: a balancer to measure, a processor to itself, statistics and a report.
 
 mod balancer;
 mod control;
+mod end_to_end;
 mod isolation;
 mod per_packet;
 mod processor;
@@ -19,7 +20,7 @@ use serde::Serialize;
 
 use crate::per_packet::scenario::Scenario;
 
-/// What xlb costs for each packet, beside what a balancer costs at least; or what its daemon takes.
+/// What xlb costs for each packet, beside what a balancer costs at least; or each connection, or what its daemon takes.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench")]
 struct Arguments {
@@ -32,6 +33,12 @@ struct Arguments {
     /// Backends of each of these services
     #[arg(long, value_name = "N", default_value_t = 100, requires = "control", value_parser = clap::value_parser!(u32).range(2..=1000))]
     backends: u32,
+    /// Measures connections and requests through xlb, plain routing, nftables, HAProxy and nginx instead
+    #[arg(long, conflicts_with_all = PER_PACKET, conflicts_with_all = ["control", "flow_table"])]
+    end_to_end: bool,
+    /// Requests of each kind, in each round of --end-to-end and through each of them
+    #[arg(long, value_name = "N", default_value_t = 20_000, requires = "end_to_end", value_parser = clap::value_parser!(u32).range(2..=50_000))]
+    requests: u32,
     /// Only scenarios whose name has each of these words, such as "known nat 64k"; may be given again for more
     #[arg(long, value_name = "WORDS")]
     only: Vec<String>,
@@ -85,6 +92,14 @@ fn run(arguments: &Arguments) -> Result<()> {
             },
             &enter(arguments)?,
         )?;
+        return show(arguments, &report, report.draw());
+    }
+    if arguments.end_to_end {
+        let plan = end_to_end::Plan {
+            rounds: arguments.rounds.unwrap_or(5),
+            requests: arguments.requests,
+        };
+        let report = end_to_end::measure(&plan, &enter(arguments)?)?;
         return show(arguments, &report, report.draw());
     }
     per_packet(arguments)

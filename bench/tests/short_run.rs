@@ -7,7 +7,7 @@ use std::{
     env, fs,
     io::{BufRead, BufReader},
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -29,8 +29,14 @@ fn xlb() -> PathBuf {
 fn bench(rounds: u32, options: &[&str]) -> Command {
     let mut command = program(rounds, options);
     // Few: the program of debug builds logs every packet.
-    command.args(["--packets", "300"]);
+    command.args(["--packets", "300", "--flow-table", "4096"]);
     command
+}
+
+/// Of the daemon.
+fn control(rounds: u32, options: &[&str]) -> Output {
+    let mut command = program(rounds, &["--control", "--flow-table", "4096", "--json"]);
+    command.args(options).output().unwrap()
 }
 
 fn program(rounds: u32, options: &[&str]) -> Command {
@@ -44,7 +50,7 @@ fn program(rounds: u32, options: &[&str]) -> Command {
     command
         .arg("--xlb")
         .arg(xlb)
-        .args(["--flow-table", "4096", "--rounds"])
+        .arg("--rounds")
         .arg(rounds.to_string())
         .args(options);
     command
@@ -124,8 +130,7 @@ fn a_short_measurement_has_figures_of_each_kind_of_scenario() {
 
 #[test]
 fn a_short_measurement_of_the_daemon_has_a_value_for_each_figure() {
-    let options = ["--control", "--services", "3", "--backends", "4", "--json"];
-    let output = program(2, &options).output().unwrap();
+    let output = control(2, &["--services", "3", "--backends", "4"]);
     let messages = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{messages}");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -141,10 +146,40 @@ fn a_short_measurement_of_the_daemon_has_a_value_for_each_figure() {
 }
 
 #[test]
+fn a_short_measurement_end_to_end_has_figures_of_every_candidate() {
+    let options = ["--end-to-end", "--requests", "200", "--json"];
+    let output = program(2, &options).output().unwrap();
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{messages}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let names: BTreeSet<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    for name in [
+        "routing",
+        "xlb nat",
+        "xlb dsr",
+        "nftables dnat",
+        "haproxy tcp",
+        "nginx stream",
+    ] {
+        assert!(names.contains(name), "{name} is missing: {messages}");
+    }
+    for row in rows {
+        for kind in ["connections", "requests"] {
+            assert!(row[kind]["per_second"]["min"].as_f64().unwrap() > 0.0, "{row}");
+            assert!(row[kind]["cpu_us"]["min"].as_f64().unwrap() > 0.0, "{row}");
+        }
+    }
+    assert_eq!(
+        (report["rounds"].as_u64(), report["requests"].as_u64()),
+        (Some(2), Some(200))
+    );
+}
+
+#[test]
 fn a_configuration_that_the_daemon_refuses_is_a_figure_that_is_missing() {
     let services = (lb_common::abi::MAX_SERVICES + 1).to_string();
-    let options = ["--control", "--services", &services, "--backends", "2", "--json"];
-    let output = program(1, &options).output().unwrap();
+    let output = control(1, &["--services", &services, "--backends", "2"]);
     assert!(output.status.success(), "{output:?}");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let figures = report["figures"].as_array().unwrap();

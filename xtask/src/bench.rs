@@ -17,7 +17,11 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    setup::run(setup::Scope::Build)?;
+    if arguments.options.iter().any(|option| option == "--end-to-end") {
+        setup::comparison()?;
+    } else {
+        setup::run(setup::Scope::Build)?;
+    }
     process::require_root("loading programs and making network namespaces")?;
     build::build_static(&["xlb-bench"])?;
     let status = process::as_root(build::static_binary("xlb-bench"))

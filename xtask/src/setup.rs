@@ -15,7 +15,7 @@ pub(crate) enum Scope {
     Test,
 }
 
-/// A program, the Debian package that has it, and what it is for.
+/// A program or a file's whole path, the Debian package that has it, and what it is for.
 type Need = (&'static str, &'static str, &'static str);
 
 const FOR_VM: &[Need] = &[
@@ -33,6 +33,19 @@ const FOR_TESTS: &[Need] = &[
     ("curl", "curl", "a client of the tests"),
 ];
 
+/// What balances beside xlb in `cargo xtask bench --end-to-end`, and what that needs.
+const FOR_COMPARISON: &[Need] = &[
+    (
+        "/usr/lib/nginx/modules/ngx_stream_module.so",
+        "libnginx-mod-stream",
+        "nginx as a balancer",
+    ),
+    ("haproxy", "haproxy", "a balancer to compare with"),
+    ("nft", "nftables", "a balancer to compare with"),
+    ("ab", "apache2-utils", "makes the connections"),
+    ("ethtool", "ethtool", "offloads of the interfaces"),
+];
+
 /// Installs everything that is missing for `scope`; does nothing, quickly, when nothing is.
 ///
 /// # Errors
@@ -44,15 +57,10 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
         let mut needs = FOR_VM.to_vec();
         if scope == Scope::Test {
             needs.extend(FOR_TESTS);
+            // Their measurement is tested, too.
+            needs.extend(FOR_COMPARISON);
         }
-        let missing: Vec<_> = needs
-            .into_iter()
-            .filter(|(program, ..)| process::find_program(program).is_none())
-            .map(|(_, package, reason)| (package, reason))
-            .collect();
-        if !missing.is_empty() {
-            packages::install(&missing)?;
-        }
+        install_missing(&needs)?;
         packages::busybox()?;
     }
     if scope == Scope::Test {
@@ -65,6 +73,27 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
         mount_bpf()?;
     }
     Ok(())
+}
+
+/// Installs what other balancers need to be compared with xlb.
+///
+/// # Errors
+/// The first thing that could not be installed.
+pub(crate) fn comparison() -> Result<()> {
+    run(Scope::Build)?;
+    install_missing(&[FOR_TESTS, FOR_COMPARISON].concat())
+}
+
+fn install_missing(needs: &[Need]) -> Result<()> {
+    let missing: Vec<_> = needs
+        .iter()
+        .filter(|(program, ..)| process::find_program(program).is_none())
+        .map(|(_, package, reason)| (*package, *reason))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    packages::install(&missing)
 }
 
 /// The object is tested as both toolchains build it. One that cannot be had is no reason not to run the other
