@@ -33,7 +33,8 @@ struct Arguments {
     /// Backends of each of these services
     #[arg(long, value_name = "N", default_value_t = 100, requires = "control", value_parser = clap::value_parser!(u32).range(2..=1000))]
     backends: u32,
-    /// Measures connections and requests through xlb, plain routing, nftables, HAProxy and nginx instead
+    /// Measures connections and requests through xlb, plain routing, nftables, HAProxy and nginx instead; with --vm in a
+    /// virtual machine, and through IPVS, too
     #[arg(long, conflicts_with_all = PER_PACKET, conflicts_with_all = ["control", "flow_table"])]
     end_to_end: bool,
     /// Requests of each kind, in each round of --end-to-end and through each of them

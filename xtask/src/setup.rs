@@ -1,8 +1,11 @@
 //! `cargo xtask setup`: what building and testing need, installed where it is missing.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::{kernel::Kernel, packages, process, toolchain};
 
@@ -46,6 +49,9 @@ const FOR_COMPARISON: &[Need] = &[
     ("ethtool", "ethtool", "offloads of the interfaces"),
 ];
 
+/// A further one, that only kernels of the virtual machines have.
+const FOR_COMPARISON_IN_VM: &[Need] = &[("ipvsadm", "ipvsadm", "a balancer to compare with")];
+
 /// Installs everything that is missing for `scope`; does nothing, quickly, when nothing is.
 ///
 /// # Errors
@@ -75,13 +81,39 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
     Ok(())
 }
 
-/// Installs what other balancers need to be compared with xlb.
+/// Installs what other balancers need to be compared with xlb, here or in a virtual machine.
 ///
 /// # Errors
 /// The first thing that could not be installed.
-pub(crate) fn comparison() -> Result<()> {
-    run(Scope::Build)?;
-    install_missing(&[FOR_TESTS, FOR_COMPARISON].concat())
+pub(crate) fn comparison(is_in_vm: bool) -> Result<()> {
+    let mut needs = [FOR_TESTS, FOR_COMPARISON].concat();
+    if is_in_vm {
+        run(Scope::Vm)?;
+        needs.extend(FOR_COMPARISON_IN_VM);
+    } else {
+        run(Scope::Build)?;
+    }
+    install_missing(&needs)
+}
+
+/// The files that a virtual machine needs for the comparison: each program or file, and where it is there.
+///
+/// # Errors
+/// One is missing.
+pub(crate) fn comparison_files() -> Result<Vec<(PathBuf, PathBuf)>> {
+    let needs = FOR_COMPARISON.iter().chain(FOR_COMPARISON_IN_VM);
+    needs
+        .map(|(name, package, _)| {
+            let here = process::find_program(name)
+                .with_context(|| format!("{name} of the Debian package {package} is missing"))?;
+            let there = if name.starts_with('/') {
+                PathBuf::from(name)
+            } else {
+                Path::new("/usr/bin").join(name)
+            };
+            Ok((here, there))
+        })
+        .collect()
 }
 
 fn install_missing(needs: &[Need]) -> Result<()> {

@@ -219,7 +219,8 @@ impl<'a> Running<'a> {
         self.network
             .balancer()
             .add_address("lo", &Network::vip().to_string())?;
-        ipvsadm(&["-A", "-t", &vip, "-s", "mh"])?;
+        // Without the flag all connections of an address go to one backend.
+        ipvsadm(&["-A", "-t", &vip, "-s", "mh", "-b", "mh-port"])?;
         for backend in backends {
             ipvsadm(&["-a", "-t", &vip, "-r", &backend.to_string(), "-m"])?;
         }
