@@ -12,7 +12,7 @@ mod processor;
 mod report;
 mod statistics;
 
-use std::{fs, io::Write, path::PathBuf, process::ExitCode};
+use std::{fs, io::Write, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -33,6 +33,9 @@ struct Arguments {
     /// Backends of each of these services
     #[arg(long, value_name = "N", default_value_t = 100, requires = "control", value_parser = clap::value_parser!(u32).range(2..=1000))]
     backends: u32,
+    /// Seconds for which the daemon is watched while nothing happens; it compares all maps every 30 seconds
+    #[arg(long, value_name = "N", default_value_t = 60, requires = "control", value_parser = clap::value_parser!(u32).range(1..))]
+    idle: u32,
     /// Measures connections and requests through xlb, plain routing, nftables, HAProxy and nginx instead; with --vm in a
     /// virtual machine, and through IPVS, too
     #[arg(long, conflicts_with_all = PER_PACKET, conflicts_with_all = ["control", "flow_table"])]
@@ -90,6 +93,7 @@ fn run(arguments: &Arguments) -> Result<()> {
                 services: arguments.services,
                 backends: arguments.backends,
                 flow_table: arguments.flow_table,
+                idle: Duration::from_secs(arguments.idle.into()),
             },
             &enter(arguments)?,
         )?;

@@ -1,6 +1,7 @@
 //! What the daemon takes: to start, to follow a large configuration and the health of its backends, and in memory.
 
 mod configuration;
+mod idle;
 mod maglev;
 mod memory;
 mod network;
@@ -40,6 +41,8 @@ pub struct Plan {
     pub backends: u32,
     /// `None`: what the daemon chooses.
     pub flow_table: Option<u32>,
+    /// How long the daemon is watched while nothing happens.
+    pub idle: Duration,
 }
 
 /// For what takes much less.
@@ -124,6 +127,8 @@ struct Names {
     resident: String,
     anonymous: String,
     peak: String,
+    idle: String,
+    stopped: String,
 }
 
 impl Names {
@@ -136,6 +141,8 @@ impl Names {
             resident: name("resident memory (VmRSS)"),
             anonymous: name("of it no file's (RssAnon)"),
             peak: name("most that was resident (VmHWM)"),
+            idle: name("of one processor, while nothing happens"),
+            stopped: name("SIGTERM to end"),
         }
     }
 }
@@ -162,17 +169,22 @@ fn large(plan: &Plan, network: &Network, daemon: &mut Daemon, names: &Names) -> 
     let times = transition::rounds(size, &servers, daemon, plan.rounds)?;
     // Before it is asked for its status, which takes memory as well.
     let memory = Memory::of(daemon.id().unwrap_or_default())?;
+    let idle = idle::share(daemon.id().unwrap_or_default(), plan.idle)?;
     check(size, network, daemon)?;
-    let milliseconds =
-        |name: &str, values: &[f64], target| Figure::new(name, Unit::Milliseconds, values, Some(target));
+    let stopping = Instant::now();
+    daemon.terminate()?;
+    let stopped = milliseconds(stopping.elapsed());
+    let timed = |name: &str, values: &[f64], target| Figure::new(name, Unit::Milliseconds, values, target);
     let mebibytes = |name: &str, value: f64, target| Figure::new(name, Unit::Mebibytes, &[value], target);
     Ok(vec![
-        milliseconds(&names.applied, &applied, APPLIED),
-        milliseconds(&names.down, &times.down, SWAPPED),
-        milliseconds(&names.up, &times.up, SWAPPED),
+        timed(&names.applied, &applied, Some(APPLIED)),
+        timed(&names.down, &times.down, Some(SWAPPED)),
+        timed(&names.up, &times.up, Some(SWAPPED)),
         mebibytes(&names.resident, memory.resident, Some(RESIDENT)),
         mebibytes(&names.anonymous, memory.anonymous, None),
         mebibytes(&names.peak, memory.peak, None),
+        Figure::new(&names.idle, Unit::Percent, &[idle], None),
+        timed(&names.stopped, &[stopped], None),
     ])
 }
 
