@@ -43,6 +43,9 @@ struct Arguments {
     /// Requests of each kind, in each round of --end-to-end and through each of them
     #[arg(long, value_name = "N", default_value_t = 20_000, requires = "end_to_end", value_parser = clap::value_parser!(u32).range(2..=50_000))]
     requests: u32,
+    /// Has every interface copy what it receives, as a network card does, and not xlb's alone
+    #[arg(long, requires = "end_to_end")]
+    cards: bool,
     /// Only scenarios whose name has each of these words, such as "known nat 64k"; may be given again for more
     #[arg(long, value_name = "WORDS")]
     only: Vec<String>,
@@ -103,6 +106,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         let plan = end_to_end::Plan {
             rounds: arguments.rounds.unwrap_or(5),
             requests: arguments.requests,
+            is_of_cards: arguments.cards,
         };
         let report = end_to_end::measure(&plan, &enter(arguments)?)?;
         return show(arguments, &report, report.draw());

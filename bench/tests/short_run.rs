@@ -152,8 +152,16 @@ fn a_short_measurement_of_the_daemon_has_a_value_for_each_figure() {
 
 #[test]
 fn a_short_measurement_end_to_end_has_figures_of_every_candidate() {
-    let options = ["--end-to-end", "--requests", "200", "--json"];
-    let output = program(2, &options).output().unwrap();
+    has_figures_of_every_candidate(&["--end-to-end", "--requests", "200", "--json"]);
+}
+
+#[test]
+fn candidates_are_measured_alike_where_interfaces_copy_what_they_receive() {
+    has_figures_of_every_candidate(&["--end-to-end", "--requests", "200", "--json", "--cards"]);
+}
+
+fn has_figures_of_every_candidate(options: &[&str]) {
+    let output = program(2, options).output().unwrap();
     let messages = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{messages}");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();

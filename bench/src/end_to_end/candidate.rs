@@ -94,6 +94,9 @@ impl<'a> Running<'a> {
             server: None,
         };
         let backends = network.all_backends(candidate.port());
+        if !candidate.is_xlb() {
+            network.receive_without_xlb()?;
+        }
         match candidate {
             Candidate::Routing => {}
             Candidate::Nat | Candidate::Dsr => running.start_xlb(&backends)?,
@@ -229,6 +232,7 @@ impl<'a> Running<'a> {
 
     fn stop(&mut self) -> Result<()> {
         self.server = None;
+        self.network.receive_no_longer();
         let balancer = self.network.balancer();
         match self.candidate {
             Candidate::Routing => {}

@@ -26,6 +26,8 @@ pub struct Plan {
     pub rounds: u32,
     /// Of each kind, in each round and through each candidate.
     pub requests: u32,
+    /// Whether every interface copies what it receives, as a network card does.
+    pub is_of_cards: bool,
 }
 
 /// For the start of a candidate.
@@ -48,7 +50,7 @@ pub fn measure(plan: &Plan, xlb: &Path) -> Result<Report> {
     for candidate in missing {
         eprintln!("left out: {}, which this kernel has not", candidate.name());
     }
-    let network = Network::new()?;
+    let network = Network::new(plan.is_of_cards)?;
     let ports: Vec<u16> = candidates.iter().map(|candidate| candidate.port()).collect();
     let _backends = server::backends(&network, &ports)?;
     let mut daemon = Daemon::new(xlb)?;
@@ -76,6 +78,7 @@ pub fn measure(plan: &Plan, xlb: &Path) -> Result<Report> {
         machine,
         rounds: plan.rounds,
         requests: plan.requests,
+        cards: plan.is_of_cards,
         others,
         rows: candidates
             .iter()

@@ -18,12 +18,18 @@ const CLIENTS: &str = "10.1.0.0/24";
 
 /// The network, which goes with the value.
 #[derive(Debug)]
-pub struct Network(Topology);
+pub struct Network {
+    topology: Topology,
+    is_of_cards: bool,
+}
 
 impl Network {
+    /// `is_of_cards`: each interface has an XDP program that passes everything, unless xlb's is there. What a process sends
+    /// over a veth is then copied to a page of its own on arrival, as by a card and its driver; else it stays where it is.
+    ///
     /// # Errors
     /// The namespaces cannot be made, or `ethtool` is not there.
-    pub fn new() -> Result<Self> {
+    pub fn new(is_of_cards: bool) -> Result<Self> {
         let topology = Topology::routed(BACKENDS)?;
         topology.give_vips_to_backends()?;
         for key in ["all", "default"] {
@@ -35,7 +41,10 @@ impl Network {
         topology
             .client
             .sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
-        let network = Self(topology);
+        let network = Self {
+            topology,
+            is_of_cards,
+        };
         for (index, backend) in network.backends().iter().enumerate() {
             let interface = format!("eth{}", index + 1);
             Namespace::connect(backend, "eth1", network.client(), &interface)?;
@@ -46,10 +55,14 @@ impl Network {
             network.client().disable_offload(&interface)?;
             backend.disable_offload("eth1")?;
         }
-        let topology = &network.0;
-        topology.client.pass_no_longer();
-        for backend in &topology.backends {
-            backend.pass_no_longer();
+        if is_of_cards {
+            for (index, backend) in network.backends().iter().enumerate() {
+                backend.pass_all("eth1")?;
+                network.client().pass_all(&format!("eth{}", index + 1))?;
+            }
+        } else {
+            network.client().pass_no_longer();
+            network.backends().iter().for_each(Namespace::pass_no_longer);
         }
         let interfaces = |namespace, count| (0..count).map(move |index| (namespace, index));
         let all = interfaces(network.client(), BACKENDS + 1)
@@ -68,20 +81,20 @@ impl Network {
     }
 
     pub fn client(&self) -> &Namespace {
-        &self.0.client
+        &self.topology.client
     }
 
     pub fn balancer(&self) -> &Namespace {
-        &self.0.balancer
+        &self.topology.balancer
     }
 
     pub fn backends(&self) -> &[Namespace] {
-        &self.0.backends
+        &self.topology.backends
     }
 
     /// Where a backend listens.
     pub fn backend(&self, index: usize, port: u16) -> SocketAddr {
-        (self.0.backend_address(index), port).into()
+        (self.topology.backend_address(index), port).into()
     }
 
     /// Where all backends listen.
@@ -91,7 +104,25 @@ impl Network {
 
     /// The balancer's interfaces.
     pub fn interfaces(&self) -> Vec<String> {
-        self.0.balancer_interfaces()
+        self.topology.balancer_interfaces()
+    }
+
+    /// Has the balancer's interfaces receive like those of the others, where xlb does not.
+    ///
+    /// # Errors
+    /// One has another program.
+    pub fn receive_without_xlb(&self) -> Result<()> {
+        if self.is_of_cards {
+            for interface in self.interfaces() {
+                self.balancer().pass_all(&interface)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes room for another program on the balancer's interfaces.
+    pub fn receive_no_longer(&self) {
+        self.balancer().pass_no_longer();
     }
 
     pub fn vip() -> IpAddr {

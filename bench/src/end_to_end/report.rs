@@ -15,6 +15,8 @@ pub struct Report {
     pub rounds: u32,
     /// Of each kind, in each round and through each candidate.
     pub requests: u32,
+    /// Whether every interface copied what it received, as a network card does.
+    pub cards: bool,
     /// The most that other processes had of what was used of the processors.
     pub others: f64,
     /// The first is plain routing.
@@ -73,7 +75,7 @@ impl Report {
         format!(
             "{}\n{}\n{}, {} processors, Linux {}, {} rounds of {} requests of each kind; other processes had up to {:.0} % \
              of the processors.\n\
-             Processor time of the whole machine for each, client and servers included; median and outermost rounds.\n",
+             {} Processor time of the whole machine for each, client and servers included; median and outermost rounds.\n",
             report::lines(&connections),
             report::lines(&requests),
             self.machine.processor,
@@ -82,6 +84,11 @@ impl Report {
             self.rounds,
             self.requests,
             self.others * 100.0,
+            if self.cards {
+                "Interfaces copy what they receive."
+            } else {
+                "Only xlb's interfaces copy what they receive."
+            },
         )
     }
 
@@ -137,6 +144,7 @@ mod tests {
             machine: report::example().machine,
             rounds: 3,
             requests: 1000,
+            cards: false,
             others: 0.04,
             rows: vec![
                 Row::of("routing", &routing, &routing),
