@@ -7,7 +7,7 @@ use std::{
     env, fs,
     io::{BufRead, BufReader},
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -25,7 +25,24 @@ fn xlb() -> PathBuf {
     )
 }
 
+/// Of the cost of a packet.
 fn bench(rounds: u32, options: &[&str]) -> Command {
+    let mut command = program(rounds, options);
+    // Few: the program of debug builds logs every packet.
+    command.args(["--packets", "300", "--flow-table", "4096"]);
+    command
+}
+
+/// Of the daemon.
+fn control(rounds: u32, options: &[&str]) -> Output {
+    let mut command = program(
+        rounds,
+        &["--control", "--flow-table", "4096", "--idle", "1", "--json"],
+    );
+    command.args(options).output().unwrap()
+}
+
+fn program(rounds: u32, options: &[&str]) -> Command {
     let xlb = xlb();
     assert!(
         xlb.exists(),
@@ -36,8 +53,7 @@ fn bench(rounds: u32, options: &[&str]) -> Command {
     command
         .arg("--xlb")
         .arg(xlb)
-        // Few: the program of debug builds logs every packet.
-        .args(["--packets", "300", "--flow-table", "4096", "--rounds"])
+        .arg("--rounds")
         .arg(rounds.to_string())
         .args(options);
     command
@@ -113,6 +129,78 @@ fn a_short_measurement_has_figures_of_each_kind_of_scenario() {
         }
     }
     assert_eq!(report["rounds"], 2);
+}
+
+#[test]
+fn a_short_measurement_of_the_daemon_has_a_value_for_each_figure() {
+    let output = control(2, &["--services", "3", "--backends", "4"]);
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{messages}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let figures = report["figures"].as_array().unwrap();
+    assert_eq!(figures.len(), 12);
+    for figure in figures {
+        assert!(figure["problem"].is_null(), "{figure}");
+        // A small configuration may leave the daemon idle altogether.
+        let least = if figure["unit"] == "%" { -1.0 } else { 0.0 };
+        assert!(figure["value"]["min"].as_f64().unwrap() > least, "{figure}");
+    }
+    let targets = figures.iter().filter(|figure| figure["target"].is_f64());
+    assert_eq!(targets.count(), 6);
+    assert_eq!(report["services"], 3);
+}
+
+#[test]
+fn a_short_measurement_end_to_end_has_figures_of_every_candidate() {
+    has_figures_of_every_candidate(&["--end-to-end", "--requests", "200", "--json"]);
+}
+
+#[test]
+fn candidates_are_measured_alike_where_interfaces_copy_what_they_receive() {
+    has_figures_of_every_candidate(&["--end-to-end", "--requests", "200", "--json", "--cards"]);
+}
+
+fn has_figures_of_every_candidate(options: &[&str]) {
+    let output = program(2, options).output().unwrap();
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{messages}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let names: BTreeSet<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    for name in [
+        "routing",
+        "xlb nat",
+        "xlb dsr",
+        "nftables dnat",
+        "haproxy tcp",
+        "nginx stream",
+    ] {
+        assert!(names.contains(name), "{name} is missing: {messages}");
+    }
+    for row in rows {
+        for kind in ["connections", "requests"] {
+            assert!(row[kind]["per_second"]["min"].as_f64().unwrap() > 0.0, "{row}");
+            assert!(row[kind]["cpu_us"]["min"].as_f64().unwrap() > 0.0, "{row}");
+        }
+    }
+    assert_eq!(
+        (report["rounds"].as_u64(), report["requests"].as_u64()),
+        (Some(2), Some(200))
+    );
+}
+
+#[test]
+fn a_configuration_that_the_daemon_refuses_is_a_figure_that_is_missing() {
+    let services = (lb_common::abi::MAX_SERVICES + 1).to_string();
+    let output = control(1, &["--services", &services, "--backends", "2"]);
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let figures = report["figures"].as_array().unwrap();
+    let missing = figures.iter().filter(|figure| {
+        let problem = figure["problem"].as_str().unwrap_or_default();
+        figure["value"].is_null() && problem.contains("services")
+    });
+    assert_eq!(missing.count(), 4);
 }
 
 #[test]

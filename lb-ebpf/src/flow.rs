@@ -518,7 +518,8 @@ pub enum Reply<T> {
 #[inline(always)]
 pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
     let hash = hash_of_reply(settings, &scratch.packet.key);
-    let mut entry = match replied(scratch, hash, of::PACKET) {
+    let location = flow_table::of_reply_packet(scratch, hash);
+    let mut entry = match entry_of(scratch, location) {
         Reply::Of(entry) => entry,
         Reply::None => return Reply::None,
         Reply::Late => return Reply::Late,
@@ -540,7 +541,7 @@ pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
 #[inline(always)]
 pub fn quoted_reply(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
     let hash = hash_of_reply(settings, &scratch.reply);
-    match replied(scratch, hash, of::REPLY) {
+    match replied(scratch, hash) {
         Reply::Of(entry) => Some(Known::of(&entry, scratch.client.source_port, Reset::None)),
         Reply::None | Reply::Late => None,
     }
@@ -550,7 +551,7 @@ pub fn quoted_reply(settings: &Settings, scratch: &mut Scratch) -> Option<Known>
 #[inline(always)]
 pub fn answered(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
     let hash = hash_of_reply(settings, &scratch.reply);
-    match replied(scratch, hash, of::REPLY) {
+    match replied(scratch, hash) {
         Reply::Of(mut entry) => {
             advance(settings, &mut entry, Sender::Backend, 0, now());
             Some(Known::of(&entry, scratch.client.source_port, Reset::None))
@@ -560,9 +561,14 @@ pub fn answered(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
 }
 
 #[inline(always)]
-fn replied(scratch: &mut Scratch, hash: u64, which: u32) -> Reply<Entry> {
+fn replied(scratch: &mut Scratch, hash: u64) -> Reply<Entry> {
     scratch.except = NOWHERE;
-    let location = find_reply(hash, which);
+    let location = find_reply(hash, of::REPLY);
+    entry_of(scratch, location)
+}
+
+#[inline(always)]
+fn entry_of(scratch: &Scratch, location: u64) -> Reply<Entry> {
     match location {
         NOWHERE => Reply::None,
         LEFT => Reply::Late,

@@ -2,12 +2,12 @@
 //! for themselves. How it works is in `lb_common::logic::flow_table`.
 
 use lb_common::{
-    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP},
+    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP, UNITS},
     logic::{
         ageing,
         flow_table::{
-            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, alias_key, bucket_of, end_hash, line_of,
-            long_key, other_line, second_bucket_of, short_key, worth,
+            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
+            key_at, line_of, long_key, other_line, second_bucket_of, short_key, worth,
         },
     },
 };
@@ -267,27 +267,106 @@ fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
+    let Some(scratch) = scratch() else {
+        return NOWHERE;
+    };
+    let reply = tuple(scratch, which);
+    let client = &reply.destination;
+    let short = if client.is_v4() {
+        short_key(client.v4_word(), reply.destination_port, 0)
+    } else {
+        NO_KEY
+    };
+    let alias = alias_key(0, 0, reply.destination_port, reply.source_port);
     let mut nowhere = NOWHERE;
-    // Two buckets, in each the flows and then the aliases of the eight units.
-    for step in 0..32 {
-        let (index, line) = place(hash, step >> 4);
-        let unit = (line as u32 / 2 + step) & 7;
-        let location = if step & 8 == 0 {
-            replied(index, unit, which)
-        } else {
-            aliased(index, unit, which)
+    for round in 0..2 {
+        let (index, line) = place(hash, round);
+        let Some(words) = bucket(index) else {
+            return NOWHERE;
         };
-        if location == LEFT {
-            nowhere = LEFT;
-        } else if location != NOWHERE {
-            return location;
+        for step in 0..UNITS as u32 {
+            let unit = (line as u32 / 2 + step) & 7;
+            // What is asked first costs no call: of most units the key tells that it is none.
+            let key = words.load(key_at(unit as usize));
+            let mut location = NOWHERE;
+            if key & CLIENT == short {
+                location = replied(index, unit, which);
+            }
+            if location == NOWHERE && unit & 1 == 0 && key & CLIENT_PORT == reply.destination_port as u64 {
+                location = replied_long(index, unit >> 1, which);
+            }
+            if location == NOWHERE && key & ALIASED_PORTS == alias {
+                location = aliased(index, unit, which);
+            }
+            if location == LEFT {
+                nowhere = LEFT;
+            } else if location != NOWHERE {
+                return location;
+            }
         }
-        if step == 15 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+        if !flow_table::overflows(&words) {
             break;
         }
     }
     nowhere
 }
+
+/// The flow that a packet is a reply of, as [`find_reply`]. Without a call where it is of the kind and in the line that
+/// most are.
+#[inline(always)]
+pub fn of_reply_packet(scratch: &mut Scratch, hash: u64) -> Location {
+    scratch.except = NOWHERE;
+    let reply = &scratch.packet.key;
+    let client = reply.destination.by_words();
+    let (index, line) = place(hash, 0);
+    if let Some(bucket) = bucket(index)
+        && let Some((found, ports)) = plain_reply(&bucket, line, reply)
+    {
+        let location = answers(scratch, of::PACKET, index, &found, ports, client);
+        if location != NOWHERE && location != LEFT {
+            return location;
+        }
+    }
+    find_reply(hash, of::PACKET)
+}
+
+/// A flow in one line of a bucket whose client a reply is for and that no alias leads to; with its client's port and the
+/// port it connected to.
+#[inline(always)]
+fn plain_reply(bucket: &InKernel, line: usize, reply: &FlowKey) -> Option<(Found, (u16, u16))> {
+    let client = &reply.destination;
+    let first = line / 2;
+    let mut step = 0;
+    if client.is_v4() {
+        let want = short_key(client.v4_word(), reply.destination_port, 0);
+        while step < 4 {
+            if let Some(found) = flow_table::at(bucket, first + step, Kind::Short, want, CLIENT) {
+                return Some((found, ((found.key >> 32) as u16, (found.key >> 48) as u16)));
+            }
+            step += 1;
+        }
+        return None;
+    }
+    let want = reply.destination_port as u64;
+    while step < 4 {
+        if let Some(found) = flow_table::long_at(bucket, first + step, client, want, CLIENT_PORT)
+            && is_plain(&found, reply)
+        {
+            return Some((found, (found.key as u16, (found.key >> 16) as u16)));
+        }
+        step += 2;
+    }
+    None
+}
+
+/// Tells whether replies of a long flow are for its client's address and port, so that no alias leads to it.
+#[inline(always)]
+fn is_plain(found: &Found, reply: &FlowKey) -> bool {
+    (found.key >> 32) as u16 == reply.destination_port && found.meta.forward() != Forward::FullNat.number()
+}
+
+/// Not a short key, under the mask of one.
+const NO_KEY: u64 = u64::MAX;
 
 /// As [`find_reply`], at one unit of a bucket and unless an alias leads to the flow: a function that the verifier checks
 /// for itself, once for all of them.
@@ -306,19 +385,26 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
             return answers(scratch, which, index, &found, ports, client.by_words());
         }
     }
-    // The long flows with the first four units: an even number is more than the verifier can tell.
-    if unit < 4 {
-        let want = reply.destination_port as u64;
-        if let Some(found) = flow_table::long_at(&bucket, unit << 1, client, want, CLIENT_PORT)
-            // Else an alias leads to it.
-            && (found.key >> 32) as u16 == reply.destination_port
-            && found.meta.forward() != Forward::FullNat.number()
-        {
-            let ports = (found.key as u16, (found.key >> 16) as u16);
-            return answers(scratch, which, index, &found, ports, client.by_words());
-        }
-    }
     NOWHERE
+}
+
+/// As [`replied`], for a long flow; units in pairs, since the verifier would not know that a number is even.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn replied_long(index: u32, pair: u32, which: u32) -> Location {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let (reply, unit) = (tuple(scratch, which), (pair as usize & 3) << 1);
+    let client = &reply.destination;
+    let want = reply.destination_port as u64;
+    match flow_table::long_at(&bucket, unit, client, want, CLIENT_PORT) {
+        Some(found) if is_plain(&found, reply) => {
+            let ports = (found.key as u16, (found.key >> 16) as u16);
+            answers(scratch, which, index, &found, ports, client.by_words())
+        }
+        _ => NOWHERE,
+    }
 }
 
 /// As [`replied`], for a flow that an alias at the unit leads to.

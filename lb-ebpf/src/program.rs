@@ -8,7 +8,7 @@ use aya_ebpf::{
 use lb_common::{
     abi::{Reason, Settings},
     logic::{
-        address_filter,
+        address_filter::{self, Ends},
         headers::{Fragment, Kind, Undecodable, decode},
     },
 };
@@ -34,7 +34,8 @@ pub fn xlb(context: XdpContext) -> u32 {
 
 #[inline(always)]
 fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
-    if is_foreign(&frame) {
+    let ends = ends(&frame);
+    if ends.is_foreign() {
         scratch.bytes = frame.length();
         return Verdict::pass(Reason::NotForService);
     }
@@ -56,19 +57,24 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
     let Some(settings) = maps::settings() else {
         return Verdict::drop(Reason::Internal);
     };
-    match service::of_packet(scratch) {
+    let service_id = if ends.to_vip {
+        service::of_packet(scratch)
+    } else {
+        None
+    };
+    match service_id {
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
-        None => from_backend(context, frame, scratch, settings),
+        None if ends.from_backend => from_backend(context, frame, scratch, settings),
+        None => Verdict::pass(Reason::NotForService),
     }
 }
 
-/// Tells whether a packet is surely none of ours: most are not, on a host that does other things as well.
+/// Whose packet it may be: most are none of ours, on a host that does other things as well.
 #[inline(always)]
-fn is_foreign(frame: &Cursor) -> bool {
-    maps::address_filter().is_some_and(|words| {
-        address_filter::is_foreign(frame, |index| {
-            words.get(index as usize).copied().unwrap_or(u64::MAX)
-        })
+fn ends(frame: &Cursor) -> Ends {
+    let words = maps::address_filter();
+    address_filter::ends(frame, |index| {
+        (words.and_then(|words| words.get(index as usize)).copied()).unwrap_or(u64::MAX)
     })
 }
 

@@ -77,15 +77,15 @@ impl Kernel {
         self.folder.join("boot").join(format!("vmlinuz-{}", self.version))
     }
 
-    /// The files of the modules that the tests need, each after those that it depends on.
+    /// The files of the modules that the tests need, and of `others`, each after those that it depends on.
     ///
     /// # Errors
     /// The kernel has one of them neither as a module nor built in.
-    pub(crate) fn modules(&self) -> Result<Vec<PathBuf>> {
+    pub(crate) fn modules(&self, others: &[&str]) -> Result<Vec<PathBuf>> {
         let root = self.folder.join("lib/modules").join(&self.version);
         let dependencies = fs::read_to_string(root.join("modules.dep"))?;
         let built_in = fs::read_to_string(root.join("modules.builtin"))?;
-        let names = load_order(&dependencies, &built_in, MODULES)
+        let names = load_order(&dependencies, &built_in, &[MODULES, others].concat())
             .with_context(|| format!("kernel {}", self.version))?;
         Ok(names.into_iter().map(|name| root.join(name)).collect())
     }

@@ -33,7 +33,7 @@ enum Command {
     Test(test::Arguments),
     /// Runs `xlb demo`, or a shell, in a virtual machine
     Run(run::Arguments),
-    /// Measures what xlb costs for each packet
+    /// Measures what xlb costs, beside what it costs at least and what others cost
     Bench(bench::Arguments),
     /// Checks the rules of the code that no compiler checks
     Tidy,

@@ -33,7 +33,8 @@ pub(crate) fn install(packages: &[(&str, &str)]) -> Result<()> {
 }
 
 fn install_now(names: &[&str]) -> Result<()> {
-    let had_nginx = process::find_program("nginx").is_some();
+    let servers = ["nginx", "haproxy"];
+    let new = servers.map(|name| (name, process::find_program(name).is_none()));
     process::run_quietly(
         &format!("apt-get install {}", names.join(" ")),
         process::as_root("env")
@@ -48,23 +49,25 @@ fn install_now(names: &[&str]) -> Result<()> {
             ])
             .args(names),
     )?;
-    if !had_nginx && process::find_program("nginx").is_some() {
-        stop_nginx()?;
+    for (name, is_new) in new {
+        if is_new && process::find_program(name).is_some() {
+            stop(name)?;
+        }
     }
     Ok(())
 }
 
-/// Debian starts a server when it installs it; the tests start their own.
-fn stop_nginx() -> Result<()> {
+/// Debian starts a server when it installs it; tests and measurements start their own.
+fn stop(server: &str) -> Result<()> {
     if Path::new("/run/systemd/system").exists() {
         return process::run_quietly(
-            "nginx: stopped and not started at boot, the tests start their own",
-            process::as_root("systemctl").args(["disable", "--now", "nginx"]),
+            &format!("{server}: stopped and not started at boot, the tests start their own"),
+            process::as_root("systemctl").args(["disable", "--now", server]),
         );
     }
     process::run_quietly(
-        "nginx: stopped, the tests start their own",
-        process::as_root("/etc/init.d/nginx").arg("stop"),
+        &format!("{server}: stopped, the tests start their own"),
+        process::as_root(format!("/etc/init.d/{server}")).arg("stop"),
     )
 }
 

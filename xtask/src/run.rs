@@ -45,6 +45,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         kernel: &Kernel::get(&arguments.kernel)?,
         program,
         files: Vec::new(),
+        modules: &[],
         environment: Vec::new(),
         terminal: std::io::stdout().is_terminal(),
         keyboard: arguments.shell,

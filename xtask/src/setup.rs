@@ -1,8 +1,11 @@
 //! `cargo xtask setup`: what building and testing need, installed where it is missing.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::{kernel::Kernel, packages, process, toolchain};
 
@@ -15,7 +18,7 @@ pub(crate) enum Scope {
     Test,
 }
 
-/// A program, the Debian package that has it, and what it is for.
+/// A program or a file's whole path, the Debian package that has it, and what it is for.
 type Need = (&'static str, &'static str, &'static str);
 
 const FOR_VM: &[Need] = &[
@@ -33,6 +36,22 @@ const FOR_TESTS: &[Need] = &[
     ("curl", "curl", "a client of the tests"),
 ];
 
+/// What balances beside xlb in `cargo xtask bench --end-to-end`, and what that needs.
+const FOR_COMPARISON: &[Need] = &[
+    (
+        "/usr/lib/nginx/modules/ngx_stream_module.so",
+        "libnginx-mod-stream",
+        "nginx as a balancer",
+    ),
+    ("haproxy", "haproxy", "a balancer to compare with"),
+    ("nft", "nftables", "a balancer to compare with"),
+    ("ab", "apache2-utils", "makes the connections"),
+    ("ethtool", "ethtool", "offloads of the interfaces"),
+];
+
+/// A further one, that only kernels of the virtual machines have.
+const FOR_COMPARISON_IN_VM: &[Need] = &[("ipvsadm", "ipvsadm", "a balancer to compare with")];
+
 /// Installs everything that is missing for `scope`; does nothing, quickly, when nothing is.
 ///
 /// # Errors
@@ -44,15 +63,10 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
         let mut needs = FOR_VM.to_vec();
         if scope == Scope::Test {
             needs.extend(FOR_TESTS);
+            // Their measurement is tested, too.
+            needs.extend(FOR_COMPARISON);
         }
-        let missing: Vec<_> = needs
-            .into_iter()
-            .filter(|(program, ..)| process::find_program(program).is_none())
-            .map(|(_, package, reason)| (package, reason))
-            .collect();
-        if !missing.is_empty() {
-            packages::install(&missing)?;
-        }
+        install_missing(&needs)?;
         packages::busybox()?;
     }
     if scope == Scope::Test {
@@ -65,6 +79,53 @@ pub(crate) fn run(scope: Scope) -> Result<()> {
         mount_bpf()?;
     }
     Ok(())
+}
+
+/// Installs what other balancers need to be compared with xlb, here or in a virtual machine.
+///
+/// # Errors
+/// The first thing that could not be installed.
+pub(crate) fn comparison(is_in_vm: bool) -> Result<()> {
+    let mut needs = [FOR_TESTS, FOR_COMPARISON].concat();
+    if is_in_vm {
+        run(Scope::Vm)?;
+        needs.extend(FOR_COMPARISON_IN_VM);
+    } else {
+        run(Scope::Build)?;
+    }
+    install_missing(&needs)
+}
+
+/// The files that a virtual machine needs for the comparison: each program or file, and where it is there.
+///
+/// # Errors
+/// One is missing.
+pub(crate) fn comparison_files() -> Result<Vec<(PathBuf, PathBuf)>> {
+    let needs = FOR_COMPARISON.iter().chain(FOR_COMPARISON_IN_VM);
+    needs
+        .map(|(name, package, _)| {
+            let here = process::find_program(name)
+                .with_context(|| format!("{name} of the Debian package {package} is missing"))?;
+            let there = if name.starts_with('/') {
+                PathBuf::from(name)
+            } else {
+                Path::new("/usr/bin").join(name)
+            };
+            Ok((here, there))
+        })
+        .collect()
+}
+
+fn install_missing(needs: &[Need]) -> Result<()> {
+    let missing: Vec<_> = needs
+        .iter()
+        .filter(|(program, ..)| process::find_program(program).is_none())
+        .map(|(_, package, reason)| (*package, *reason))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    packages::install(&missing)
 }
 
 /// The object is tested as both toolchains build it. One that cannot be had is no reason not to run the other

@@ -53,6 +53,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         kernel: &Kernel::get(&arguments.kernel)?,
         program: inside,
         files: vec![(PathBuf::from(program), PathBuf::from("bin/program"))],
+        modules: &[],
         environment: vec!["XLB_BIN=/bin/xlb".to_owned(), "XLB_TEST_VM=1".to_owned()],
         terminal: false,
         keyboard: false,
@@ -68,6 +69,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) program: Vec<OsString>,
     /// Further programs: their path here, and there.
     pub(crate) files: Vec<(PathBuf, PathBuf)>,
+    /// Modules that this run needs beside those of all.
+    pub(crate) modules: &'a [&'a str],
     /// `NAME=VALUE`.
     pub(crate) environment: Vec<String>,
     /// The program's output is shown on a terminal.
@@ -283,7 +286,7 @@ fn pack(machine: &Machine<'_>, folder: &Path) -> Result<PathBuf> {
         }
     }
     install_busybox(&root)?;
-    for (index, module) in machine.kernel.modules()?.iter().enumerate() {
+    for (index, module) in machine.kernel.modules(machine.modules)?.iter().enumerate() {
         let name = module.file_name().unwrap_or_default().to_string_lossy();
         fs::copy(module, root.join(format!("vm/modules/{index:03}-{name}")))?;
     }

@@ -1,40 +1,32 @@
 //! The balancer under test: the real daemon in a network namespace of its own, and the program that it has pinned.
 
 pub mod configuration;
+mod daemon;
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::IpAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use lb_common::abi::Reason;
-use xlb::{
-    datapath::{Pins, kernel::PROGRAM},
-    lab::Namespace,
-    observe::status::Status,
-};
+use xlb::{datapath::kernel::PROGRAM, lab::Namespace};
 
-use crate::isolation;
+pub use self::daemon::Daemon;
 
-const INSTANCE: &str = "bench";
 /// For a start with the largest table; a usual one takes a second.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// An instance of xlb. Its namespace, its daemon and its pins go with the process, however it ends.
 #[derive(Debug)]
 pub struct Balancer {
-    xlb: PathBuf,
     namespace: Namespace,
     /// Holds the other end of the wire.
     _outside: Namespace,
-    folder: PathBuf,
-    daemon: Option<Child>,
+    daemon: Daemon,
 }
 
 /// What a balancer has counted since it was started.
@@ -64,22 +56,15 @@ impl Balancer {
         for (number, backend) in (1..).zip(configuration::backends()) {
             namespace.add_neighbour(configuration::INTERFACE, backend, [2, 0, 0, 0, 1, number])?;
         }
-        let folder = Path::new(isolation::FOLDER).join("xlb-bench");
-        fs::create_dir(&folder).with_context(|| format!("{} was not made", folder.display()))?;
-        let seed = folder.join("seed");
-        // The same in each run, so that flows are spread the same way.
-        fs::write(&seed, "000102030405060708090a0b0c0d0e0f")?;
-        let text = configuration::text(flow_table, &seed.display().to_string());
-        fs::write(folder.join("xlb.toml"), text)?;
+        let daemon = Daemon::new(xlb)?;
+        daemon.configure(&configuration::text(flow_table, &daemon.seed_file()))?;
         namespace
             .enter()
             .context("the balancer's namespace was not entered")?;
         Ok(Self {
-            xlb: xlb.to_owned(),
             namespace,
             _outside: outside,
-            folder,
-            daemon: None,
+            daemon,
         })
     }
 
@@ -94,48 +79,34 @@ impl Balancer {
     /// # Errors
     /// The daemon ends, or is not ready in time; what it logged is in the message.
     pub fn start_afresh(&mut self) -> Result<()> {
-        if self.daemon.is_some() && self.counted()?.flows == 0 {
+        if self.daemon.is_started() && self.counted()?.flows == 0 {
             return Ok(());
         }
-        self.stop();
-        let detached = self
-            .command(&["detach"])
-            .output()
-            .context("xlb detach did not start")?;
-        ensure!(
-            detached.status.success(),
-            "xlb detach: {}",
-            String::from_utf8_lossy(&detached.stderr).trim()
-        );
-        let log = fs::File::create(self.log())?;
-        let config = self.folder.join("xlb.toml").display().to_string();
-        let daemon = self
-            .command(&["run", "-c", &config])
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("{} did not start", self.xlb.display()))?;
-        self.daemon = Some(daemon);
-        let start = Instant::now();
+        self.daemon.kill();
+        self.daemon.detach(&self.namespace)?;
+        let start = self.daemon.start(&self.namespace)?;
+        self.daemon.await_ready(PATIENCE)?;
         loop {
-            let ended = self.daemon.as_mut().map_or(Ok(None), Child::try_wait)?;
-            if ended.is_some() || start.elapsed() > PATIENCE {
-                let log = fs::read_to_string(self.log()).unwrap_or_default();
-                bail!("the daemon is not ready:\n{}", log.trim());
-            }
-            let is_ready = self.status().is_ok_and(|status| {
+            let is_ready = self.daemon.status(&self.namespace).is_ok_and(|status| {
                 let mut backends = status.services.iter().flat_map(|service| &service.backends);
                 backends.all(|backend| backend.next_hop_problem.is_none())
             });
             if is_ready {
                 return Ok(());
             }
+            self.daemon.check_running()?;
+            ensure!(
+                start.elapsed() < PATIENCE,
+                "the daemon does not know the ways to its backends:\n{}",
+                self.daemon.log()
+            );
             thread::sleep(Duration::from_millis(20));
         }
     }
 
     /// Where the daemon has pinned the program.
     pub fn program(&self) -> PathBuf {
-        Pins::new(INSTANCE).program(PROGRAM)
+        Daemon::pins().program(PROGRAM)
     }
 
     /// What the daemon tells of the program's counters.
@@ -143,7 +114,7 @@ impl Balancer {
     /// # Errors
     /// The daemon does not answer.
     pub fn counted(&self) -> Result<Counted> {
-        let status = self.status()?;
+        let status = self.daemon.status(&self.namespace)?;
         let mut counted = Counted::default();
         for (reason, traffic) in status.services.iter().flat_map(|service| &service.reasons) {
             *counted.of_services.entry(reason.clone()).or_default() += traffic.packets;
@@ -154,47 +125,6 @@ impl Balancer {
         let backends = status.services.iter().flat_map(|service| &service.backends);
         counted.flows = backends.map(|backend| backend.flows_total).sum();
         Ok(counted)
-    }
-
-    fn status(&self) -> Result<Status> {
-        let output = self
-            .command(&["status", "-o", "json"])
-            .output()
-            .context("xlb status did not start")?;
-        ensure!(
-            output.status.success(),
-            "xlb status: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        serde_json::from_slice(&output.stdout).context("xlb status was not understood")
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.namespace.command(&self.xlb);
-        command
-            .args(arguments)
-            .args(["--instance", INSTANCE])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
-        command
-    }
-
-    fn log(&self) -> PathBuf {
-        self.folder.join("log")
-    }
-
-    fn stop(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
-            // Both fail only when it has ended by itself.
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
-    }
-}
-
-impl Drop for Balancer {
-    fn drop(&mut self) {
-        self.stop();
     }
 }
 

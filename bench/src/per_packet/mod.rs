@@ -3,6 +3,7 @@
 mod floor;
 mod frame;
 mod harness;
+mod pace;
 pub mod scenario;
 mod template;
 
@@ -14,6 +15,7 @@ use lb_common::abi::Reason;
 use self::{
     floor::Floor,
     harness::{Harness, Program, Ran, Run},
+    pace::Pace,
     scenario::{Kind, Scenario},
 };
 use crate::{
@@ -38,8 +40,6 @@ const PASS: u32 = 2;
 const TX: u32 = 3;
 /// Packets before the clock starts where each is of another flow: as many as it takes to have the program in the caches.
 const LEAD: u32 = 1000;
-/// Packets that one turn on a processor handles while nothing is timed.
-const BURST: u64 = 500_000;
 
 /// Measures each scenario on a balancer whose flow table holds nothing else.
 ///
@@ -63,10 +63,16 @@ fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row>
     let ingress = balancer.ifindex()?;
     let mut floor = Contender::new(plan, &of_floor, floor.program.try_clone()?, ingress)?;
     let mut contender = Contender::new(plan, scenario, harness::pinned(&balancer.program())?, ingress)?;
-    floor.prepare(plan)?;
+    // The floor records whatever comes.
+    floor.prepare(plan, &mut Pace::unlimited())?;
 
     let at_first = balancer.counted()?;
-    let opened = contender.prepare(plan)?;
+    let mut pace = if scenario.kind.is_within_budget() {
+        Pace::within_budget()
+    } else {
+        Pace::unlimited()
+    };
+    let opened = contender.prepare(plan, &mut pace)?;
     let before = balancer.counted()?;
     if opened > 0 {
         before
@@ -79,8 +85,12 @@ fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row>
 
     let mut rounds = Rounds::default();
     for _ in 0..plan.rounds {
+        if scenario.kind == Kind::New {
+            pace.wait();
+        }
         let (floor_harness, floor) = floor.round(plan.cpu)?;
         let (harness, xlb) = contender.round(plan.cpu)?;
+        pace.burst_ended();
         rounds.harness.push(harness);
         rounds.floor.push(floor - floor_harness);
         rounds.xlb.push(xlb - harness);
@@ -125,14 +135,13 @@ impl Contender {
         let (lead, packets) = match scenario.kind {
             // Each flow once, so that caches hold what they can of this program's memory and none of another's.
             Kind::Pass { flows } | Kind::Known { flows } => (flows, plan.packets),
-            // Half of the table is left free.
-            Kind::New => (
-                LEAD,
-                plan.packets
-                    .min((plan.flow_table / 2 / plan.rounds).saturating_sub(LEAD)),
-            ),
+            // Half of the table is left free, and a round is one burst.
+            Kind::New => {
+                let room = (plan.flow_table / 2 / plan.rounds).min(pace::RECORDED);
+                (LEAD, plan.packets.min(room.saturating_sub(LEAD)))
+            }
             // What takes longest: a round is to be short of a second.
-            Kind::Flood => (LEAD, plan.packets.div_ceil(4)),
+            Kind::Flood => (plan.packets.min(pace::EXHAUSTING), plan.packets.div_ceil(4)),
         };
         ensure!(
             packets > 0,
@@ -154,7 +163,7 @@ impl Contender {
     }
 
     /// Has the flow table as the scenario wants it; returns the number of packets that it took.
-    fn prepare(&mut self, plan: &Plan) -> Result<u64> {
+    fn prepare(&mut self, plan: &Plan, pace: &mut Pace) -> Result<u64> {
         let flows = match self.scenario.kind {
             Kind::Pass { .. } | Kind::New => return Ok(0),
             Kind::Known { flows } => flows.into(),
@@ -164,15 +173,18 @@ impl Contender {
         let mut opening = Harness::new(&self.scenario.opener, self.ingress)?;
         let mut flow = 0;
         while flow < flows {
+            pace.wait();
             // Short of the end, where flows would begin anew.
             let run = Run {
                 lead: 0,
-                packets: (flows - flow).min(BURST).try_into()?,
+                packets: (flows - flow).min(pace::BURST.into()).try_into()?,
                 flow,
                 flows_end: u64::MAX,
             };
-            let _turn = Turn::take(plan.cpu)?;
+            let turn = Turn::take(plan.cpu)?;
             flow = opening.run(Some(&self.program), run)?.flow;
+            drop(turn);
+            pace.burst_ended();
         }
         if self.scenario.kind == Kind::Flood {
             self.run.flow = flow;

@@ -34,9 +34,9 @@ pub enum Kind {
     Pass { flows: u32 },
     /// Packets of so many flows that are in the flow table.
     Known { flows: u32 },
-    /// Each packet begins a flow, and the flow table has room for it.
+    /// Each packet begins a flow, and the flow table has room for it; so many that all may be recorded, then a pause.
     New,
-    /// Each packet begins a flow, and the flow table is full of others.
+    /// Each packet begins a flow, of a table full of others, and faster than any table may record them.
     Flood,
 }
 
@@ -65,6 +65,11 @@ impl Kind {
             // Never the same twice.
             Self::New | Self::Flood => u64::MAX,
         }
+    }
+
+    /// Whether flows are to begin no faster than a flow table records them.
+    pub fn is_within_budget(self) -> bool {
+        matches!(self, Self::Known { .. } | Self::New)
     }
 }
 

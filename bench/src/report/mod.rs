@@ -6,6 +6,7 @@ pub mod table;
 use std::fs;
 
 use anyhow::Result;
+use comfy_table::Table;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -28,8 +29,9 @@ pub struct Machine {
     pub kernel: String,
     pub processor: String,
     pub processors: usize,
-    /// The processor that packets were handled on.
-    pub cpu: usize,
+    /// The processor that packets were handled on, where it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<usize>,
 }
 
 /// A scenario's figures; nanoseconds are for each packet.
@@ -49,9 +51,10 @@ pub struct Row {
     pub ratio: Summary,
 }
 
-impl Report {
-    /// Without rows.
-    pub fn new(plan: &Plan) -> Result<Self> {
+impl Machine {
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn here(cpu: Option<usize>) -> Result<Self> {
         let cpus = fs::read_to_string("/proc/cpuinfo")?;
         let processor = cpus
             .lines()
@@ -59,14 +62,21 @@ impl Report {
             .find(|(key, _)| key.trim() == "model name")
             .map_or("unknown", |(_, name)| name.trim());
         Ok(Self {
-            machine: Machine {
-                kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
-                    .trim()
-                    .to_owned(),
-                processor: processor.to_owned(),
-                processors: std::thread::available_parallelism()?.get(),
-                cpu: plan.cpu,
-            },
+            kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
+                .trim()
+                .to_owned(),
+            processor: processor.to_owned(),
+            processors: std::thread::available_parallelism()?.get(),
+            cpu,
+        })
+    }
+}
+
+impl Report {
+    /// Without rows.
+    pub fn new(plan: &Plan) -> Result<Self> {
+        Ok(Self {
+            machine: Machine::here(Some(plan.cpu))?,
             rounds: plan.rounds,
             flow_table: plan.flow_table,
             rows: Vec::new(),
@@ -87,6 +97,17 @@ impl Row {
     pub fn mpps(&self) -> f64 {
         1000.0 / self.xlb_ns.median
     }
+}
+
+/// The lines of a table, without what is blank at their ends.
+pub fn lines(table: &Table) -> String {
+    let lines = table.lines();
+    lines.map(|line| format!("{}\n", line.trim_end())).collect()
+}
+
+/// The outermost values.
+pub fn spread(summary: Summary, digits: usize) -> String {
+    format!("{:.digits$}–{:.digits$}", summary.min, summary.max)
 }
 
 #[cfg(test)]
@@ -111,7 +132,7 @@ pub fn example() -> Report {
             kernel: "6.12.1".to_owned(),
             processor: "A <fast> & wide one".to_owned(),
             processors: 4,
-            cpu: 3,
+            cpu: Some(3),
         },
         rounds: 11,
         flow_table: 4_194_304,

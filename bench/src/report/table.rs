@@ -2,8 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::Report;
-use crate::statistics::Summary;
+use super::{Report, lines, spread};
 
 /// One line for each scenario, and what the figures depend on.
 pub fn draw(report: &Report) -> String {
@@ -27,19 +26,17 @@ pub fn draw(report: &Report) -> String {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let machine = &report.machine;
-    let lines: String = table
-        .lines()
-        .map(|line| format!("{}\n", line.trim_end()))
-        .collect();
     format!(
-        "{lines}\n{}, {} rounds on processor {} of {}, Linux {}, a table for {} flows.\n\
+        "{}\n{}, {} rounds on processor {} of {}, Linux {}, a table for {} flows.\n\
          Nanoseconds for each packet, median and outermost rounds; the harness is subtracted.\n",
-        machine.processor, report.rounds, machine.cpu, machine.processors, machine.kernel, report.flow_table,
+        lines(&table),
+        machine.processor,
+        report.rounds,
+        machine.cpu.unwrap_or_default(),
+        machine.processors,
+        machine.kernel,
+        report.flow_table,
     )
-}
-
-fn spread(summary: Summary, digits: usize) -> String {
-    format!("{:.digits$}–{:.digits$}", summary.min, summary.max)
 }
 
 #[cfg(test)]

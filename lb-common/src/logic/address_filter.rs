@@ -27,26 +27,52 @@ const fn place_of(word: u32) -> (u32, u32) {
     ((hash / PER_WORD) % ADDRESS_FILTER_WORDS, hash % PER_WORD * 2)
 }
 
-/// Tells whether a frame is a TCP or UDP packet of which neither the destination is a VIP nor the source a backend,
-/// given the filter's words by index. Frames with VLAN tags or extension headers are left to the decoder.
+/// Whose packet a frame may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ends {
+    /// The destination may be a VIP.
+    pub to_vip: bool,
+    /// The source may be a backend.
+    pub from_backend: bool,
+}
+
+impl Ends {
+    /// Of what is left to the decoder: frames with VLAN tags or extension headers, and all that is not TCP or UDP.
+    const UNKNOWN: Self = Self {
+        to_vip: true,
+        from_backend: true,
+    };
+
+    /// Tells whether it is surely none of ours.
+    #[inline(always)]
+    pub const fn is_foreign(self) -> bool {
+        !self.to_vip && !self.from_backend
+    }
+}
+
+/// Tells whose packet a frame may be, given the filter's words by index.
 #[inline(always)]
-pub fn is_foreign<F: Frame>(frame: &F, word: impl Fn(u32) -> u64) -> bool {
+pub fn ends<F: Frame>(frame: &F, word: impl Fn(u32) -> u64) -> Ends {
     let Some(view) = frame.view::<34>(0) else {
-        return false;
+        return Ends::UNKNOWN;
     };
     let ether_type = view.u16(12);
     if ether_type == ethertype::IPV4 {
         let protocol = view.u8(23);
         let (source, destination) = (place_of(view.u32(26)), place_of(view.u32(30)));
-        return is_transport(protocol)
-            && !has(&word, destination, ROLE_VIP)
-            && !has(&word, source, ROLE_BACKEND);
+        if !is_transport(protocol) {
+            return Ends::UNKNOWN;
+        }
+        return Ends {
+            to_vip: has(&word, destination, ROLE_VIP),
+            from_backend: has(&word, source, ROLE_BACKEND),
+        };
     }
     if ether_type != ethertype::IPV6 {
-        return false;
+        return Ends::UNKNOWN;
     }
     let Some(view) = frame.view::<54>(0) else {
-        return false;
+        return Ends::UNKNOWN;
     };
     let address = |at| {
         Address([
@@ -56,9 +82,13 @@ pub fn is_foreign<F: Frame>(frame: &F, word: impl Fn(u32) -> u64) -> bool {
             view.u32(at + 12),
         ])
     };
-    is_transport(view.u8(20))
-        && !has(&word, place(&address(38)), ROLE_VIP)
-        && !has(&word, place(&address(22)), ROLE_BACKEND)
+    if !is_transport(view.u8(20)) {
+        return Ends::UNKNOWN;
+    }
+    Ends {
+        to_vip: has(&word, place(&address(38)), ROLE_VIP),
+        from_backend: has(&word, place(&address(22)), ROLE_BACKEND),
+    }
 }
 
 #[inline(always)]

@@ -24,8 +24,8 @@ use lb_common::abi::{
 };
 use lb_common::logic::ageing;
 
+use self::candidates::Candidate;
 pub use self::{
-    candidates::Candidate,
     filters::SourceFilters,
     probe_paths::probe_path,
     restore::{Restored, restore},
