@@ -774,7 +774,7 @@ fn by_backend(
     /// Read at once: with an entry each, ten thousand backends would be as many system calls every second.
     const AT_ONCE: u32 = 1024;
     let cpus = nr_cpus().map_err(|(_, error)| error)?;
-    let mut totals = BTreeMap::new();
+    let mut totals = Vec::with_capacity(ids.len());
     let mut sorted: Vec<u32> = ids.iter().copied().filter(|id| *id < entries).collect();
     sorted.sort_unstable();
     let mut rest = &sorted[..];
@@ -796,10 +796,11 @@ fn by_backend(
                 counters::add(&mut total.returned, &cpu.returned);
                 total.flows += cpu.flows;
             }
-            totals.insert(*id, total);
+            totals.push((*id, total));
         }
     }
-    Ok(totals)
+    // All at once, since they are in order.
+    Ok(totals.into_iter().collect())
 }
 
 /// A counter of all CPUs together.
