@@ -278,20 +278,24 @@ fn services_share_tables_and_what_is_left_is_used_again() {
     let memory = |fixture: &mut Fixture| fixture.datapath().memory().slot_tables - words;
     assert_eq!(memory(&mut fixture), mebibyte);
     fixture.restart(1024);
-    for round in 0..200 {
+    // Were nothing used again, 4000 pools of 4 KiB would take 16 MiB.
+    for round in 0..4000 {
         let service = round % 100;
         if round % 7 == 0 {
             fixture.apply(Operation::RemovePool(service));
         }
         fixture.apply(Operation::PutPool(service, shared.clone()));
-        assert_eq!(
-            fixture.datapath().by_slot(service).unwrap(),
-            shared.by_slot(),
-            "round {round}"
-        );
+        if round % 200 == 0 {
+            assert_eq!(
+                fixture.datapath().by_slot(service).unwrap(),
+                shared.by_slot(),
+                "round {round}"
+            );
+            // Lines wait for programs to end before they are used again.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
     }
-    // Lines wait for programs to end before they are used again, so that there may be some more.
-    assert!(memory(&mut fixture) <= 3 * mebibyte);
+    assert!(memory(&mut fixture) <= 6 * mebibyte, "{}", memory(&mut fixture));
     for service in 0..100 {
         fixture.apply(Operation::RemovePool(service));
     }
