@@ -530,28 +530,16 @@ extern "C" fn worth_now(meta: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
-    let kind = match kind {
-        1 => Kind::Short,
-        2 => Kind::Long,
-        _ => Kind::Alias,
-    };
-    let first = place(hash, 0).0;
+    let (first, line) = place(hash, 0);
+    let (second, _) = place(hash, 1);
     // No flow that goes on gives way while there is room for another in either bucket.
+    let free = if limit < worth::LIVE { limit } else { worth::LIVE };
     for step in 0..4 {
-        let limit = if step < 2 && limit > worth::LIVE {
-            worth::LIVE
-        } else {
-            limit
-        };
-        let (index, line) = place(hash, step & 1);
-        let Some(words) = bucket(index) else {
-            return NOWHERE;
-        };
-        let Some(room) = flow_table::make_room(&words, line, kind, limit, |meta| worth_now(meta.0)) else {
+        let index = if step & 1 == 0 { first } else { second };
+        let limit = if step < 2 { free } else { limit };
+        let location = room_in(index, line as u32, kind, limit);
+        if location == NOWHERE {
             continue;
-        };
-        for meta in room.evicted {
-            count_end(meta);
         }
         if index != first
             && let Some(first) = bucket(first)
@@ -559,9 +547,31 @@ pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
             // Before the flow can be seen in the second one.
             flow_table::mark_overflow(&first);
         }
-        return (index << 3 | room.unit as u32) as u64;
+        return location;
     }
     NOWHERE
+}
+
+/// As [`make_room`], in one bucket.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location {
+    let kind = match kind {
+        1 => Kind::Short,
+        2 => Kind::Long,
+        _ => Kind::Alias,
+    };
+    let Some(bucket) = bucket(index) else {
+        return NOWHERE;
+    };
+    let line = line as usize & LINE;
+    let Some(room) = flow_table::make_room(&bucket, line, kind, limit, |meta| worth_now(meta.0)) else {
+        return NOWHERE;
+    };
+    for meta in room.evicted {
+        count_end(meta);
+    }
+    (index << 3 | room.unit as u32) as u64
 }
 
 /// Counts the end of a flow that another takes the place of.

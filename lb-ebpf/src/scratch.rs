@@ -27,6 +27,9 @@ pub struct Scratch {
     /// Key and meta of the flow that a search has found, see `flow_table::Entry`.
     pub found_key: u64,
     pub found_meta: u64,
+    /// Id of the service that the packet is for.
+    pub service_id: u32,
+    pub _pad: u32,
     /// Location of a flow that a search for replies leaves out.
     pub except: u64,
     /// Meta of a flow that begins.
