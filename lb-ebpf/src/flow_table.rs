@@ -2,12 +2,12 @@
 //! for themselves. How it works is in `lb_common::logic::flow_table`.
 
 use lb_common::{
-    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP, UNITS},
+    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP},
     logic::{
         ageing,
         flow_table::{
-            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
-            key_at, line_of, long_key, other_line, second_bucket_of, short_key, worth,
+            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, alias_key, bucket_of, end_hash, line_of,
+            long_key, other_line, second_bucket_of, short_key, worth,
         },
     },
 };
@@ -267,44 +267,22 @@ fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
-    let Some(scratch) = scratch() else {
-        return NOWHERE;
-    };
-    let reply = tuple(scratch, which);
-    let client = &reply.destination;
-    let short = if client.is_v4() {
-        short_key(client.v4_word(), reply.destination_port, 0)
-    } else {
-        NO_KEY
-    };
-    let alias = alias_key(0, 0, reply.destination_port, reply.source_port);
     let mut nowhere = NOWHERE;
-    for round in 0..2 {
-        let (index, line) = place(hash, round);
-        let Some(words) = bucket(index) else {
-            return NOWHERE;
+    // Two buckets, in each the flows and then the aliases of the eight units.
+    for step in 0..32 {
+        let (index, line) = place(hash, step >> 4);
+        let unit = (line as u32 / 2 + step) & 7;
+        let location = if step & 8 == 0 {
+            replied(index, unit, which)
+        } else {
+            aliased(index, unit, which)
         };
-        for step in 0..UNITS as u32 {
-            let unit = (line as u32 / 2 + step) & 7;
-            // What is asked first costs no call: of most units the key tells that it is none.
-            let key = words.load(key_at(unit as usize));
-            let mut location = NOWHERE;
-            if key & CLIENT == short {
-                location = replied(index, unit, which);
-            }
-            if location == NOWHERE && unit & 1 == 0 && key & CLIENT_PORT == reply.destination_port as u64 {
-                location = replied_long(index, unit >> 1, which);
-            }
-            if location == NOWHERE && key & ALIASED_PORTS == alias {
-                location = aliased(index, unit, which);
-            }
-            if location == LEFT {
-                nowhere = LEFT;
-            } else if location != NOWHERE {
-                return location;
-            }
+        if location == LEFT {
+            nowhere = LEFT;
+        } else if location != NOWHERE {
+            return location;
         }
-        if !flow_table::overflows(&words) {
+        if step == 15 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
             break;
         }
     }
@@ -365,9 +343,6 @@ fn is_plain(found: &Found, reply: &FlowKey) -> bool {
     (found.key >> 32) as u16 == reply.destination_port && found.meta.forward() != Forward::FullNat.number()
 }
 
-/// Not a short key, under the mask of one.
-const NO_KEY: u64 = u64::MAX;
-
 /// As [`find_reply`], at one unit of a bucket and unless an alias leads to the flow: a function that the verifier checks
 /// for itself, once for all of them.
 #[unsafe(no_mangle)]
@@ -385,26 +360,17 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
             return answers(scratch, which, index, &found, ports, client.by_words());
         }
     }
-    NOWHERE
-}
-
-/// As [`replied`], for a long flow; units in pairs, since the verifier would not know that a number is even.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn replied_long(index: u32, pair: u32, which: u32) -> Location {
-    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
-        return NOWHERE;
-    };
-    let (reply, unit) = (tuple(scratch, which), (pair as usize & 3) << 1);
-    let client = &reply.destination;
-    let want = reply.destination_port as u64;
-    match flow_table::long_at(&bucket, unit, client, want, CLIENT_PORT) {
-        Some(found) if is_plain(&found, reply) => {
+    // The long flows with the first four units: an even number is more than the verifier can tell.
+    if unit < 4 {
+        let want = reply.destination_port as u64;
+        if let Some(found) = flow_table::long_at(&bucket, unit << 1, client, want, CLIENT_PORT)
+            && is_plain(&found, reply)
+        {
             let ports = (found.key as u16, (found.key >> 16) as u16);
-            answers(scratch, which, index, &found, ports, client.by_words())
+            return answers(scratch, which, index, &found, ports, client.by_words());
         }
-        _ => NOWHERE,
     }
+    NOWHERE
 }
 
 /// As [`replied`], for a flow that an alias at the unit leads to.
