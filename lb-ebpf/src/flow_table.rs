@@ -264,15 +264,30 @@ fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32
 
 /// Where the flow is that a 5-tuple is that of replies of, other than at [`Scratch::except`]; it is left in the scratch
 /// memory, see [`Entry::found`], and its client's 5-tuple in [`Scratch::client`].
+#[inline(always)]
+pub fn find_reply(hash: u64, which: u32) -> Location {
+    let (index, line) = place(hash, 0);
+    let location = reply_in(index, line as u32 / 2, which);
+    if location != NOWHERE && location != LEFT {
+        return location;
+    }
+    if !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+        return location;
+    }
+    match reply_in(place(hash, 1).0, line as u32 / 2, which) {
+        NOWHERE => location,
+        location => location,
+    }
+}
+
+/// As [`find_reply`], in a bucket from a unit on: first in the flows, and then in the aliases of the eight units.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
+extern "C" fn reply_in(index: u32, first: u32, which: u32) -> Location {
     let mut nowhere = NOWHERE;
-    // Two buckets, in each the flows and then the aliases of the eight units.
-    for step in 0..32 {
-        let (index, line) = place(hash, step >> 4);
-        let unit = (line as u32 / 2 + step) & 7;
-        let location = if step & 8 == 0 {
+    for step in 0..16 {
+        let unit = (first + step) & 7;
+        let location = if step < 8 {
             replied(index, unit, which)
         } else {
             aliased(index, unit, which)
@@ -281,9 +296,6 @@ pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
             nowhere = LEFT;
         } else if location != NOWHERE {
             return location;
-        }
-        if step == 15 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
-            break;
         }
     }
     nowhere
