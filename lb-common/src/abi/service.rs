@@ -67,6 +67,8 @@ impl ServiceFlags {
     pub const DENIES_OTHERS: u16 = 1 << 1;
     /// Gone from the configuration; the entry stays until no flow has its id.
     pub const REMOVED: u16 = 1 << 2;
+    /// A backend of it may be full: it has a limit of connections.
+    pub const HAS_FULL: u16 = 1 << 3;
 }
 
 /// In the slot table of `round-robin` and `least-connections`: the slot that holds the number of slots in use, which

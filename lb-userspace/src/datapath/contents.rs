@@ -187,6 +187,7 @@ const SERVICE_FLAGS: &[(u16, &str)] = &[
     (ServiceFlags::HAS_FILTERS, "has-filters"),
     (ServiceFlags::DENIES_OTHERS, "denies-others"),
     (ServiceFlags::REMOVED, "removed"),
+    (ServiceFlags::HAS_FULL, "has-full"),
 ];
 
 struct DisplayKey<'a>(&'a ServiceKey);
