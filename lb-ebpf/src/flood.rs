@@ -2,7 +2,7 @@
 //! without. Then the table is not even read, which costs more than all the rest.
 
 use lb_common::{
-    abi::{Forward, Service, Strategy, opening_budget},
+    abi::{Forward, Service, ServiceFlags, Strategy, opening_budget},
     logic::{headers::Packet, tcp_state::opens},
 };
 
@@ -19,12 +19,15 @@ pub fn passes_table(service_id: u32, packet: &Packet, now: u64) -> bool {
         && maps::service(service_id).is_some_and(|service| needs_no_record(service, packet.key.protocol))
 }
 
-/// Tells whether hashes alone keep a flow of a service on its backend, while the backends stay the same.
+/// Tells whether hashes alone keep a flow of a service on its backend, while the backends stay the same. Not so where flows
+/// are counted: for a cap of new ones, or because a backend takes no more.
 #[inline(always)]
 pub fn needs_no_record(service: &Service, protocol: u32) -> bool {
     !Strategy::is_sequence(service.strategy)
         && !Forward::has_reply_key(service.forward, protocol)
         && service.forward != Forward::Local.number()
+        && service.new_flow_rate == 0
+        && service.flags & ServiceFlags::HAS_FULL == 0
 }
 
 /// Tells whether as many flows have begun on this CPU as may be recorded for now.

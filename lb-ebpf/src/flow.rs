@@ -20,8 +20,8 @@ use crate::{
     cursor::Cursor,
     flood::{self, is_over_budget, needs_no_record},
     flow_table::{
-        self, Entry, LEFT, NOWHERE, count_end, find_client, find_reply, free, free_long, hash_of_client,
-        hash_of_reply, hash_of_scratch_reply, make_room, of, put,
+        self, Entry, LEFT, NOWHERE, WRITING, count_end, find_client, find_reply, free_room, hash_of_client,
+        hash_of_reply, hash_of_scratch_reply, make_room, of, put, take_back,
     },
     maps,
     scratch::{Scratch, scratch},
@@ -128,7 +128,7 @@ fn try_known_local(settings: &Settings, scratch: &mut Scratch, service_id: u32) 
 fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -> Option<Known> {
     let backend = maps::backend(entry.meta.backend())?;
     if ageing::is_over(settings, entry.meta, now) || !stays(entry, backend, packet) {
-        end(entry);
+        end(settings, entry, now);
         return None;
     }
     let reset = reset(backend, packet);
@@ -149,21 +149,28 @@ fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -
 
 /// Ends a flow whose client's packet starts another. Where late replies of its backend can be told, they are to be.
 #[inline(always)]
-fn end(entry: &mut Entry) {
-    let meta = entry.meta;
-    let ended = if Forward::sees_replies(meta.forward()) {
-        let state = if meta.is_udp() {
-            TcpState::None
+fn end(settings: &Settings, entry: &mut Entry, now: u64) {
+    for _ in 0..2 {
+        let meta = entry.meta;
+        let has_ended = if Forward::sees_replies(meta.forward()) {
+            let state = if meta.is_udp() {
+                TcpState::None
+            } else {
+                TcpState::Closed
+            };
+            // By the ticks of its new state.
+            let age = ageing::ticks(settings, state, now);
+            entry.update(meta.with_state(state).with_age(age).left())
         } else {
-            TcpState::Closed
+            entry.remove()
         };
-        entry.update(meta.with_state(state).left())
-    } else {
-        entry.remove()
-    };
-    // Else another CPU has ended it, or it has just gone on.
-    if ended {
-        count_end(meta);
+        if has_ended {
+            return count_end(meta);
+        }
+        // Another CPU has ended it, or it has just gone on.
+        if !entry.look_again() {
+            return;
+        }
     }
 }
 
@@ -260,7 +267,9 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
     else {
         return failed(Reason::Internal);
     };
-    match try_choose(settings, scratch, service, service_id) {
+    let now = now_by(scratch);
+    let is_in_flood = needs_no_record(service, scratch.packet.key.protocol) && is_over_budget(now);
+    match try_choose(settings, scratch, service, service_id, is_in_flood) {
         Ok(meta) => {
             let link = if Forward::translates(meta.forward()) {
                 client_link::remember(client_ifindex)
@@ -268,11 +277,7 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
                 0
             };
             scratch.began_meta = meta.with_link(link).0;
-            if needs_no_record(service, scratch.packet.key.protocol) && is_over_budget(now_by(scratch)) {
-                UNRECORDED
-            } else {
-                0
-            }
+            if is_in_flood { UNRECORDED } else { 0 }
         }
         Err(reason) => failed(reason),
     }
@@ -284,12 +289,15 @@ fn try_choose(
     scratch: &mut Scratch,
     service: &Service,
     service_id: u32,
+    is_in_flood: bool,
 ) -> Result<Meta, Reason> {
     let now = now_by(scratch);
     let packet = &scratch.packet;
     let is_tcp = packet.key.protocol == TCP as u32;
     let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
-    if is_tcp && (packet.tcp_flags & flags::RST != 0 || answers || packet.is_later_fragment()) {
+    // The reset of a connection that has no record ends it at the backend.
+    let is_reset = packet.tcp_flags & flags::RST != 0 && !is_in_flood;
+    if is_tcp && (is_reset || answers || packet.is_later_fragment()) {
         return Err(Reason::NoFlow);
     }
     source::admit(service, service_id, &packet.key, now)?;
@@ -400,7 +408,16 @@ extern "C" fn record(location: u64) -> u64 {
         long_key(source_port, port, source_port, backend.generation)
     };
     put(location, words, meta.0);
-    source_port.into()
+    if !Forward::has_reply_key(meta.forward(), key.protocol) {
+        return source_port.into();
+    }
+    // As in `claim`.
+    scratch.except = location;
+    if is_taken() == 0 {
+        return source_port.into();
+    }
+    take_back(location, meta.0);
+    failed(Reason::NoSourcePort)
 }
 
 /// Counts a new flow that goes on without a record; gives it as a number.
@@ -409,8 +426,15 @@ fn count_unrecorded(service_id: u32) -> u64 {
     let Some(scratch) = scratch() else {
         return failed(Reason::Internal);
     };
-    scratch.began_meta = Meta(scratch.began_meta).of_kind(Kind::Empty).0;
-    count(service_id, scratch.packet.key.source_port.into())
+    let meta = Meta(scratch.began_meta);
+    let packet = &scratch.packet;
+    // Of the others nobody knows which is the first.
+    if opens(packet.tcp_flags)
+        && let Some(counters) = maps::backend_counters(meta.backend())
+    {
+        counters.flows += 1;
+    }
+    begun(meta, service_id, packet.key.source_port)
 }
 
 /// Counts the new flow; gives it as a number.
@@ -423,14 +447,20 @@ fn count(service_id: u32, port: u64) -> u64 {
     if let Some(counters) = maps::backend_counters(meta.backend()) {
         counters.flows += 1;
     }
-    if !meta.is_empty() && !ageing::has_ended(meta.forward(), meta.state()) {
+    if !ageing::has_ended(meta.forward(), meta.state()) {
         maps::count_opened(meta.backend());
     }
+    begun(meta, service_id, port as u16)
+}
+
+/// A new flow as a number.
+#[inline(always)]
+fn begun(meta: Meta, service_id: u32, source_port: u16) -> u64 {
     Known {
         backend_id: meta.backend(),
         service_id,
         forward: meta.forward(),
-        source_port: port as u16,
+        source_port,
         link: meta.link(),
         reset: Reset::None,
     }
@@ -541,7 +571,7 @@ pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
 #[inline(always)]
 pub fn quoted_reply(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
     let hash = hash_of_reply(settings, &scratch.reply);
-    match replied(scratch, hash) {
+    match replied(scratch, hash, of::REPLY) {
         Reply::Of(entry) => Some(Known::of(&entry, scratch.client.source_port, Reset::None)),
         Reply::None | Reply::Late => None,
     }
@@ -551,7 +581,7 @@ pub fn quoted_reply(settings: &Settings, scratch: &mut Scratch) -> Option<Known>
 #[inline(always)]
 pub fn answered(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
     let hash = hash_of_reply(settings, &scratch.reply);
-    match replied(scratch, hash) {
+    match replied(scratch, hash, of::REPLY | of::LOCAL) {
         Reply::Of(mut entry) => {
             advance(settings, &mut entry, Sender::Backend, 0, now());
             Some(Known::of(&entry, scratch.client.source_port, Reset::None))
@@ -561,9 +591,9 @@ pub fn answered(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
 }
 
 #[inline(always)]
-fn replied(scratch: &mut Scratch, hash: u64) -> Reply<Entry> {
+fn replied(scratch: &mut Scratch, hash: u64, which: u32) -> Reply<Entry> {
     scratch.except = NOWHERE;
-    let location = find_reply(hash, of::REPLY);
+    let location = find_reply(hash, which);
     entry_of(scratch, location)
 }
 
@@ -677,9 +707,14 @@ extern "C" fn is_taken() -> u32 {
     let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
         return 1;
     };
-    let location = find_reply(hash_of_scratch_reply(), of::REPLY);
+    let is_local = Meta(scratch.began_meta).forward() == Forward::Local.number();
+    let which = of::REPLY | of::CLAIM | if is_local { of::LOCAL } else { 0 };
+    let location = find_reply(hash_of_scratch_reply(), which);
     if location == NOWHERE || location == LEFT {
         return 0;
+    }
+    if location == WRITING {
+        return 1;
     }
     let found = Entry::found(scratch, location);
     // It would get the replies: they lead to the first that is found. Where a packet has just come for it, it goes on.
@@ -723,21 +758,22 @@ extern "C" fn claim(location: u64) -> u64 {
         if alias == NOWHERE {
             continue;
         }
-        record_translated(location, alias);
+        put_alias(location, alias);
         // Another CPU may have taken the same port meanwhile: both see that, or one does.
         if is_taken() == 0 {
+            put_translated(location);
             return port.into();
         }
-        free(alias);
+        take_back(alias, meta.of_kind(Kind::Alias).0);
     }
-    free_long(location);
+    free_room(location);
     failed(Reason::NoSourcePort)
 }
 
-/// Writes the new flow, whose source port is that of [`Scratch::reply`], and its alias.
+/// Writes the new flow, whose source port is that of [`Scratch::reply`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn record_translated(location: u64, alias: u64) -> u32 {
+extern "C" fn put_translated(location: u64) -> u32 {
     let Some(scratch) = scratch() else {
         return 1;
     };
@@ -746,18 +782,27 @@ extern "C" fn record_translated(location: u64, alias: u64) -> u32 {
         return 1;
     };
     let (client, port) = (&scratch.packet.key, scratch.reply.destination_port);
-    let long = long_key(
+    let key = long_key(
         client.source_port,
         client.destination_port,
         port,
         backend.generation,
     );
-    put(location, long, meta.0);
+    put(location, key, meta.0)
+}
+
+/// Writes the alias that leads to the new flow, before the flow is there.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn put_alias(location: u64, alias: u64) -> u32 {
+    let Some(scratch) = scratch() else {
+        return 1;
+    };
     let key = alias_key(
         (location >> 3) as u32,
         location as usize & 7,
-        port,
+        scratch.reply.destination_port,
         scratch.reply.source_port,
     );
-    put(alias, key, meta.of_kind(Kind::Alias).0)
+    put(alias, key, Meta(scratch.began_meta).of_kind(Kind::Alias).0)
 }

@@ -2,12 +2,12 @@
 //! for themselves. How it works is in `lb_common::logic::flow_table`.
 
 use lb_common::{
-    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP, UNITS},
+    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP},
     logic::{
         ageing,
         flow_table::{
             self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
-            key_at, line_of, long_key, other_line, second_bucket_of, short_key, worth,
+            key_at, line_of, long_key, meta_at, other_line, second_bucket_of, short_key, worth,
         },
     },
 };
@@ -26,12 +26,20 @@ pub type Location = u64;
 pub const NOWHERE: Location = u64::MAX;
 /// Not a location: there was such a flow, but its client has another backend by now.
 pub const LEFT: Location = u64::MAX - 1;
+/// Not a location: another CPU writes such a flow right now.
+pub const WRITING: Location = u64::MAX - 2;
 
-/// The 5-tuple of [`Scratch`] that a search is for.
+/// What a search is for: a 5-tuple of [`Scratch`], and more about replies.
 pub mod of {
     pub const PACKET: u32 = 0;
     pub const CLIENT: u32 = 1;
     pub const REPLY: u32 = 2;
+    /// The bits that name the 5-tuple.
+    pub const TUPLE: u32 = 3;
+    /// Of processes on this host, and of no other backends; else the other way round. Their address may be any.
+    pub const LOCAL: u32 = 4;
+    /// For a source port that is to be claimed: a flow that is being written has it, too.
+    pub const CLAIM: u32 = 8;
 }
 
 #[inline(always)]
@@ -122,7 +130,7 @@ impl Entry {
 
 #[inline(always)]
 pub fn tuple(scratch: &Scratch, which: u32) -> &FlowKey {
-    match which {
+    match which & of::TUPLE {
         of::PACKET => &scratch.packet.key,
         of::CLIENT => &scratch.client,
         _ => &scratch.reply,
@@ -264,48 +272,38 @@ fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32
 
 /// Where the flow is that a 5-tuple is that of replies of, other than at [`Scratch::except`]; it is left in the scratch
 /// memory, see [`Entry::found`], and its client's 5-tuple in [`Scratch::client`].
+#[inline(always)]
+pub fn find_reply(hash: u64, which: u32) -> Location {
+    let (index, line) = place(hash, 0);
+    let location = reply_in(index, line as u32 / 2, which);
+    if location != NOWHERE && location != LEFT {
+        return location;
+    }
+    if !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+        return location;
+    }
+    match reply_in(place(hash, 1).0, line as u32 / 2, which) {
+        NOWHERE => location,
+        location => location,
+    }
+}
+
+/// As [`find_reply`], in a bucket from a unit on: first in the flows, and then in the aliases of the eight units.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn find_reply(hash: u64, which: u32) -> Location {
-    let Some(scratch) = scratch() else {
-        return NOWHERE;
-    };
-    let reply = tuple(scratch, which);
-    let client = &reply.destination;
-    let short = if client.is_v4() {
-        short_key(client.v4_word(), reply.destination_port, 0)
-    } else {
-        NO_KEY
-    };
-    let alias = alias_key(0, 0, reply.destination_port, reply.source_port);
+extern "C" fn reply_in(index: u32, first: u32, which: u32) -> Location {
     let mut nowhere = NOWHERE;
-    for round in 0..2 {
-        let (index, line) = place(hash, round);
-        let Some(words) = bucket(index) else {
-            return NOWHERE;
+    for step in 0..16 {
+        let unit = (first + step) & 7;
+        let location = if step < 8 {
+            replied(index, unit, which)
+        } else {
+            aliased(index, unit, which)
         };
-        for step in 0..UNITS as u32 {
-            let unit = (line as u32 / 2 + step) & 7;
-            // What is asked first costs no call: of most units the key tells that it is none.
-            let key = words.load(key_at(unit as usize));
-            let mut location = NOWHERE;
-            if key & CLIENT == short {
-                location = replied(index, unit, which);
-            }
-            if location == NOWHERE && unit & 1 == 0 && key & CLIENT_PORT == reply.destination_port as u64 {
-                location = replied_long(index, unit >> 1, which);
-            }
-            if location == NOWHERE && key & ALIASED_PORTS == alias {
-                location = aliased(index, unit, which);
-            }
-            if location == LEFT {
-                nowhere = LEFT;
-            } else if location != NOWHERE {
-                return location;
-            }
-        }
-        if !flow_table::overflows(&words) {
-            break;
+        if location == LEFT {
+            nowhere = LEFT;
+        } else if location != NOWHERE {
+            return location;
         }
     }
     nowhere
@@ -365,9 +363,6 @@ fn is_plain(found: &Found, reply: &FlowKey) -> bool {
     (found.key >> 32) as u16 == reply.destination_port && found.meta.forward() != Forward::FullNat.number()
 }
 
-/// Not a short key, under the mask of one.
-const NO_KEY: u64 = u64::MAX;
-
 /// As [`find_reply`], at one unit of a bucket and unless an alias leads to the flow: a function that the verifier checks
 /// for itself, once for all of them.
 #[unsafe(no_mangle)]
@@ -385,26 +380,17 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
             return answers(scratch, which, index, &found, ports, client.by_words());
         }
     }
-    NOWHERE
-}
-
-/// As [`replied`], for a long flow; units in pairs, since the verifier would not know that a number is even.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn replied_long(index: u32, pair: u32, which: u32) -> Location {
-    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
-        return NOWHERE;
-    };
-    let (reply, unit) = (tuple(scratch, which), (pair as usize & 3) << 1);
-    let client = &reply.destination;
-    let want = reply.destination_port as u64;
-    match flow_table::long_at(&bucket, unit, client, want, CLIENT_PORT) {
-        Some(found) if is_plain(&found, reply) => {
+    // The long flows with the first four units: an even number is more than the verifier can tell.
+    if unit < 4 {
+        let want = reply.destination_port as u64;
+        if let Some(found) = flow_table::long_at(&bucket, unit << 1, client, want, CLIENT_PORT)
+            && is_plain(&found, reply)
+        {
             let ports = (found.key as u16, (found.key >> 16) as u16);
-            answers(scratch, which, index, &found, ports, client.by_words())
+            return answers(scratch, which, index, &found, ports, client.by_words());
         }
-        _ => NOWHERE,
     }
+    NOWHERE
 }
 
 /// As [`replied`], for a flow that an alias at the unit leads to.
@@ -417,23 +403,28 @@ extern "C" fn aliased(index: u32, unit: u32, which: u32) -> Location {
     let (reply, unit) = (tuple(scratch, which), unit as usize & 7);
     let want = alias_key(0, 0, reply.destination_port, reply.source_port);
     match flow_table::at(&aliases, unit, Kind::Alias, want, ALIASED_PORTS) {
-        Some(alias) => leads_to(scratch, which, &aliases, &alias),
+        Some(alias) => leads_to(scratch, which, &alias),
         None => NOWHERE,
     }
 }
 
 /// The flow that an alias leads to.
 #[inline(always)]
-fn leads_to(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found) -> Location {
+fn leads_to(scratch: &mut Scratch, which: u32, alias: &Found) -> Location {
     let reply = tuple(scratch, which);
     let index = alias.key as u32 >> 3;
-    let (Some(bucket), Some(backend), Some(settings)) = (
-        bucket(index),
-        maps::backend(alias.meta.backend()),
-        maps::settings(),
-    ) else {
+    let (Some(bucket), Some(backend)) = (bucket(index), maps::backend(alias.meta.backend())) else {
         return NOWHERE;
     };
+    let location = alias.key as u32 as Location;
+    if which & of::CLAIM != 0 && location != scratch.except && is_being_written(&bucket, location) {
+        // Whose it will be is not known yet: rather another port than the same.
+        return if backend.address.0 == reply.source.0 {
+            WRITING
+        } else {
+            NOWHERE
+        };
+    }
     let want = (reply.destination_port as u64) << 32;
     let Some(found) = flow_table::at(&bucket, alias.key as usize & 6, Kind::Long, want, 0xffff << 32) else {
         return NOWHERE;
@@ -450,19 +441,12 @@ fn leads_to(scratch: &mut Scratch, which: u32, aliases: &InKernel, alias: &Found
         return NOWHERE;
     }
     let ports = (found.key as u16, (found.key >> 16) as u16);
-    let location = answers(scratch, which, index, &found, ports, client);
-    if location != NOWHERE {
-        // It lives as long as the flow does.
-        let state = found.meta.state();
-        let renewed = alias
-            .meta
-            .with_state(state)
-            .with_age(ageing::ticks(settings, state, now()));
-        if renewed != alias.meta {
-            flow_table::update(aliases, alias, renewed);
-        }
-    }
-    location
+    answers(scratch, which, index, &found, ports, client)
+}
+
+#[inline(always)]
+fn is_being_written(bucket: &InKernel, location: Location) -> bool {
+    Meta(bucket.load(meta_at(location as usize & 6))).is_busy()
 }
 
 /// The location of a flow, if a 5-tuple is one of replies of its backend.
@@ -477,7 +461,7 @@ fn answers(
 ) -> Location {
     let location = (index << 3 | found.unit as u32) as u64;
     let reply = tuple(scratch, which);
-    if location == scratch.except || !is_answered_by(found.meta, port, reply) {
+    if location == scratch.except || !is_answered_by(found.meta, port, reply, which) {
         return NOWHERE;
     }
     if found.meta.is_left() {
@@ -498,16 +482,18 @@ fn answers(
 
 /// Tells whether a 5-tuple is one of replies of a flow's backend, by its source and protocol.
 #[inline(always)]
-fn is_answered_by(meta: Meta, port: u16, reply: &FlowKey) -> bool {
+fn is_answered_by(meta: Meta, port: u16, reply: &FlowKey, which: u32) -> bool {
     let Some(backend) = maps::backend(meta.backend()) else {
         return false;
     };
-    Forward::has_reply_key(meta.forward(), reply.protocol)
+    let is_local = meta.forward() == Forward::Local.number();
+    is_local == (which & of::LOCAL != 0)
+        && Forward::has_reply_key(meta.forward(), reply.protocol)
         && meta.is_udp() == (reply.protocol == UDP as u32)
         && backend_port(port, backend) == reply.source_port
         // A process on this host that is bound to no address answers from the one that the route to the client has,
         // whatever address the client's packet was for.
-        && (meta.forward() == Forward::Local.number() || backend.address.0 == reply.source.0)
+        && (is_local || backend.address.0 == reply.source.0)
 }
 
 /// The port that a backend is reached on, of the one that the client has connected to.
@@ -516,14 +502,28 @@ pub fn backend_port(port: u16, backend: &Backend) -> u16 {
     if backend.port == 0 { port } else { backend.port }
 }
 
-/// What a flow is worth now, see [`flow_table::worth`].
+/// What a flow is worth now, see [`flow_table::worth`]; an alias is worth what its flow is.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn worth_now(meta: u64) -> u32 {
-    match maps::settings() {
-        Some(settings) => flow_table::worth(settings, Meta(meta), now()),
-        None => worth::BUSY,
+extern "C" fn worth_now(key: u64, meta: u64) -> u32 {
+    let (Some(settings), mut meta) = (maps::settings(), Meta(meta)) else {
+        return worth::BUSY;
+    };
+    if meta.is(Kind::Alias) && !meta.is_busy() {
+        let alias = meta;
+        let Some(bucket) = bucket(key as u32 >> 3) else {
+            return worth::NOTHING;
+        };
+        let unit = key as usize & 6;
+        meta = Meta(bucket.load(meta_at(unit)));
+        let is_its = meta.of_kind(Kind::Alias).is_of_same(alias)
+            && meta.is(Kind::Long)
+            && (bucket.load(key_at(unit)) >> 32) as u16 == (key >> 32) as u16;
+        if !meta.is_busy() && !is_its {
+            return worth::NOTHING;
+        }
     }
+    flow_table::worth(settings, meta, now())
 }
 
 /// Makes room for a flow of a kind, see [`flow_table::make_room`]; gives its location or [`NOWHERE`].
@@ -541,13 +541,12 @@ pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
         if location == NOWHERE {
             continue;
         }
-        if index != first
-            && let Some(first) = bucket(first)
-        {
-            // Before the flow can be seen in the second one.
-            flow_table::mark_overflow(&first);
+        // Before the flow can be seen in the second one.
+        if index == first || bucket(first).is_some_and(|first| flow_table::mark_overflow(&first)) {
+            return location;
         }
-        return location;
+        free_room(location);
+        return NOWHERE;
     }
     NOWHERE
 }
@@ -565,7 +564,8 @@ extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location 
         return NOWHERE;
     };
     let line = line as usize & LINE;
-    let Some(room) = flow_table::make_room(&bucket, line, kind, limit, |meta| worth_now(meta.0)) else {
+    let worth = |unit, meta: Meta| worth_now(bucket.load(key_at(unit)), meta.0);
+    let Some(room) = flow_table::make_room(&bucket, line, kind, limit, worth) else {
         return NOWHERE;
     };
     for meta in room.evicted {
@@ -612,22 +612,36 @@ pub extern "C" fn hash_of_scratch_reply() -> u64 {
     }
 }
 
-/// Frees the room for a long flow, written or not.
+/// Frees the room for a flow that has not been written.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn free_long(location: Location) -> u32 {
+pub extern "C" fn free_room(location: Location) -> u32 {
     if let Some(bucket) = bucket((location >> 3) as u32) {
-        flow_table::free_long(&bucket, location as usize & 6);
+        let unit = location as usize & 7;
+        if Meta(bucket.load(meta_at(unit))).is(Kind::Long) {
+            flow_table::free_long(&bucket, unit & 6);
+        } else {
+            flow_table::free(&bucket, unit);
+        }
     }
     0
 }
 
-/// Frees the room for an alias, written or not.
+/// Removes a flow or an alias that was written with this meta, unless its place has become another's.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn free(location: Location) -> u32 {
-    if let Some(bucket) = bucket((location >> 3) as u32) {
-        flow_table::free(&bucket, location as usize & 7);
+pub extern "C" fn take_back(location: Location, meta: u64) -> u32 {
+    let Some(bucket) = bucket((location >> 3) as u32) else {
+        return 1;
+    };
+    let mut entry = Entry {
+        location,
+        key: bucket.load(key_at(location as usize & 7)),
+        meta: Meta(meta),
+    };
+    // Once more where only the mark of the bucket was new, or a packet has come for it.
+    if !entry.remove() && entry.look_again() {
+        entry.remove();
     }
     0
 }

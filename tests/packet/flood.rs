@@ -1,13 +1,13 @@
 //! More new flows than are recorded: what needs no record goes on without one, all else as ever.
 
-use lb_common::abi::Reason;
+use lb_common::abi::{Reason, Service, ServiceFlags};
 
 use crate::{
     fixture::{
         DIRECT, DNS, EVERY, Expected, Fixture, GUE6, LOCAL, TUNNEL, TUNNEL_UDP, TX, TestService, WEB,
         openings_window,
     },
-    frame::{ACK, Frame, PSH, SYN, packet_of, tcp, udp},
+    frame::{ACK, Frame, PSH, RST, SYN, packet_of, tcp, udp},
 };
 
 /// Runs on a fixture while the CPU has recorded all that it records in a second, and gives what that makes of it.
@@ -96,22 +96,38 @@ fn in_a_flood_a_known_flow_stays_where_it_is() {
     assert_eq!(sent, other.run(&ack.bytes()));
 }
 
+/// What says how many there are counts records.
 #[test]
-fn in_a_flood_a_source_is_still_admitted_or_not() {
-    let syn = tcp("198.51.100.7:5000", TUNNEL.vip, SYN);
-    let (mut fixture, _) = in_flood(
-        |fixture| {
-            fixture.change_service(&TUNNEL, |entry| {
-                entry.new_flow_rate = 1;
-                entry.new_flow_burst = 1;
-                entry.rate_prefix_v4 = 32;
-                entry.rate_prefix_v6 = 128;
-            });
+fn in_a_flood_flows_that_are_counted_are_recorded() {
+    let syn = first_packet(&TUNNEL, 7);
+    let changes: [fn(&mut Service); 2] = [
+        |entry| entry.flags |= ServiceFlags::HAS_FULL,
+        |entry| {
+            entry.new_flow_rate = 1000;
+            entry.new_flow_burst = 1000;
+            entry.rate_prefix_v4 = 32;
         },
-        |fixture| fixture.run(&syn.bytes()),
+    ];
+    for change in changes {
+        let (mut fixture, _) = in_flood(
+            |fixture| fixture.change_service(&TUNNEL, change),
+            |fixture| fixture.run(&syn.bytes()),
+        );
+        assert_eq!(fixture.flows().len(), 1);
+    }
+}
+
+#[test]
+fn in_a_flood_a_reset_of_a_connection_without_a_record_gets_to_its_backend() {
+    let packet = |flags| tcp("198.51.100.7:5000", TUNNEL.vip, flags).bytes();
+    let (mut fixture, sent) = in_flood(
+        |_| (),
+        |fixture| [SYN, ACK, RST].map(|flags| fixture.run(&packet(flags)).0),
     );
-    let expected = Expected::dropped(Reason::SourceRate).of(&TUNNEL);
-    fixture.expect("the next one", &syn.bytes(), expected);
+    assert_eq!(sent, [TX; 3]);
+    assert_eq!(fixture.flows().len(), 0);
+    let expected = Expected::dropped(Reason::NoFlow).of(&TUNNEL);
+    Fixture::of(&EVERY).expect("without a flood", &packet(RST), expected);
 }
 
 #[test]

@@ -4,13 +4,13 @@ use std::{thread::sleep, time::Duration};
 
 use lb_common::abi::{
     ClientLink, Forward, Kind, Link,
-    Reason::{NoFlow, NotForService},
+    Reason::{self, NoFlow, NotForService},
     Tags, TcpState,
 };
 use xlb::datapath::{Datapath, Flow, kernel::monotonic_now};
 
 use crate::{
-    fixture::{DNS, Expected, Fixture, INGRESS, MIRROR, SHOP, TX, TestService, WEB},
+    fixture::{DNS, Expected, Fixture, INGRESS, MIRROR, RELAY, SHOP, SOURCE, TX, TestService, WEB},
     frame::{
         ACK, BALANCER_MAC, FIN_ACK, Frame, ROUTER_MAC, SYN, SYN_ACK, Transport, address, ends, tcp, udp,
     },
@@ -384,6 +384,81 @@ fn flows_that_find_no_room_in_their_bucket_are_found_in_another_in_both_directio
         assert_eq!(fixture.remove(syn), 1);
     }
     assert_eq!(fixture.units().len(), 0);
+}
+
+/// Three units for each of them in a table that is more than half full: some of either are in their second bucket.
+#[test]
+fn what_leads_from_replies_stays_wherever_there_was_room_for_it() {
+    let mut fixture = Fixture::with_flow_table(1024);
+    let number_of = 240_u32;
+    let mut sent = Vec::new();
+    for number in 0..number_of {
+        let mut syn = tcp(CLIENT, SHOP.vip, SYN);
+        syn.source = address(&format!("198.51.{}.{}:7000", number / 250, 1 + number % 250));
+        sent.push((syn.clone(), fixture.run(&syn.bytes())));
+    }
+    assert_eq!(fixture.units_of(Kind::Alias), number_of as usize);
+    fixture.tidy();
+    fixture.tidy();
+    assert_eq!(fixture.units_of(Kind::Alias), number_of as usize);
+    for (syn, (_, output)) in sent {
+        // The source port that the backend sees.
+        let port = u16::from_be_bytes([output[34], output[35]]);
+        let reply = answer(&SHOP, 0, std::net::SocketAddr::new(SOURCE, port), SYN_ACK);
+        let expected = Expected::to_client(&SHOP, 0, &reply, &syn);
+        fixture.expect("reply", &reply.bytes(), expected);
+    }
+}
+
+#[test]
+fn what_leads_from_replies_to_an_open_flow_gives_way_to_none_that_opens() {
+    let mut fixture = Fixture::with_flow_table(1024);
+    let datagram = udp(CLIENT, RELAY.vip);
+    let (_, output) = fixture.run(&datagram.bytes());
+    fixture.run(&datagram.bytes());
+    for number in 0..5000_u32 {
+        let mut other = udp(CLIENT, DNS.vip);
+        other.source = address(&format!("198.51.{}.{}:7000", number / 250, 1 + number % 250));
+        fixture.run(&other.bytes());
+    }
+    let port = u16::from_be_bytes([output[34], output[35]]);
+    let transport = datagram.transport.clone();
+    let reply = Frame::answer(
+        RELAY.backends[0].address,
+        std::net::SocketAddr::new(SOURCE, port),
+        transport,
+    );
+    let expected = Expected::to_client(&RELAY, 0, &reply, &datagram);
+    fixture.expect("reply", &reply.bytes(), expected);
+}
+
+/// Their address may be any, so they are told from others by the program that they come by.
+#[test]
+fn packets_of_other_hosts_are_no_answers_of_processes_on_this_one() {
+    use lb_common::{
+        abi::{Bucket, Meta},
+        logic::flow_table::{bucket_of, end_hash, key_at, meta_at, short_key},
+    };
+    let mut fixture = Fixture::with_flow_table(1024);
+    let key = udp(CLIENT, DNS.vip).key();
+    let seed = crate::fixture::SETTINGS.table_seed;
+    let hash = end_hash(seed, &key.source, key.source_port, key.protocol);
+    let index = bucket_of(hash, lb_common::abi::buckets(1024));
+    let mut bucket = Bucket::default();
+    bucket.0[key_at(0)] = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+    let local = Meta::new(Kind::Short, DNS.id, DNS.backends[0].id, Forward::Local.number());
+    let settings = crate::fixture::SETTINGS;
+    let age =
+        lb_common::logic::ageing::ticks(&settings, local.state(), xlb::datapath::kernel::monotonic_now());
+    bucket.0[meta_at(0)] = local.confirmed().with_age(age).0;
+    fixture.put_bucket(index, bucket);
+    for tags in [Tags::default(), Tags([0x8100_0001_u32.to_be(), 0])] {
+        let from = std::net::SocketAddr::new("192.0.2.99".parse().unwrap(), DNS.backends[0].address.port());
+        let mut packet = Frame::answer(from, address(CLIENT), udp(CLIENT, DNS.vip).transport);
+        packet.tags = tags;
+        let expected = Expected::passed(Reason::NotForService);
+        fixture.expect("of another host", &packet.bytes(), expected);
+    }
 }
 
 /// As when the daemon is killed between the two.

@@ -67,6 +67,8 @@ impl ServiceFlags {
     pub const DENIES_OTHERS: u16 = 1 << 1;
     /// Gone from the configuration; the entry stays until no flow has its id.
     pub const REMOVED: u16 = 1 << 2;
+    /// A backend of it may be full: it has a limit of connections.
+    pub const HAS_FULL: u16 = 1 << 3;
 }
 
 /// How a new flow gets a backend.

@@ -245,17 +245,18 @@ fn replace<W: Words>(words: &W, unit: usize, meta: Meta) {
     words.store(meta_at(unit), meta.0);
 }
 
-/// Notes that flows of a bucket are in their second one.
+/// Notes that flows of a bucket are in their second one; tells whether that has been noted, in spite of others who write.
 #[inline(always)]
-pub fn mark_overflow<W: Words>(words: &W) {
+pub fn mark_overflow<W: Words>(words: &W) -> bool {
     let mut attempt = 0;
     while attempt < 4 {
         let meta = Meta(words.load(meta_at(0)));
         if meta.overflows() || words.swap(meta_at(0), meta.0, meta.with_overflow(true).0) {
-            return;
+            return true;
         }
         attempt += 1;
     }
+    false
 }
 
 /// Tells whether flows of a bucket may be in their second one.
@@ -318,21 +319,21 @@ pub struct Room {
 }
 
 /// Makes room for a flow: the place that is worth least, and less than `limit`, of the line first and then of the other.
-/// Nothing where there is none, or others are faster.
+/// Nothing where there is none, or others are faster. `worth_of` is given a unit and its meta.
 #[inline(always)]
 pub fn make_room<W: Words>(
     words: &W,
     line: usize,
     kind: Kind,
     limit: u32,
-    worth_of: impl Fn(Meta) -> u32,
+    worth_of: impl Fn(usize, Meta) -> u32,
 ) -> Option<Room> {
     let (mut least, mut chosen) = (limit, UNITS);
     let first = line / 2;
     let mut step = 0;
     while step < UNITS {
         let unit = (first + step) & (UNITS - 1);
-        let worth = place_worth(words, unit, kind, &worth_of);
+        let worth = place_worth(pair(words, unit), unit, kind, &worth_of);
         if worth < least {
             (least, chosen) = (worth, unit);
         }
@@ -341,35 +342,59 @@ pub fn make_room<W: Words>(
     if chosen == UNITS {
         return None;
     }
-    take(words, chosen, kind)
+    take(words, chosen, kind, least, &worth_of)
 }
 
-/// What has to go for a flow of a kind at a unit.
+/// The meta words of the pair of units that a unit is of. In this order: where the first is no long flow's, the second was
+/// no address, unless its flow has gone since; then it is not the same any more.
 #[inline(always)]
-fn place_worth<W: Words>(words: &W, unit: usize, kind: Kind, worth_of: &impl Fn(Meta) -> u32) -> u32 {
+fn pair<W: Words>(words: &W, unit: usize) -> (Meta, Meta) {
     let even = unit & !1;
+    let second = Meta(words.load(meta_at(even + 1)));
     let first = Meta(words.load(meta_at(even)));
+    (first, second)
+}
+
+/// What of a pair of units has to go for a flow of a kind at one of them.
+#[inline(always)]
+fn place_worth(
+    (first, second): (Meta, Meta),
+    unit: usize,
+    kind: Kind,
+    worth_of: &impl Fn(usize, Meta) -> u32,
+) -> u32 {
+    let even = unit & !1;
     if first.is(Kind::Long) {
         // Of the two units that it takes the first one is free for a short flow.
         return if unit == even {
-            worth_of(first)
+            worth_of(even, first)
         } else {
             worth::BUSY
         };
     }
-    let second = Meta(words.load(meta_at(even + 1)));
     if !matches!(kind, Kind::Long) {
-        return worth_of(if unit == even { first } else { second });
+        return if unit == even {
+            worth_of(even, first)
+        } else {
+            worth_of(unit, second)
+        };
     }
-    let (a, b) = (worth_of(first), worth_of(second));
+    let (a, b) = (worth_of(even, first), worth_of(even + 1, second));
     if a > b { a } else { b }
 }
 
 #[inline(always)]
-fn take<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<Room> {
+fn take<W: Words>(
+    words: &W,
+    unit: usize,
+    kind: Kind,
+    worth: u32,
+    worth_of: &impl Fn(usize, Meta) -> u32,
+) -> Option<Room> {
     let even = unit & !1;
-    let first = Meta(words.load(meta_at(even)));
-    if first.is_busy() {
+    let (first, second) = pair(words, unit);
+    // Others may have come since it was judged.
+    if first.is_busy() || place_worth((first, second), unit, kind, worth_of) > worth {
         return None;
     }
     if first.is(Kind::Long) {
@@ -387,7 +412,7 @@ fn take<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<Room> {
         });
     }
     if !matches!(kind, Kind::Long) {
-        let meta = Meta(words.load(meta_at(unit)));
+        let meta = if unit == even { first } else { second };
         if meta.is_busy() || !words.swap(meta_at(unit), meta.0, meta.busy(kind).0) {
             return None;
         }
@@ -396,12 +421,12 @@ fn take<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<Room> {
             evicted: [meta, Meta::EMPTY],
         });
     }
-    let second = Meta(words.load(meta_at(even + 1)));
-    if second.is_busy() || !words.swap(meta_at(even + 1), second.0, second.busy(Kind::Short).0) {
+    let busy = second.busy(Kind::Short);
+    if second.is_busy() || !words.swap(meta_at(even + 1), second.0, busy.0) {
         return None;
     }
     if !words.swap(meta_at(even), first.0, first.busy(Kind::Long).0) {
-        words.store(meta_at(even + 1), second.0);
+        words.swap(meta_at(even + 1), busy.0, second.0);
         return None;
     }
     Some(Room {

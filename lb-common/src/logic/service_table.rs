@@ -109,7 +109,7 @@ pub fn insert<W: Words>(bucket: impl Fn(u32) -> W, key: &ServiceKey, service: u3
         );
     }
     put_where_there_is_room(&bucket, key, service) || {
-        // Those that are in the way may have room in their other bucket; readers find them in one or in both.
+        // Those that are in the way may have room in their second bucket; readers find them in one or in both.
         (0..2).any(|round| {
             let full = place(key, round).bucket;
             residents(&bucket(full)).any(|(resident, of)| {
@@ -133,7 +133,7 @@ fn put_where_there_is_room<W: Words>(bucket: &impl Fn(u32) -> W, key: &ServiceKe
 
 fn put_into<W: Words>(words: &W, line: usize, key: &ServiceKey, service: u32) -> bool {
     let (kind, word) = words_of(key);
-    let worth = |meta: Meta| if meta.is_empty() { 0 } else { u32::MAX };
+    let worth = |_: usize, meta: Meta| if meta.is_empty() { 0 } else { u32::MAX };
     let Some(room) = make_room(words, line, kind, 1, worth) else {
         return false;
     };
@@ -174,15 +174,15 @@ pub fn residents<W: Words>(words: &W) -> impl Iterator<Item = (ServiceKey, u32)>
     residents.into_iter().flatten()
 }
 
-/// Moves a key out of a full bucket into its other one, if that is another and has room.
+/// Moves a key out of a full bucket into its second one, if that is another and has room. Never back into its first: a
+/// reader looks there first, and could miss it in both.
 fn move_away<W: Words>(bucket: &impl Fn(u32) -> W, full: u32, key: &ServiceKey, service: u32) -> bool {
     let [first, second] = [place(key, 0), place(key, 1)];
-    let other = if first.bucket == full { second } else { first };
-    if other.bucket == full {
+    if first.bucket != full || second.bucket == full {
         return false;
     }
-    flow_table::mark_overflow(&bucket(first.bucket));
-    if !put_into(&bucket(other.bucket), other.line, key, service) {
+    flow_table::mark_overflow(&bucket(full));
+    if !put_into(&bucket(second.bucket), second.line, key, service) {
         return false;
     }
     let words = bucket(full);

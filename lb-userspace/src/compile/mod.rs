@@ -300,13 +300,26 @@ fn service_entry(service: &Service) -> abi::Service {
         vip: service.vip.into(),
         strategy: strategy.number(),
         forward: forward_in_maps(service.forward).number(),
-        flags: filters::flags(service),
+        flags: filters::flags(service) | limits_flag(service),
         in_use: 1,
         new_flow_rate: service.new_flow_cap.map_or(0, |cap| cap.rate),
         new_flow_burst: service.new_flow_cap.map_or(0, |cap| cap.burst),
         rate_prefix_v4: service.new_flow_cap.map_or(0, |cap| cap.prefix_v4),
         rate_prefix_v6: service.new_flow_cap.map_or(0, |cap| cap.prefix_v6),
         _pad: 0,
+    }
+}
+
+/// [`ServiceFlags::HAS_FULL`], where it is so.
+fn limits_flag(service: &Service) -> u16 {
+    if service
+        .backends
+        .iter()
+        .any(|backend| backend.max_connections.is_some())
+    {
+        ServiceFlags::HAS_FULL
+    } else {
+        0
     }
 }
 

@@ -165,6 +165,7 @@ const SERVICE_FLAGS: &[(u16, &str)] = &[
     (ServiceFlags::HAS_FILTERS, "has-filters"),
     (ServiceFlags::DENIES_OTHERS, "denies-others"),
     (ServiceFlags::REMOVED, "removed"),
+    (ServiceFlags::HAS_FULL, "has-full"),
 ];
 
 struct DisplayPool<'a>(&'a Pool);

@@ -248,6 +248,10 @@ impl FlowTable {
         if meta.is_empty() {
             return;
         }
+        if is_misplaced(unit, meta) {
+            bucket.swap(meta_at(unit), meta.0, meta.emptied().0);
+            return;
+        }
         if meta.is_busy() {
             // For so long only if its writer was killed: the program writes without a pause.
             if !self.pass.busy_before.contains(&(index, unit)) {
@@ -292,6 +296,10 @@ impl FlowTable {
         };
         let port = (alias.key >> 32) as u16;
         let unit = alias.key as usize & 6;
+        if Meta(bucket.load(meta_at(unit))).is_busy() {
+            // Of a flow that is being written.
+            return true;
+        }
         let Some(found) = at(bucket, unit, Kind::Long, u64::from(port) << 32, 0xffff << 32) else {
             return false;
         };
@@ -305,7 +313,11 @@ impl FlowTable {
         };
         let hash = end_hash(settings.table_seed, &source, port, protocol(found.meta));
         found.meta.of_kind(Kind::Alias).is_of_same(alias.meta)
-            && bucket_of(hash, self.buckets()) as usize == index
+            && [
+                bucket_of(hash, self.buckets()),
+                second_bucket_of(hash, self.buckets()),
+            ]
+            .contains(&(index as u32))
     }
 
     /// Frees the ways back to clients that no flow had in this pass and the one before.
@@ -351,7 +363,11 @@ impl FlowTable {
 
 /// The flow at a unit, and its client's 5-tuple.
 fn flow_at(bucket: &[AtomicU64; WORDS], unit: usize, context: &mut Context<'_>) -> Option<(FlowKey, Found)> {
-    let is_long = Meta(bucket.load(meta_at(unit))).is(Kind::Long);
+    let meta = Meta(bucket.load(meta_at(unit)));
+    let is_long = meta.is(Kind::Long);
+    if is_misplaced(unit, meta) {
+        return None;
+    }
     let kind = if is_long { Kind::Long } else { Kind::Short };
     let found = at(bucket, unit, kind, 0, 0).filter(|found| !found.meta.is_left())?;
     let word = |index: u32| (found.key >> (16 * index)) as u16;
@@ -368,6 +384,11 @@ fn flow_at(bucket: &[AtomicU64; WORDS], unit: usize, context: &mut Context<'_>) 
         protocol: protocol(found.meta),
     };
     Some((key, found))
+}
+
+/// Tells whether a unit has what belongs to a pair of units without being the first of one; no program writes that.
+const fn is_misplaced(unit: usize, meta: Meta) -> bool {
+    unit % 2 == 1 && meta.is(Kind::Long)
 }
 
 fn flow(found: &Found, key: &FlowKey, context: &Context<'_>) -> Flow {

@@ -71,7 +71,7 @@ impl Id {
     }
 
     fn put<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
-        let room = make_room(words, line, self.kind(), limit, worth_of)?;
+        let room = make_room(words, line, self.kind(), limit, |_, meta| worth_of(meta))?;
         if self.kind() == Kind::Long {
             put_long(words, room.unit, self.key(), &self.client(), self.meta());
         } else {
@@ -421,6 +421,83 @@ fn who_searches_while_a_flow_gives_way_to_another_finds_one_of_them_whole_or_not
     }
 }
 
+/// Has another do something at one of the writer's steps.
+struct Between<'a> {
+    words: &'a Bucket,
+    steps_before: Cell<usize>,
+    other: RefCell<Option<Box<dyn FnOnce() + 'a>>>,
+}
+
+impl Between<'_> {
+    fn step(&self) {
+        if self.steps_before.get() == 0
+            && let Some(other) = self.other.take()
+        {
+            other();
+        }
+        self.steps_before.set(self.steps_before.get().saturating_sub(1));
+    }
+}
+
+impl Words for Between<'_> {
+    fn load(&self, at: usize) -> u64 {
+        self.step();
+        self.words.load(at)
+    }
+
+    fn store(&self, at: usize, value: u64) {
+        self.step();
+        self.words.store(at, value);
+    }
+
+    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
+        self.step();
+        self.words.swap(at, old, new)
+    }
+}
+
+/// Every way in which one that begins a flow is held up by another that begins one, on one CPU.
+#[test]
+fn flows_that_begin_in_one_bucket_at_once_leave_each_other_whole() {
+    let put_closed = |words: &Bucket, id: Id| {
+        id.put(words, 0, worth::BUSY).unwrap();
+        let found = id.find(words).unwrap();
+        assert!(update(words, &found, found.meta.with_state(TcpState::Closed)));
+    };
+    let kinds: [fn(u32) -> Id; 3] = [Id::Short, Id::Long, Id::Alias];
+    for fill in [Id::Short as fn(u32) -> Id, Id::Long] {
+        for filled in [0, 3, 8] {
+            for (mine, others) in kinds
+                .iter()
+                .flat_map(|mine| kinds.map(|others| (mine(50), others(60))))
+            {
+                for steps_before in 0..60 {
+                    let words = bucket();
+                    let units = if fill(0).kind() == Kind::Long { 2 } else { 1 };
+                    (0..filled / units).for_each(|number| put_closed(&words, fill(number)));
+                    let put_by_other = Cell::new(false);
+                    let between = Between {
+                        words: &words,
+                        steps_before: Cell::new(steps_before),
+                        other: RefCell::new(Some(Box::new(|| {
+                            put_by_other.set(others.put(&words, 0, worth::OPENING).is_some());
+                        }))),
+                    };
+                    let room = mine.put(&between, 0, worth::OPENING);
+                    let what = (mine, others, filled, steps_before);
+                    drop(between);
+                    assert_eq!(mine.find(&words).is_some(), room.is_some(), "{what:?}");
+                    assert_eq!(others.find(&words).is_some(), put_by_other.get(), "{what:?}");
+                    for unit in (1..UNITS).step_by(2) {
+                        let is_long = Meta(words.load(meta_at(unit))).is(Kind::Long);
+                        assert!(is_address(&words, unit) || !is_long, "{what:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Whatever a client's address is.
 #[test]
 fn an_address_is_taken_for_no_flow() {
@@ -428,7 +505,7 @@ fn an_address_is_taken_for_no_flow() {
     let (key, meta) = (flow.key(), flow.meta().0);
     let imitating = Address([key as u32, (key >> 32) as u32, meta as u32, (meta >> 32) as u32]);
     let long = Id::Long(3);
-    let room = make_room(&words, 0, Kind::Long, worth::BUSY, worth_of).unwrap();
+    let room = make_room(&words, 0, Kind::Long, worth::BUSY, |_, meta| worth_of(meta)).unwrap();
     put_long(&words, room.unit, long.key(), &imitating, long.meta());
     assert_eq!((words.load(key_at(1)), words.load(meta_at(1))), (key, meta));
     assert_eq!(flow.find(&words), None);
