@@ -16,9 +16,9 @@ use aya::{
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
     DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FEW_SLOTS, FILTER_ALLOW, FILTER_DENY, FilterKey,
-    Forward, LINE_WORDS, LiveCount, MANY_SLOTS, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, PerCpu,
-    PoolLine, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service, ServiceFlags, ServiceKey,
-    Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP, buckets, flows,
+    Forward, LINE_WORDS, LiveCount, MANY_SLOTS, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_MEMBERS,
+    MAX_SOURCE_FILTERS, PerCpu, PoolLine, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service,
+    ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP, buckets, flows,
 };
 use lb_common::logic::hash::{flow_hash, siphash13, slot_of};
 use xlb::{
@@ -730,6 +730,42 @@ fn memory_of_all(fixture: &Fixture) -> u64 {
         ArrayOfMaps::try_from(Map::ArrayOfMaps(data)).unwrap();
     let chunks = (0..).map_while(|index| chunks.get(&index, 0).ok());
     pinned + chunks.map(|chunk| memory_of(chunk.map())).sum::<u64>()
+}
+
+/// It takes less lines than it has members, and a third of a chunk.
+#[test]
+fn the_largest_pool_is_read_back_and_taken_over_by_the_next_daemon() {
+    let sizes = Sizes {
+        flows: 1024,
+        services: 16,
+        backends: MAX_MEMBERS + 1,
+    };
+    let mut fixture = Fixture::of_sizes(sizes);
+    let members: Vec<u32> = (1..=MAX_MEMBERS).collect();
+    let identities = members.iter().map(|id| (u64::from(*id) << 20, 1)).collect();
+    let pool = Pool {
+        members: members.into(),
+        table: Some(RankTable::by_hash(identities, MANY_SLOTS).into()),
+    };
+    for id in [0, 1] {
+        let entry = Service {
+            in_use: 1,
+            ..Service::default()
+        };
+        fixture.apply(Operation::PutService(id, entry));
+    }
+    fixture.apply(Operation::PutPool(0, pool.clone()));
+    assert!(fixture.datapath().read().unwrap().pools.get(&0) == Some(&pool));
+    let mut next = KernelDatapath::open(fixture.pins().clone(), sizes).unwrap();
+    assert!(next.read().unwrap().pools.get(&0) == Some(&pool));
+    // Nor are its lines given to others.
+    let small = Pool {
+        members: vec![7, 8].into(),
+        table: None,
+    };
+    next.apply(&Operation::PutPool(1, small.clone())).unwrap();
+    let pools = next.read().unwrap().pools;
+    assert!(pools.get(&0) == Some(&pool) && pools.get(&1) == Some(&small));
 }
 
 #[test]

@@ -49,9 +49,9 @@ pub fn ranks(members: &[(u64, u32)], slots: u32) -> Vec<u16> {
 /// The members of some weight, those of the same weight together.
 fn classes(members: &[(u64, u32)], slots: u32) -> BinaryHeap<Class> {
     let mut classes = BTreeMap::<u32, Vec<Turn>>::new();
-    for (rank, (identity, weight)) in (0..).zip(members).filter(|(_, (_, weight))| *weight > 0) {
+    for (rank, (identity, weight)) in (0_u32..).zip(members).filter(|(_, (_, weight))| *weight > 0) {
         let turns = classes.entry(*weight).or_default();
-        turns.push(Turn::first(rank, *identity, slots));
+        turns.push(Turn::first(rank as u16, *identity, slots));
     }
     let class = |(weight, mut turns): (u32, Vec<Turn>)| {
         turns.sort_unstable_by_key(Turn::order);

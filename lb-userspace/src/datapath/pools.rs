@@ -19,8 +19,8 @@ use std::{
 
 use aya::maps::{Array, ArrayOfMaps, IterableMap, MapData, MapError};
 use lb_common::abi::{
-    CHUNK_LINES, LINE_WORDS, MAX_CHUNKS, MAX_SLOTS, Part, PoolHeader, PoolLine, place_of, pool_lines,
-    rank_bits, rank_lines,
+    CHUNK_LINES, LINE_WORDS, MAX_CHUNKS, MAX_MEMBERS, MAX_SLOTS, Part, PoolHeader, PoolLine, place_of,
+    pool_lines, rank_bits, rank_lines,
 };
 
 use super::{
@@ -95,6 +95,8 @@ impl Pools {
             known: HashMap::new(),
             memory,
         };
+        // Programs may still read what an earlier daemon has just taken away.
+        syscall::wait_for_programs();
         let mut used = BTreeMap::from([(0, 1)]);
         for (service, [word]) in (0..).zip(words.iter()) {
             let line = word.load(Ordering::SeqCst) as u32;
@@ -293,8 +295,14 @@ impl State {
             let second = pair.get(1).copied().unwrap_or(0);
             u64::from(second) << 32 | u64::from(pair[0])
         });
-        self.memory.write(line, header.into_iter().chain(ids))?;
-        Ok(PoolAt { line, lines, ranks })
+        let at = PoolAt { line, lines, ranks };
+        match self.memory.write(line, header.into_iter().chain(ids)) {
+            Ok(()) => Ok(at),
+            Err(error) => {
+                self.release(at);
+                Err(error)
+            }
+        }
     }
 
     /// Writes a table unless it is there; gives the line of its ranks, with one more user.
@@ -313,10 +321,11 @@ impl State {
         let line = self.allocate(lines)?;
         let sum = words.iter().fold(0, |sum, word| add_to_checksum(sum, *word));
         let shape = u64::from(table.members) << 32 | u64::from(table.slots);
-        self.memory.write(
-            line,
-            [table.digest, sum, shape, 0, 0, 0, 0, 0].into_iter().chain(words),
-        )?;
+        let header = [table.digest, sum, shape, 0, 0, 0, 0, 0];
+        if let Err(error) = self.memory.write(line, header.into_iter().chain(words)) {
+            self.graces.retire(line, lines);
+            return Err(error);
+        }
         let at = line + TABLE_HEADER;
         self.tables.insert(at, TableAt { key, lines, users: 1 });
         self.known.insert(key, at);
@@ -355,7 +364,12 @@ impl State {
             }
             // A quarter more: the kernel waits with each addition until all programs have ended.
             let (chunks, needed) = (self.memory.chunks.len() as u32, count.div_ceil(CHUNK_LINES));
-            let (first, last) = self.memory.grow(needed.max(chunks / 4))?;
+            let more = (chunks / 4).min(MAX_CHUNKS - chunks);
+            // Less where there is not enough memory for that.
+            let (first, last) = match self.memory.grow(needed.max(more)) {
+                Err(_) if more > needed => self.memory.grow(needed)?,
+                grown => grown?,
+            };
             self.lines.free(first, last - first);
         }
     }
@@ -484,7 +498,7 @@ impl Memory {
                 && header.slots <= MAX_SLOTS
                 && header.ranks > 0
                 && fits(header.ranks, rank_lines(header.slots, header.bits));
-        if header.members >= all || !fits(line, pool_lines(header.members)) || !has_table {
+        if header.members > MAX_MEMBERS || !fits(line, pool_lines(header.members)) || !has_table {
             return Ok(None);
         }
         let mut members = Vec::with_capacity(header.members as usize);
