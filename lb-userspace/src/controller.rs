@@ -432,10 +432,17 @@ impl Controller {
     /// As [`Self::converge`], where nothing but health or administrative state of a service's backends has changed: with many
     /// services, most of the work would be to find the others as they are.
     fn converge_service(&mut self, name: &str) -> anyhow::Result<()> {
-        let ramps = self.rising.percents(&self.model.config);
-        let is_all_that_changes =
-            ramps.is_empty() && self.model.ramps.is_empty() && !self.problems.contains_key("converge");
-        let service = (self.model.config.services.iter()).find(|service| service.name == name);
+        let Model { config, ramps, .. } = &mut self.model;
+        let named = |service: &&Service| service.name == name;
+        if let Some(service) = config.services.iter().find(named) {
+            // What others have gained meanwhile they get by the next `ramp`.
+            for backend in &service.backends {
+                ramps.remove(&(service.name.clone(), backend.name.clone()));
+            }
+            ramps.extend(self.rising.percents_of(service));
+        }
+        let is_all_that_changes = !self.problems.contains_key("converge");
+        let service = self.model.config.services.iter().find(named);
         let operations = service.filter(|_| is_all_that_changes).and_then(|service| {
             compile::follow_states(
                 &mut self.tables,

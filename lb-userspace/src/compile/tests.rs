@@ -974,9 +974,9 @@ proptest! {
         chosen in any::<(prop::sample::Index, prop::sample::Index)>(),
         health in prop::sample::select(vec![Health::Up, Health::Down]),
         is_disabled: bool,
+        ramp in prop::option::of(10_u32..100),
     ) {
         prop_assume!(!model.config.services.is_empty());
-        model.ramps.clear();
         let first = compiled(&model, &Contents::default());
         // What was found out about backends that leave is not of interest here.
         model.live_flows.clear();
@@ -984,6 +984,11 @@ proptest! {
         prop_assume!(!service.backends.is_empty());
         let backend = &chosen.1.get(&service.backends).name;
         model.set_health(&service.name, backend, health);
+        let name = (service.name.clone(), backend.clone());
+        match ramp {
+            Some(percent) => drop(model.ramps.insert(name, percent)),
+            None => drop(model.ramps.remove(&name)),
+        }
         if is_disabled {
             model.set_administrative(&service.name, backend, Administrative::Disabled);
         }

@@ -7,7 +7,7 @@ use std::{
 
 use super::{Controller, servers};
 use crate::{
-    config::{Config, Probe},
+    config::{Config, Probe, Service},
     model::{BackendName, Health, Model, slow_start::SlowStarts},
 };
 
@@ -22,6 +22,10 @@ pub(super) struct Rising {
 impl Rising {
     pub(super) fn percents(&mut self, config: &Config) -> BTreeMap<BackendName, u32> {
         self.starts.percents(config, Instant::now())
+    }
+
+    pub(super) fn percents_of(&self, service: &Service) -> BTreeMap<BackendName, u32> {
+        self.starts.percents_of(service, Instant::now())
     }
 
     /// Takes in how health has changed. Health that is known from before the daemon began is no change.

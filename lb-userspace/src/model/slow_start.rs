@@ -35,6 +35,23 @@ impl SlowStarts {
         self.0.is_empty()
     }
 
+    /// As [`Self::percents`], of the backends of one service; nobody is forgotten.
+    pub fn percents_of(&self, service: &Service, now: Instant) -> BTreeMap<BackendName, u32> {
+        let names = service
+            .backends
+            .iter()
+            .map(|backend| (service.name.clone(), backend.name.clone()));
+        let percent_of = |name: BackendName| {
+            let since = self.0.get(&name)?;
+            let percent = percent(now.saturating_duration_since(*since), service.slow_start)?;
+            Some((name, percent))
+        };
+        if self.is_empty() {
+            return BTreeMap::new();
+        }
+        names.filter_map(percent_of).collect()
+    }
+
     /// Percent of its weight by backend, of those that do not have the whole yet; the others are forgotten.
     pub fn percents(&mut self, config: &Config, now: Instant) -> BTreeMap<BackendName, u32> {
         let mut percents = BTreeMap::new();
@@ -115,6 +132,8 @@ mod tests {
         starts.begin(name("b"), start + SECOND * 5);
         let percents = starts.percents(&config, start + SECOND * 5);
         assert_eq!(percents, BTreeMap::from([(name("a"), 55), (name("b"), 10)]));
+        let of_service = starts.percents_of(&config.services[0], start + SECOND * 5);
+        assert_eq!(of_service, percents);
         let percents = starts.percents(&config, start + SECOND * 10);
         assert_eq!(percents, BTreeMap::from([(name("b"), 55)]));
         assert!(!starts.is_empty());
