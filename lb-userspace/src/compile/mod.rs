@@ -78,7 +78,8 @@ pub enum CompileError {
     /// Old entries leave the maps only after the new ones are in place.
     #[error(
         "the new configuration's {objects} do not fit beside the old ones: {needed} together, {limit} fit; \
-         change the configuration in two steps, first without the services and backends to be replaced"
+         change the configuration in two steps, first without the services and backends to be replaced, or raise \
+         `limits.{objects}`, which takes `xlb detach` and a new start"
     )]
     TooManyAtOnce {
         objects: &'static str,
