@@ -17,8 +17,8 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 /// Debian's toolchain for its browsers, used where rustup has no such nightly.
 const DEBIAN: (&str, &str) = ("/usr/bin/cargo", "/usr/bin/rustc");
 const TARGET: &str = "bpfel-unknown-none";
-/// The binaries of lb-ebpf that `xlb` holds: the data path, the program of `xlb decap`, and those of probes.
-const OBJECTS: &[&str] = &["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe"];
+/// The binaries of lb-ebpf that `xlb` holds: the data path, the program of `xlb decap`, those of probes, and the barrier.
+const OBJECTS: &[&str] = &["lb-ebpf", "lb-ebpf-decap", "lb-ebpf-probe", "lb-ebpf-barrier"];
 /// What measures them.
 const BENCH_OBJECTS: &[&str] = &["lb-ebpf-bench"];
 

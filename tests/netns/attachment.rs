@@ -1,13 +1,29 @@
 //! How the program gets onto interfaces and off them again.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use tests::{
     daemon::Daemon,
+    http::Connection,
     load::{Load, failures, requests},
     machine,
+    ping::ping,
 };
-use xlb::datapath::pass::PassAll;
+use xlb::{
+    datapath::{
+        LinkKind, Pins,
+        barrier::{self, Barrier},
+        pass::PassAll,
+    },
+    lab::{Namespace, Topology},
+};
 
 use crate::scene::{INTERFACES, WEB, connection_to, has_program, nginx, source, topology, web};
 
@@ -75,6 +91,106 @@ fn the_mode_changes_on_reload_and_connections_go_on() {
     download.proceeds();
     download.finish().unwrap();
     requests(&topology.client, source(), WEB, machine::count(100));
+}
+
+/// A counter of IPv4 or TCP in a namespace (`/proc/net/snmp`).
+fn counter(namespace: &Namespace, protocol: &str, name: &str) -> u64 {
+    let table = namespace.run(|| fs::read_to_string("/proc/thread-self/net/snmp"));
+    let table = table.unwrap().unwrap();
+    let mut lines = table
+        .lines()
+        .filter_map(|line| line.strip_prefix(protocol)?.strip_prefix(": "));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let mut counters = names.split(' ').zip(values.split(' '));
+    counters
+        .find(|(known, _)| *known == name)
+        .unwrap()
+        .1
+        .parse()
+        .unwrap()
+}
+
+#[test]
+fn the_stack_gets_no_packet_of_a_connection_while_the_mode_changes() {
+    const DOWNLOADS: usize = 3;
+    const CHANGES: usize = 12;
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure_with("xdp-mode = \"generic\"", &INTERFACES, &[web()]);
+    daemon.start_up();
+    let stop = Arc::new(AtomicBool::new(false));
+    let download = || {
+        let stop = Arc::clone(&stop);
+        let work = move || {
+            while !stop.load(Ordering::Relaxed) {
+                Connection::dial(WEB, None)?.get_last("/big")?;
+            }
+            Ok::<(), std::io::Error>(())
+        };
+        topology.client.spawn(work).unwrap()
+    };
+    let downloads: Vec<_> = (0..DOWNLOADS).map(|_| download()).collect();
+    let received = || counter(&topology.client, "Tcp", "InSegs");
+    for mode in ["native", "generic"].into_iter().cycle().take(CHANGES) {
+        let before = received();
+        machine::eventually("segments come", Duration::from_secs(5), || {
+            received() > before + 300
+        });
+        daemon.configure_with(&format!("xdp-mode = \"{mode}\""), &INTERFACES, &[web()]);
+        daemon.done(&["reload"]);
+        assert_eq!(modes(&daemon), all(mode));
+        // The host forwards, and the client resets what comes from a backend's address.
+        let forwarded = counter(&topology.balancer, "Ip", "ForwDatagrams");
+        let resets = counter(&topology.client, "Tcp", "OutRsts");
+        assert_eq!((forwarded, resets), (0, 0), "to {mode}");
+    }
+    stop.store(true, Ordering::Relaxed);
+    for download in downloads {
+        download.join().unwrap().unwrap().unwrap();
+    }
+    assert!(!daemon.log().contains("may end their connections"));
+}
+
+#[test]
+fn a_barrier_keeps_packets_from_the_stack_until_it_is_dropped_removed_or_over() {
+    let topology = topology();
+    let pins = Pins::new(&format!("barrier-{}", std::process::id()));
+    let index = topology.balancer.ifindex("eth0").unwrap();
+    let raise = |kind, limit| {
+        let raise = || Barrier::raise(kind, &pins, "eth0", index, limit);
+        topology.balancer.run(raise).unwrap().unwrap()
+    };
+    let answered = || ping(&topology.client, Topology::BALANCER.into(), 1).unwrap() == 1;
+    let (long, none) = (Duration::from_secs(3600), Duration::ZERO);
+    let mut kinds = vec![LinkKind::Clsact];
+    if LinkKind::of_this_kernel() == LinkKind::Tcx {
+        kinds.push(LinkKind::Tcx);
+    }
+    assert!(answered());
+    for kind in kinds {
+        let barrier = raise(kind, long);
+        assert!(!answered(), "{kind:?}");
+        topology.balancer.run(|| drop(barrier)).unwrap();
+        assert!(answered(), "{kind:?}");
+        let barrier = raise(kind, none);
+        assert!(answered(), "{kind:?}: it is over and drops");
+        topology.balancer.run(|| drop(barrier)).unwrap();
+    }
+
+    // As one that is killed leaves it; what comes next may be a barrier of its own, or none.
+    std::mem::forget(raise(LinkKind::Clsact, none));
+    std::mem::forget(raise(LinkKind::Clsact, long));
+    assert!(!answered(), "the one that was left is still there");
+    topology
+        .balancer
+        .run(|| barrier::remove_left_behind(&pins))
+        .unwrap()
+        .unwrap();
+    assert!(answered());
+    std::mem::forget(raise(LinkKind::Clsact, long));
+    assert!(topology.balancer.run(|| pins.remove_all()).unwrap().unwrap());
+    assert!(answered());
 }
 
 #[test]

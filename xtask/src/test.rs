@@ -221,12 +221,12 @@ fn on_kernel(kernel: &str, xtask: &Path, packet: &[String], netns: &[String]) ->
 /// The modules of namespace tests that run on other kernels too when all is tested: those whose subject the kernel has
 /// a part in. The others test the daemon, which is the same everywhere; `--only vm` runs them as well.
 const BY_KERNEL: &[&str] = &[
+    "attachment",
     "decap",
     "fragments",
     "local",
     "matrix",
     "next_hops",
-    "probe_paths",
     "probe_paths",
     "restart",
     "vip",

@@ -54,10 +54,18 @@ pub(super) enum Hook {
     ProbeIn,
     /// Of probes, behind it.
     ProbeOut,
+    /// In front of the stack, in place of an XDP program that changes its mode.
+    Barrier,
 }
 
 impl Hook {
-    const ALL: [Self; 4] = [Self::Ingress, Self::Egress, Self::ProbeIn, Self::ProbeOut];
+    const ALL: [Self; 5] = [
+        Self::Ingress,
+        Self::Egress,
+        Self::ProbeIn,
+        Self::ProbeOut,
+        Self::Barrier,
+    ];
 
     /// Without the character that ends it in the name of a pin.
     pub(super) const fn name(self) -> &'static str {
@@ -66,6 +74,7 @@ impl Hook {
             Self::Egress => "egress",
             Self::ProbeIn => "probe_in",
             Self::ProbeOut => "probe_out",
+            Self::Barrier => "barrier",
         }
     }
 
@@ -80,21 +89,31 @@ impl Hook {
             Self::Egress => "xlb_egress",
             Self::ProbeIn => "xlb_probe_in",
             Self::ProbeOut => "xlb_probe_out",
+            Self::Barrier => "xlb_barrier",
         }
     }
 
     const fn attach_type(self) -> TcAttachType {
         match self {
-            Self::Ingress | Self::ProbeIn => TcAttachType::Ingress,
+            Self::Ingress | Self::ProbeIn | Self::Barrier => TcAttachType::Ingress,
             Self::Egress | Self::ProbeOut => TcAttachType::Egress,
         }
     }
 
-    /// Handle of the filter: "xlb", and a number that tells it from the other in the same place.
+    /// Handle of the filter: "xlb", and a number that tells it from the others in the same place.
     const fn handle(self) -> TcHandle {
         match self {
             Self::Ingress | Self::Egress => TcHandle::new(0x786c, 0x6200),
             Self::ProbeIn | Self::ProbeOut => TcHandle::new(0x786c, 0x6201),
+            Self::Barrier => TcHandle::new(0x786c, 0x6202),
+        }
+    }
+
+    /// Among the programs of others: nobody shall take packets before the barrier.
+    fn order(self) -> LinkOrder {
+        match self {
+            Self::Barrier => LinkOrder::first(),
+            _ => LinkOrder::default(),
         }
     }
 
@@ -116,13 +135,14 @@ pub(super) fn indices(interfaces: &[String]) -> Result<Vec<u32>, DatapathError> 
     interfaces.iter().map(index).collect()
 }
 
-/// Attaches a program by a link, behind those that are there; it goes with the link, unless that is pinned.
+/// Attaches a program by a link, behind those that are there or before them ([`Hook::order`]); it goes with the link,
+/// unless that is pinned.
 ///
 /// # Errors
 /// What the kernel says.
 pub(super) fn attach_link(ebpf: &mut Ebpf, hook: Hook, interface: &str) -> Result<FdLink, DatapathError> {
     let program: &mut SchedClassifier = named_program(ebpf, hook.program())?;
-    let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+    let options = TcAttachOptions::TcxOrder(hook.order());
     let link = program
         .attach_with_options(interface, hook.attach_type(), options)
         .and_then(|id| program.take_link(id))

@@ -20,10 +20,13 @@ use lb_common::abi::{
     MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, SLOT_COUNT, Service,
     ServiceKey, Settings, Totals,
 };
+use tracing::warn;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    AttachMode, Contents, Counters, Datapath, DatapathError, Live, Operation, Pins, Position, SlotTable,
+    AttachMode, Contents, Counters, Datapath, DatapathError, LinkKind, Live, Operation, Pins, Position,
+    SlotTable,
+    barrier::{self, Barrier},
     counters, local, packet_log, reply_key, syscall,
 };
 
@@ -280,6 +283,7 @@ impl KernelDatapath {
                 Pins::remove_link(&path)?;
             }
         }
+        barrier::remove_left_behind(&self.pins)?;
         Ok(attachments)
     }
 
@@ -296,6 +300,8 @@ impl KernelDatapath {
         let index = nix::net::if_::if_nametoindex(interface)
             .map_err(|errno| DatapathError::new("attach", interface, io::Error::from(errno)))?;
         let mut former = None;
+        // Held until one mode or the other has the packets again.
+        let mut barrier = None;
         for (pinned, obtained, path) in self.pins.list_links() {
             // A link outlives its interface, with index 0 in place of the interface's, and goes with it to a new name.
             let is_on_it = syscall::pinned_link_ifindex(&path).ok() == Some(index);
@@ -313,6 +319,9 @@ impl KernelDatapath {
                 });
             }
             if is_on_it || pinned == interface {
+                if is_on_it && barrier.is_none() {
+                    barrier = self.raise_barrier(interface, index);
+                }
                 Pins::remove_link(&path)?;
                 former = former.or(is_on_it.then_some(obtained));
             }
@@ -322,7 +331,22 @@ impl KernelDatapath {
             // Two modes at once the kernel does not allow; what was there before the attempt is to stay after it.
             self.attach_new(interface, index, former)?;
         }
+        drop(barrier);
         attached
+    }
+
+    /// Where there can be none the mode changes all the same, which is what was asked for.
+    fn raise_barrier(&self, interface: &str, index: u32) -> Option<Barrier> {
+        let kind = LinkKind::of_this_kernel();
+        Barrier::raise(kind, &self.pins, interface, index, barrier::LIMIT)
+            .inspect_err(|error| {
+                warn!(
+                    interface,
+                    "packets that come while the mode changes go to this host, and may end their connections: {error}: {}",
+                    error.source
+                );
+            })
+            .ok()
     }
 
     /// Attaches where nothing of ours is.

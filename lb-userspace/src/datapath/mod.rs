@@ -2,6 +2,7 @@
 //!
 //! [`Contents`] is everything that the reconciler governs; flows and counters are the kernel's own and only read.
 
+pub mod barrier;
 mod contents;
 mod counters;
 pub mod decap;
