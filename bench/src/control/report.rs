@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -99,10 +98,7 @@ impl Unit {
 impl Report {
     /// One line for each figure, and what could not be measured.
     pub fn draw(&self) -> String {
-        let mut table = Table::new();
-        table
-            .load_style(presets::NOTHING)
-            .set_header(["figure", "median", "spread", "unit", "target", ""]);
+        let mut table = report::empty_table(1..=2, ["figure", "median", "spread", "unit", "target", ""]);
         for figure in &self.figures {
             let unit = figure.unit.name();
             let verdict = match figure.is_met() {
@@ -126,9 +122,6 @@ impl Report {
                 verdict.to_owned(),
             ]);
         }
-        for column in table.column_iter_mut().skip(1).take(2) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
         // One failure may leave several figures without a value.
         let problems: BTreeSet<&str> = self
             .figures
@@ -140,12 +133,10 @@ impl Report {
             .map(|problem| format!("\nnot measured: {problem}\n"))
             .collect();
         format!(
-            "{}{problems}\n{}, {} processors, Linux {}, {} rounds; {} services of {} backends each.\n\
+            "{}{problems}\n{}, {} rounds; {} services of {} backends each.\n\
              Median and outermost rounds; a target is for the median.\n",
             report::lines(&table),
-            self.machine.processor,
-            self.machine.processors,
-            self.machine.kernel,
+            self.machine,
             self.rounds,
             self.services,
             self.backends,
@@ -186,6 +177,10 @@ mod tests {
         assert!(line("told").trim_end().ends_with("ms"), "{text}");
         assert!(line("refused").ends_with("MISSED: not measured"), "{text}");
         assert!(text.contains("\nnot measured: no room\n"), "{text}");
+        assert!(
+            text.contains(" one, 4 processors, Linux 6.12.1, 3 rounds;"),
+            "{text}"
+        );
     }
 
     #[test]
