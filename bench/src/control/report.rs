@@ -1,6 +1,6 @@
 //! What was found of the control plane; in JSON the keys are stable.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fmt};
 
 use serde::{Deserialize, Serialize};
 
@@ -79,19 +79,16 @@ impl Figure {
     pub fn line(&self) -> String {
         let value = self.value.map_or_else(
             || "not measured".to_owned(),
-            |value| format!("{:.1} {}", value.median, self.unit.name()),
+            |value| format!("{:.1} {}", value.median, self.unit),
         );
         format!("{}: {value}", self.name)
     }
 }
 
-impl Unit {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Milliseconds => "ms",
-            Self::Mebibytes => "MiB",
-            Self::Percent => "%",
-        }
+impl fmt::Display for Unit {
+    /// By the name that it has in JSON.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(formatter)
     }
 }
 
@@ -100,7 +97,6 @@ impl Report {
     pub fn draw(&self) -> String {
         let mut table = report::empty_table(1..=2, ["figure", "median", "spread", "unit", "target", ""]);
         for figure in &self.figures {
-            let unit = figure.unit.name();
             let verdict = match figure.is_met() {
                 None => "",
                 Some(true) => "met",
@@ -115,7 +111,7 @@ impl Report {
                 figure
                     .value
                     .map_or("-".to_owned(), |value| report::spread(value, 1)),
-                unit.to_owned(),
+                figure.unit.to_string(),
                 figure
                     .target
                     .map_or(String::new(), |target| format!("< {target:.0}")),
