@@ -17,7 +17,7 @@ use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
     DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FilterKey, FragmentKey, FragmentPorts, LINE_WORDS,
     LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SOURCE_FILTERS, MAX_SOURCES, PerCpu,
-    PoolLine, REASON_COUNT, SERVICE_BUCKETS, Service, Settings, SourceKey, SourceRate, buckets, place_of,
+    REASON_COUNT, SERVICE_BUCKETS, Service, Settings, SourceKey, SourceRate, buckets, place_of,
 };
 
 use crate::bucket::InKernel;
@@ -57,10 +57,11 @@ static SERVICES: Array<Service, { DEFAULT_SERVICES as usize }> = Array::new();
 static POOLS: Array<u64, { DEFAULT_SERVICES as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// The lines of pools and slot tables, by chunk. Written by the daemon, through its memory, which adds chunks as it needs
-/// them; see docs/design/slot-tables.md.
+/// them; see docs/design/slot-tables.md. A line is an array, not a struct: before 6.2 (kernel commit db559117828d) the map of
+/// chunks, which has BTF, takes no map without BTF if a value is a struct.
 #[btf_map]
 static POOL_CHUNKS: ArrayOfMaps<
-    Array<PoolLine, { CHUNK_LINES as usize }, { BPF_F_MMAPABLE as usize }>,
+    Array<[u64; LINE_WORDS], { CHUNK_LINES as usize }, { BPF_F_MMAPABLE as usize }>,
     { MAX_CHUNKS as usize },
 > = ArrayOfMaps::new();
 
@@ -179,7 +180,7 @@ pub fn pool(service_id: u32) -> u32 {
 pub fn pool_line(line: u32) -> Option<&'static [u64; LINE_WORDS]> {
     let (chunk, index) = place_of(line);
     // What a program has found does not change as long as it runs: the daemon waits for that before it uses lines again.
-    POOL_CHUNKS.get_value(chunk, &index).map(|line| &line.0)
+    POOL_CHUNKS.get_value(chunk, &index)
 }
 
 #[inline(always)]
