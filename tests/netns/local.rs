@@ -528,7 +528,7 @@ fn the_flow_table_empties_when_connections_have_ended_and_datagrams_have_stopped
     let mut daemon = Daemon::new(&topology.balancer);
     let own: IpAddr = "10.1.0.1".parse().unwrap();
     daemon.configure_with(
-        "[flow-table]\nsize = 4096\nudp-idle-timeout = \"1s\"\n",
+        "[flow-table]\nsize = 4096\nudp-idle-timeout = \"5s\"\n",
         &["eth0"],
         &[cluster(own), udp_cluster(own)],
     );
