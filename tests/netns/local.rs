@@ -240,7 +240,7 @@ fn udp_gets_to_instances_and_is_answered_by_the_vip() {
 
 #[test]
 fn each_strategy_spreads_connections_and_ip_hash_keeps_a_client_on_its_instance() {
-    const CLIENTS: usize = 12;
+    const CLIENTS: usize = 24;
     let topology = lab_of(CLIENTS);
     let _instances = instances(&topology, loopback());
     let mut daemon = Daemon::new(&topology.balancer);
