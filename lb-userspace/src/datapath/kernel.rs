@@ -998,8 +998,8 @@ pub(super) fn runs(link: &FdLink, own: &ProgramInfo) -> bool {
 
 /// Tells whether two programs have the same instructions on the same maps, so that one need not replace the other.
 ///
-/// Each has a map of its own for its constants. They are not compared: all that is there is [`FLOW_BUCKETS`], which is the
-/// same for the same flow table.
+/// Each has a map of its own for its constants. They are not compared: but for a barrier all that is there is
+/// [`FLOW_BUCKETS`], which is the same for the same flow table.
 pub(super) fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
     let constants: Vec<u32> = loaded_maps()
         .flatten()
