@@ -163,7 +163,11 @@ impl Counted {
 
 /// As a report has them.
 pub fn names(reasons: &[Reason]) -> String {
-    reasons.iter().map(|reason| reason.name()).collect::<Vec<_>>().join(" or ")
+    reasons
+        .iter()
+        .map(|reason| reason.name())
+        .collect::<Vec<_>>()
+        .join(" or ")
 }
 
 /// The first backend of `nat`, whose replies are measured.
@@ -197,7 +201,11 @@ mod tests {
         assert!(forwarded.check(&before, &[Reason::Forwarded], true, 99).is_err());
         assert!(forwarded.check(&before, &[Reason::NotIp], false, 7).is_err());
         let one_dropped = counted(&[("forwarded", 105), ("no-flow", 1)], &[("not-ip", 2)]);
-        assert!(one_dropped.check(&before, &[Reason::Forwarded], true, 100).is_err());
+        assert!(
+            one_dropped
+                .check(&before, &[Reason::Forwarded], true, 100)
+                .is_err()
+        );
         let either = [Reason::Forwarded, Reason::NoFlow];
         assert!(one_dropped.check(&before, &either, true, 101).is_ok());
         assert!(one_dropped.check(&before, &either, true, 100).is_err());
@@ -209,6 +217,10 @@ mod tests {
         let after = counted(&[("forwarded", 5)], &[("not-ip", 103), ("not-for-service", 4)]);
         assert!(after.check(&before, &[Reason::NotIp], false, 100).is_ok());
         assert!(after.check(&before, &[Reason::NotIp], false, 102).is_err());
-        assert!(after.check(&before, &[Reason::NotForService], false, 100).is_err());
+        assert!(
+            after
+                .check(&before, &[Reason::NotForService], false, 100)
+                .is_err()
+        );
     }
 }

@@ -10,7 +10,6 @@ mod template;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_common::abi::Reason;
 
 use self::{
     floor::Floor,
