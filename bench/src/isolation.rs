@@ -4,14 +4,19 @@
 //! alone. The kernel frees them, and with them maps and programs, when the last of these processes ends, in whatever
 //! way: with an error, by Ctrl-C, killed. Namespaces and daemon go by themselves, see `xlb::lab`.
 
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
 use anyhow::{Context, Result, ensure};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
 
-/// A folder for files of ours.
-pub const FOLDER: &str = "/run";
+/// What is hidden of the machine, and holds files of ours.
+const FOLDER: &str = "/run";
 
 /// Hides `/sys/fs/bpf` and [`FOLDER`] of the machine behind empty ones. To be called before other threads are started.
 ///
@@ -32,4 +37,14 @@ pub fn enter() -> Result<()> {
             .with_context(|| format!("a {kind} of our own was not mounted on {folder}"))?;
     }
     Ok(())
+}
+
+/// Makes a folder for a program's files, which goes with the file system.
+///
+/// # Errors
+/// The folder cannot be made.
+pub fn folder(name: &str) -> Result<PathBuf> {
+    let folder = Path::new(FOLDER).join("xlb-bench").join(name);
+    fs::create_dir_all(&folder).with_context(|| format!("{} was not made", folder.display()))?;
+    Ok(folder)
 }

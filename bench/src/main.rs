@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: what xlb costs, beside what it has to cost. The method is in `docs/bench.md`.
 //!
 //! What is measured has a folder: `per_packet`, the program under `BPF_PROG_TEST_RUN`; `control`, the daemon;
-//! `end_to_end`, connections and requests of real clients and servers. The others are what any measurement needs: a balancer to measure, a processor to itself, statistics and a report.
+//! `end_to_end`, connections and requests of real clients and servers. The others are what any measurement needs: a
+//! balancer to measure, a processor to itself, statistics and a report.
 
 mod balancer;
 mod control;

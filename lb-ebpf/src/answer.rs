@@ -19,8 +19,8 @@ use network_types::{
 };
 
 use crate::{
+    client_link::reversed,
     cursor::{Checked, Cursor},
-    flow::reversed,
     forward::write_ethernet,
     scratch::{Scratch, scratch},
     verdict::Verdict,

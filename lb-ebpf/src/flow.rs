@@ -1,16 +1,14 @@
-//! The flow table: what holds a connection on its backend. The kernel maps behind it are seen nowhere else.
+//! What holds a connection on its backend: the stage that finds a packet's flow, brings it up to date or begins it.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::generated::bpf_ktime_get_coarse_ns,
-};
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use lb_common::{
     abi::{
-        Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason, Service, Settings, TCP, Tags,
+        Address, Backend, BackendFlags, FlowKey, Forward, Kind, Meta, Reason, Service, Settings, TCP,
         TcpState,
     },
     logic::{
         ageing,
+        flow_table::{alias_key, long_key, short_key, worth},
         headers::Packet,
         source_port::{TRIES, candidate, first_choice},
         tcp_state::{Sender, first, flags, next, next_of_client_alone, opens},
@@ -18,8 +16,14 @@ use lb_common::{
 };
 
 use crate::{
+    client_link,
     cursor::Cursor,
-    maps::{self, FLOWS, REPLIES},
+    flood::{self, is_over_budget, needs_no_record},
+    flow_table::{
+        self, Entry, LEFT, NOWHERE, WRITING, count_end, find_client, find_reply, free_room, hash_of_client,
+        hash_of_reply, hash_of_scratch_reply, make_room, of, put, take_back,
+    },
+    maps,
     scratch::{Scratch, scratch},
     select, service, source,
 };
@@ -31,14 +35,30 @@ pub fn now() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// What a packet of a client's flow needs of it.
+/// As [`now`], for every packet: the clock moves with the kernel's ticks, whose count is read at the price of a load,
+/// and is kept as long as that stays the same.
+#[inline(always)]
+fn now_by(scratch: &mut Scratch) -> u64 {
+    // SAFETY: the helper takes no argument.
+    let tick = unsafe { bpf_jiffies64() };
+    if scratch.clock_tick != tick {
+        scratch.clock_tick = tick;
+        scratch.clock = now();
+    }
+    scratch.clock
+}
+
+/// What a packet of a flow needs of it.
 #[derive(Clone, Copy)]
 pub struct Known {
     pub backend_id: u32,
+    pub service_id: u32,
     /// The [`Forward`] of the flow as its number.
     pub forward: u8,
     /// Source port that the backend sees, network byte order.
     pub source_port: u16,
+    /// Index of the link to the client.
+    pub link: u32,
     pub reset: Reset,
 }
 
@@ -55,88 +75,408 @@ pub enum Reset {
 
 /// The flow of a client's packet, brought up to date; nothing where the packet starts a new one.
 #[inline(always)]
-pub fn known(settings: &Settings, frame: &Cursor, packet: &Packet, now: u64) -> Option<Known> {
-    let (flow, reset) = going_on(settings, packet, now)?;
-    remember_client_link(frame, packet, flow);
-    Some(Known::of(flow, reset))
-}
-
-/// As [`known`], where replies need no way back to the client.
-#[inline(always)]
-pub fn known_local(settings: &Settings, packet: &Packet, now: u64) -> Option<Known> {
-    going_on(settings, packet, now).map(|(flow, reset)| Known::of(flow, reset))
-}
-
-#[inline(always)]
-fn going_on(settings: &Settings, packet: &Packet, now: u64) -> Option<(&'static mut Flow, Reset)> {
-    let flow = get(&packet.key)?;
-    let backend = maps::backend(flow.backend)?;
-    // The key of the old one's replies stays: another flow may have it by now, and while it leads here, a late
-    // reply is known as such. The daemon removes it.
-    if is_over(settings, flow, now) || !stays(flow, backend, packet) {
-        if backend.generation == flow.generation {
-            count_end(flow);
-        }
+pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
+    let now = now_by(scratch);
+    if flood::passes_table(service_id, &scratch.packet, now) {
         return None;
     }
-    flow.last_seen = now;
+    let hash = hash_of_client(settings, &scratch.packet.key);
+    let mut entry = flow_table::of_packet(scratch, hash, service_id)?;
+    let known = going_on(settings, &mut entry, &scratch.packet, now)?;
+    if Forward::translates(known.forward) && !client_link::is(entry.meta.link(), frame, &scratch.packet) {
+        let link = client_link::remember(frame.ingress_ifindex());
+        entry.update(entry.meta.with_link(link));
+    }
+    Some(known)
+}
+
+/// As [`known`], where replies need no way back to the client. A function that the verifier checks for itself; gives the
+/// flow as a number, see [`Known::from_bits`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn known_local(service_id: u32) -> u64 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => in_bits(try_known_local(settings, scratch, service_id)),
+        _ => failed(Reason::Internal),
+    }
+}
+
+#[inline(always)]
+fn in_bits(known: Option<Known>) -> u64 {
+    match known {
+        Some(known) => known.into_bits(),
+        None => failed(Reason::NoFlow),
+    }
+}
+
+#[inline(always)]
+fn try_known_local(settings: &Settings, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
+    let hash = hash_of_client(settings, &scratch.packet.key);
+    let location = find_client(hash, service_id, of::PACKET);
+    if location == NOWHERE {
+        return None;
+    }
+    going_on(
+        settings,
+        &mut Entry::found(scratch, location),
+        &scratch.packet,
+        now(),
+    )
+}
+
+#[inline(always)]
+fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -> Option<Known> {
+    let backend = maps::backend(entry.meta.backend())?;
+    if ageing::is_over(settings, entry.meta, now) || !stays(entry, backend, packet) {
+        end(settings, entry, now);
+        return None;
+    }
     let reset = reset(backend, packet);
-    let reset = if reset == Reset::OfSender && !Forward::translates(flow.forward) && !is_closed(flow) {
+    let forward = entry.meta.forward();
+    let reset = if reset == Reset::OfSender && !Forward::translates(forward) && !is_closed(entry.meta) {
         Reset::OfBackend
     } else {
         reset
     };
-    if reset != Reset::None {
-        advance(flow, Sender::Client, flags::RST);
-    } else if packet.tcp_flags != 0 {
-        advance(flow, Sender::Client, packet.tcp_flags);
-    }
-    Some((flow, reset))
+    let tcp_flags = if reset == Reset::None {
+        packet.tcp_flags
+    } else {
+        flags::RST
+    };
+    advance(settings, entry, Sender::Client, tcp_flags, now);
+    Some(Known::of(entry, packet.key.source_port, reset))
 }
 
-/// Brings the flow of a connection up to date that the kernel has a socket for, however long it was idle.
+/// Ends a flow whose client's packet starts another. Where late replies of its backend can be told, they are to be.
 #[inline(always)]
-pub fn seen(key: &FlowKey, sender: Sender, tcp_flags: u8) -> Option<&'static mut Flow> {
-    let flow = get(key)?;
-    if maps::backend(flow.backend)?.generation != flow.generation {
+fn end(settings: &Settings, entry: &mut Entry, now: u64) {
+    for _ in 0..2 {
+        let meta = entry.meta;
+        let has_ended = if Forward::sees_replies(meta.forward()) {
+            let state = if meta.is_udp() {
+                TcpState::None
+            } else {
+                TcpState::Closed
+            };
+            // By the ticks of its new state.
+            let age = ageing::ticks(settings, state, now);
+            entry.update(meta.with_state(state).with_age(age).left())
+        } else {
+            entry.remove()
+        };
+        if has_ended {
+            return count_end(meta);
+        }
+        // Another CPU has ended it, or it has just gone on.
+        if !entry.look_again() {
+            return;
+        }
+    }
+}
+
+/// Brings the flow of a connection up to date that the kernel has a socket for, however long it was idle; its client's
+/// 5-tuple is that of the packet or the one in [`Scratch::client`]. A function that the verifier checks for itself; gives
+/// the flow as a number, see [`Known::from_bits`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn seen(service_id: u32, which: u32) -> u64 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => in_bits(try_seen(settings, scratch, service_id, which)),
+        _ => failed(Reason::Internal),
+    }
+}
+
+#[inline(always)]
+fn try_seen(settings: &Settings, scratch: &mut Scratch, service_id: u32, which: u32) -> Option<Known> {
+    let (key, sender) = if which == of::PACKET {
+        (&scratch.packet.key, Sender::Client)
+    } else {
+        (&scratch.client, Sender::Backend)
+    };
+    let port = key.source_port;
+    let location = find_client(hash_of_client(settings, key), service_id, which);
+    if location == NOWHERE {
         return None;
     }
-    flow.last_seen = now();
-    advance(flow, sender, tcp_flags);
-    Some(flow)
+    let mut entry = Entry::found(scratch, location);
+    advance(settings, &mut entry, sender, scratch.packet.tcp_flags, now());
+    Some(Known::of(&entry, port, Reset::None))
 }
 
 /// Tells whether packets of a client go to another host: where its service has become `local` since the flow began.
 #[inline(always)]
-pub fn leaves_host(key: &FlowKey) -> bool {
-    get(key).is_some_and(|flow| flow.forward != Forward::Local.number())
+pub fn leaves_host(settings: &Settings, scratch: &Scratch, service_id: u32) -> bool {
+    let location = find_client(
+        hash_of_client(settings, &scratch.packet.key),
+        service_id,
+        of::PACKET,
+    );
+    location != NOWHERE && Entry::found(scratch, location).meta.forward() != Forward::Local.number()
+}
+
+/// In a number of a function that the verifier checks for itself: not what was asked for but a reason.
+const FAILED: u64 = 1 << 63;
+
+#[inline(always)]
+const fn failed(reason: Reason) -> u64 {
+    FAILED | reason.index() as u64
 }
 
 /// Puts a client's packet that belongs to no flow on a backend and records the flow.
 ///
-/// A function that the verifier checks for itself: it is the longest way, and few packets take it. Gives the flow as a
-/// number, see [`Known::from_bits`].
-#[unsafe(no_mangle)]
-pub extern "C" fn begin(client_ifindex: u32, service_id: u32) -> u64 {
-    let (Some(scratch), Some(service)) = (scratch(), maps::service(service_id)) else {
-        return FAILED | Reason::Internal.index() as u64;
+/// Its parts are functions that the verifier checks for themselves: it is the longest way, few packets take it, and the
+/// parts use the same stack one after the other. What they tell each other is in the scratch memory. Gives the flow as
+/// a number, see [`Known::from_bits`].
+#[inline(always)]
+pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
+    let chosen = choose(client_ifindex, service_id);
+    if chosen == UNRECORDED {
+        return count_unrecorded(service_id);
+    }
+    if chosen & FAILED != 0 {
+        return chosen;
+    }
+    let is_translated = needs_source_port();
+    if is_translated & FAILED != 0 {
+        return is_translated;
+    }
+    let location = room(is_translated as u32);
+    if location == UNRECORDED {
+        return count_unrecorded(service_id);
+    }
+    if location & FAILED != 0 {
+        return location;
+    }
+    let port = if is_translated != 0 {
+        claim(location)
+    } else {
+        record(location)
     };
-    match try_begin(client_ifindex, scratch, service, service_id) {
-        Ok(known) => known.into_bits(),
-        Err(reason) => FAILED | reason.index() as u64,
+    if port & FAILED != 0 {
+        return port;
+    }
+    count(service_id, port)
+}
+
+/// Chooses a backend; leaves the flow's meta in the scratch memory. [`UNRECORDED`] where a flood is passed on.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
+    let (Some(scratch), Some(settings), Some(service)) =
+        (scratch(), maps::settings(), maps::service(service_id))
+    else {
+        return failed(Reason::Internal);
+    };
+    let now = now_by(scratch);
+    let is_in_flood = needs_no_record(service, scratch.packet.key.protocol) && is_over_budget(now);
+    match try_choose(settings, scratch, service, service_id, is_in_flood) {
+        Ok(meta) => {
+            let link = if Forward::translates(meta.forward()) {
+                client_link::remember(client_ifindex)
+            } else {
+                0
+            };
+            scratch.began_meta = meta.with_link(link).0;
+            if is_in_flood { UNRECORDED } else { 0 }
+        }
+        Err(reason) => failed(reason),
     }
 }
 
-/// In a number of [`begin`] or [`claim`]: not what was asked for but a reason.
-const FAILED: u64 = 1 << 63;
+#[inline(always)]
+fn try_choose(
+    settings: &Settings,
+    scratch: &mut Scratch,
+    service: &Service,
+    service_id: u32,
+    is_in_flood: bool,
+) -> Result<Meta, Reason> {
+    let now = now_by(scratch);
+    let packet = &scratch.packet;
+    let is_tcp = packet.key.protocol == TCP as u32;
+    let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
+    // The reset of a connection that has no record ends it at the backend.
+    let is_reset = packet.tcp_flags & flags::RST != 0 && !is_in_flood;
+    if is_tcp && (is_reset || answers || packet.is_later_fragment()) {
+        return Err(Reason::NoFlow);
+    }
+    source::admit(service, service_id, &packet.key, now)?;
+    let backend_id = select::backend(service_id)?;
+    let forward = forward_of(service, &packet.key);
+    let state = if is_tcp {
+        first(packet.tcp_flags)
+    } else {
+        TcpState::None
+    };
+    Ok(Meta::new(Kind::Short, service_id, backend_id, forward)
+        .with_state(state)
+        .with_age(ageing::ticks(settings, state, now)))
+}
+
+/// Tells whether the new flow needs a source port other than the client's, so that its replies are told apart: by 1; the
+/// 5-tuple of its replies is left in [`Scratch::reply`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn needs_source_port() -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let meta = Meta(scratch.began_meta);
+    let client = &scratch.packet.key;
+    if !Forward::has_reply_key(meta.forward(), client.protocol) {
+        return 0;
+    }
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return failed(Reason::Internal);
+    };
+    let source = source_address(meta.forward(), client, backend);
+    if source.0 == Address::default().0 {
+        return failed(Reason::NoSourceAddress);
+    }
+    scratch.reply = FlowKey {
+        source: backend.address.by_words(),
+        destination: source,
+        source_port: backend_port(client, backend),
+        destination_port: client.source_port,
+        protocol: client.protocol,
+    };
+    if meta.forward() == Forward::FullNat.number() {
+        return 1;
+    }
+    // Another service with the same backend may have the client's port.
+    scratch.except = NOWHERE;
+    is_taken().into()
+}
+
+/// Makes room for the new flow; gives its location. Where there is none, a flow without replies to translate goes on
+/// without a record: its next packets are selected anew, and hashes select the same.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn room(is_translated: u32) -> u64 {
+    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+        return failed(Reason::Internal);
+    };
+    let key = &scratch.packet.key;
+    let kind = if key.source.is_v4() && is_translated == 0 {
+        Kind::Short
+    } else {
+        Kind::Long
+    };
+    let meta = Meta(scratch.began_meta).of_kind(kind);
+    scratch.began_meta = meta.0;
+    flood::count();
+    let location = make_room(hash_of_client(settings, key), kind as u32, limit(meta));
+    if location != NOWHERE {
+        location
+    } else if Forward::has_reply_key(meta.forward(), key.protocol) {
+        failed(Reason::FlowTableFull)
+    } else {
+        UNRECORDED
+    }
+}
+
+/// Not a location: that of a flow without a record.
+const UNRECORDED: u64 = FAILED - 1;
+
+/// What a flow is worth that has to make room for a new one: what is opening takes no place of what is open.
+#[inline(always)]
+fn limit(meta: Meta) -> u32 {
+    if matches!(meta.state(), TcpState::Established | TcpState::FinClient) {
+        // One that nobody has seen begin: an open one that was idle for as long as a quarter of its timeout goes for it.
+        worth::OPEN - 32
+    } else {
+        worth::CLOSING
+    }
+}
+
+/// Writes the new flow, whose source port is the client's; gives that.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn record(location: u64) -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let key = &scratch.packet.key;
+    let meta = Meta(scratch.began_meta);
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return failed(Reason::Internal);
+    };
+    let (source_port, port) = (key.source_port, key.destination_port);
+    let words = if meta.is(Kind::Short) {
+        short_key(key.source.v4_word(), source_port, port)
+    } else {
+        long_key(source_port, port, source_port, backend.generation)
+    };
+    put(location, words, meta.0);
+    if !Forward::has_reply_key(meta.forward(), key.protocol) {
+        return source_port.into();
+    }
+    // As in `claim`.
+    scratch.except = location;
+    if is_taken() == 0 {
+        return source_port.into();
+    }
+    take_back(location, meta.0);
+    failed(Reason::NoSourcePort)
+}
+
+/// Counts a new flow that goes on without a record; gives it as a number.
+#[inline(always)]
+fn count_unrecorded(service_id: u32) -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let meta = Meta(scratch.began_meta);
+    let packet = &scratch.packet;
+    // Of the others nobody knows which is the first.
+    if opens(packet.tcp_flags)
+        && let Some(counters) = maps::backend_counters(meta.backend())
+    {
+        counters.flows += 1;
+    }
+    begun(meta, service_id, packet.key.source_port)
+}
+
+/// Counts the new flow; gives it as a number.
+#[inline(always)]
+fn count(service_id: u32, port: u64) -> u64 {
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let meta = Meta(scratch.began_meta);
+    if let Some(counters) = maps::backend_counters(meta.backend()) {
+        counters.flows += 1;
+    }
+    if !ageing::has_ended(meta.forward(), meta.state()) {
+        maps::count_opened(meta.backend());
+    }
+    begun(meta, service_id, port as u16)
+}
+
+/// A new flow as a number.
+#[inline(always)]
+fn begun(meta: Meta, service_id: u32, source_port: u16) -> u64 {
+    Known {
+        backend_id: meta.backend(),
+        service_id,
+        forward: meta.forward(),
+        source_port,
+        link: meta.link(),
+        reset: Reset::None,
+    }
+    .into_bits()
+}
 
 impl Known {
     #[inline(always)]
-    fn of(flow: &Flow, reset: Reset) -> Self {
+    fn of(entry: &Entry, client_port: u16, reset: Reset) -> Self {
+        let meta = entry.meta;
         Self {
-            backend_id: flow.backend,
-            forward: flow.forward,
-            source_port: flow.source_port,
+            backend_id: meta.backend(),
+            service_id: meta.service(),
+            forward: meta.forward(),
+            source_port: entry.source_port(client_port),
+            link: meta.link(),
             reset,
         }
     }
@@ -151,84 +491,19 @@ impl Known {
     /// # Errors
     /// Why there is no flow.
     #[inline(always)]
-    pub fn from_bits(bits: u64) -> Result<Self, Reason> {
+    pub fn from_bits(bits: u64, service_id: u32) -> Result<Self, Reason> {
         if bits & FAILED != 0 {
             return Err(Reason::from_index(bits as u32));
         }
         Ok(Self {
             backend_id: bits as u32,
+            service_id,
             forward: (bits >> 48) as u8,
             source_port: (bits >> 32) as u16,
+            link: 0,
             reset: Reset::None,
         })
     }
-}
-
-#[inline(always)]
-fn try_begin(
-    client_ifindex: u32,
-    scratch: &mut Scratch,
-    service: &Service,
-    service_id: u32,
-) -> Result<Known, Reason> {
-    let now = now();
-    let packet = &scratch.packet;
-    let is_tcp = packet.key.protocol == TCP as u32;
-    let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
-    if is_tcp && (packet.tcp_flags & flags::RST != 0 || answers || packet.is_later_fragment()) {
-        return Err(Reason::NoFlow);
-    }
-    source::admit(service, service_id, &packet.key, now)?;
-    let backend_id = select::backend(service_id)?;
-    let Some(backend) = maps::backend(backend_id) else {
-        return Err(Reason::Internal);
-    };
-    let forward = forward_of(service, &packet.key);
-    let has_reply_key = Forward::has_reply_key(forward, packet.key.protocol);
-    let source_port = if has_reply_key {
-        claimed_source_port(forward, backend_id)?
-    } else {
-        packet.key.source_port
-    };
-    let packet = &scratch.packet;
-    scratch.flow = Flow {
-        last_seen: now,
-        created: now,
-        backend: backend_id,
-        generation: backend.generation,
-        service: service_id,
-        client_ifindex,
-        client_link: reversed(&packet.link),
-        client_tags: Tags([packet.tags.0[0], packet.tags.0[1]]),
-        source_port,
-        tcp_state: if is_tcp {
-            first(packet.tcp_flags) as u8
-        } else {
-            TcpState::None as u8
-        },
-        forward,
-    };
-    if FLOWS
-        .insert(&scratch.packet.key, &scratch.flow, BPF_ANY as u64)
-        .is_err()
-    {
-        if has_reply_key {
-            let _ = REPLIES.remove(&scratch.reply);
-        }
-        return Err(Reason::FlowTableFull);
-    }
-    if let Some(counters) = maps::backend_counters(backend_id) {
-        counters.flows += 1;
-    }
-    if !ageing::has_ended(forward, TcpState::from_number(scratch.flow.tcp_state)) {
-        maps::count_opened(backend_id);
-    }
-    Ok(Known {
-        backend_id,
-        forward,
-        source_port,
-        reset: Reset::None,
-    })
 }
 
 /// The forward of a new flow. A backend that is a client of its own service would be answered past this host, or by
@@ -240,22 +515,6 @@ fn forward_of(service: &Service, key: &FlowKey) -> u8 {
     } else {
         service.forward
     }
-}
-
-/// The flow of a backend's packet, brought up to date, and whether the packet is to be answered with a reset; the
-/// client's 5-tuple of it is put into [`Scratch::client`]. Nothing where the packet answers none.
-#[inline(always)]
-pub fn of_reply(scratch: &mut Scratch) -> Option<(&'static mut Flow, Reset)> {
-    scratch.reply = scratch.packet.key.by_words();
-    let (flow, backend) = replied(scratch)?;
-    flow.last_seen = now();
-    let reset = reset(backend, &scratch.packet);
-    if reset != Reset::None {
-        advance(flow, Sender::Backend, flags::RST);
-    } else if scratch.packet.tcp_flags != 0 {
-        advance(flow, Sender::Backend, scratch.packet.tcp_flags);
-    }
-    Some((flow, reset))
 }
 
 /// Whether a flow's packet is to be answered with a reset.
@@ -270,122 +529,149 @@ fn reset(backend: &Backend, packet: &Packet) -> Reset {
 }
 
 #[inline(always)]
-fn is_closed(flow: &Flow) -> bool {
-    flow.tcp_state == TcpState::Closed as u8
+fn is_closed(meta: Meta) -> bool {
+    meta.state() as u8 == TcpState::Closed as u8
 }
 
-/// Tells whether a 5-tuple is, or was lately, that of a flow's replies.
-#[inline(always)]
-pub fn is_reply(key: &FlowKey) -> bool {
-    REPLIES.get_ptr(key).is_some()
+/// What is known of the flow that a 5-tuple is that of replies of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reply<T> {
+    /// Nothing.
+    None,
+    /// Its client has left that backend.
+    Late,
+    Of(T),
 }
 
-/// The flow that [`Scratch::reply`] leads to, and its backend, unless it has ended or gone to another one; the client's
-/// 5-tuple of it is put into [`Scratch::client`].
+/// The flow of a backend's packet, brought up to date, and whether the packet is to be answered with a reset; the
+/// client's 5-tuple of it is put into [`Scratch::client`].
 #[inline(always)]
-pub fn replied(scratch: &mut Scratch) -> Option<(&'static mut Flow, &'static Backend)> {
-    let client = REPLIES.get_ptr(&scratch.reply)?;
-    // SAFETY: an entry may be recycled under its reader; what was read is checked against the flow below.
-    scratch.client = unsafe { &*client }.by_words();
-    let flow = get(&scratch.client)?;
-    let backend = maps::backend(flow.backend)?;
-    if backend.generation != flow.generation
-        || reply_source(flow.forward, backend).0 != scratch.reply.source.0
-        || backend_port(&scratch.client, backend) != scratch.reply.source_port
-        || flow.source_port != scratch.reply.destination_port
-    {
-        return None;
-    }
-    Some((flow, backend))
-}
-
-/// The flow that [`Scratch::client`] is the client's 5-tuple of, unless its backend has gone.
-#[inline(always)]
-pub fn of_client(scratch: &Scratch) -> Option<&'static mut Flow> {
-    let flow = get(&scratch.client)?;
-    let backend = maps::backend(flow.backend)?;
-    if backend.generation != flow.generation {
-        return None;
-    }
-    Some(flow)
-}
-
-/// Replies go back the way that the client's packets come, so that the path needs no lookup; written only when it
-/// has changed, to leave the cache line clean.
-#[inline(always)]
-fn remember_client_link(frame: &Cursor, packet: &Packet, flow: &mut Flow) {
-    let link = reversed(&packet.link);
-    if flow.client_link.0[0] != link.0[0]
-        || flow.client_link.0[1] != link.0[1]
-        || flow.client_link.0[2] != link.0[2]
-        || flow.client_ifindex != frame.ingress_ifindex()
-        || flow.client_tags.0[0] != packet.tags.0[0]
-        || flow.client_tags.0[1] != packet.tags.0[1]
-    {
-        flow.client_link = link;
-        flow.client_ifindex = frame.ingress_ifindex();
-        flow.client_tags = Tags([packet.tags.0[0], packet.tags.0[1]]);
-    }
-}
-
-/// The link on which an answer goes back: the MAC addresses, swapped.
-#[inline(always)]
-pub fn reversed(link: &Link) -> Link {
-    let [a, b, c] = link.0;
-    // Six bytes are one and a half words, so each word of the result is joined from two halves.
-    Link([
-        (b >> 16) | (c << 16),
-        (c >> 16) | (a << 16),
-        (a >> 16) | (b << 16),
-    ])
-}
-
-#[inline(always)]
-fn get(key: &FlowKey) -> Option<&'static mut Flow> {
-    // SAFETY: two CPUs may write the same flow, field by field; each value that can result is valid, and an entry
-    // that is recycled under its reader leads to a backend that exists.
-    FLOWS.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
-}
-
-/// Moves the state of a flow on.
-#[inline(always)]
-fn advance(flow: &mut Flow, sender: Sender, tcp_flags: u8) {
-    let former = TcpState::from_number(flow.tcp_state);
-    let state = if Forward::sees_replies(flow.forward) {
-        next(former, sender, tcp_flags)
-    } else {
-        next_of_client_alone(former, tcp_flags)
+pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
+    let hash = hash_of_reply(settings, &scratch.packet.key);
+    let location = flow_table::of_reply_packet(scratch, hash);
+    let mut entry = match entry_of(scratch, location) {
+        Reply::Of(entry) => entry,
+        Reply::None => return Reply::None,
+        Reply::Late => return Reply::Late,
     };
-    if state as u8 != former as u8 {
-        flow.tcp_state = state as u8;
-        if !ageing::has_ended(flow.forward, former) && ageing::has_ended(flow.forward, state) {
-            maps::count_ended(flow.backend);
+    let Some(backend) = maps::backend(entry.meta.backend()) else {
+        return Reply::None;
+    };
+    let reset = reset(backend, &scratch.packet);
+    let tcp_flags = if reset == Reset::None {
+        scratch.packet.tcp_flags
+    } else {
+        flags::RST
+    };
+    advance(settings, &mut entry, Sender::Backend, tcp_flags, now_by(scratch));
+    Reply::Of(Known::of(&entry, scratch.client.source_port, reset))
+}
+
+/// The flow that [`Scratch::reply`] leads to; the client's 5-tuple of it is put into [`Scratch::client`].
+#[inline(always)]
+pub fn quoted_reply(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
+    let hash = hash_of_reply(settings, &scratch.reply);
+    match replied(scratch, hash, of::REPLY) {
+        Reply::Of(entry) => Some(Known::of(&entry, scratch.client.source_port, Reset::None)),
+        Reply::None | Reply::Late => None,
+    }
+}
+
+/// As [`of_reply`], for a datagram of a process whose source is in [`Scratch::reply`] as it is looked for.
+#[inline(always)]
+pub fn answered(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
+    let hash = hash_of_reply(settings, &scratch.reply);
+    match replied(scratch, hash, of::REPLY | of::LOCAL) {
+        Reply::Of(mut entry) => {
+            advance(settings, &mut entry, Sender::Backend, 0, now());
+            Some(Known::of(&entry, scratch.client.source_port, Reset::None))
+        }
+        Reply::None | Reply::Late => None,
+    }
+}
+
+#[inline(always)]
+fn replied(scratch: &mut Scratch, hash: u64, which: u32) -> Reply<Entry> {
+    scratch.except = NOWHERE;
+    let location = find_reply(hash, which);
+    entry_of(scratch, location)
+}
+
+#[inline(always)]
+fn entry_of(scratch: &Scratch, location: u64) -> Reply<Entry> {
+    match location {
+        NOWHERE => Reply::None,
+        LEFT => Reply::Late,
+        _ => {
+            let entry = Entry::found(scratch, location);
+            match maps::backend(entry.meta.backend()) {
+                Some(backend) if entry.is_of_generation(backend.generation) => Reply::Of(entry),
+                // To an address that this host had then.
+                _ => Reply::Late,
+            }
         }
     }
 }
 
-/// Counts the end of a flow that another takes the place of.
+/// The flow that [`Scratch::client`] is the client's 5-tuple of.
 #[inline(always)]
-fn count_end(flow: &Flow) {
-    if !ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state)) {
-        maps::count_ended(flow.backend);
+pub fn of_client(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
+    let service_id = service::find(of::CLIENT)?;
+    let port = scratch.client.source_port;
+    let location = find_client(hash_of_client(settings, &scratch.client), service_id, of::CLIENT);
+    if location == NOWHERE {
+        return None;
+    }
+    Some(Known::of(&Entry::found(scratch, location), port, Reset::None))
+}
+
+/// Moves the state of a flow on, and its age.
+#[inline(always)]
+fn advance(settings: &Settings, entry: &mut Entry, sender: Sender, tcp_flags: u8, now: u64) {
+    for _ in 0..2 {
+        let former = entry.meta;
+        let meta = advanced(settings, former, sender, tcp_flags, now);
+        // Most packets change nothing: the cache line stays clean.
+        if meta == former {
+            return;
+        }
+        if entry.update(meta) {
+            if !ageing::has_ended(former.forward(), former.state())
+                && ageing::has_ended(meta.forward(), meta.state())
+            {
+                maps::count_ended(meta.backend());
+            }
+            return;
+        }
+        // Another CPU has moved it on, or it is another flow by now.
+        if !entry.look_again() {
+            return;
+        }
     }
 }
 
 #[inline(always)]
-fn is_over(settings: &Settings, flow: &Flow, now: u64) -> bool {
-    ageing::is_over(
-        settings,
-        TcpState::from_number(flow.tcp_state),
-        flow.last_seen,
-        now,
-    )
+fn advanced(settings: &Settings, former: Meta, sender: Sender, tcp_flags: u8, now: u64) -> Meta {
+    let state = former.state();
+    if former.is_udp() {
+        return former.confirmed().with_age(ageing::ticks(settings, state, now));
+    }
+    let state = if tcp_flags == 0 {
+        state
+    } else if Forward::sees_replies(former.forward()) {
+        next(state, sender, tcp_flags)
+    } else {
+        next_of_client_alone(state, tcp_flags)
+    };
+    former
+        .with_state(state)
+        .with_age(ageing::ticks(settings, state, now))
 }
 
 /// Tells whether a flow goes on with a packet, or the packet starts a new one under the same 5-tuple.
 #[inline(always)]
-fn stays(flow: &Flow, backend: &Backend, packet: &Packet) -> bool {
-    if backend.generation != flow.generation {
+fn stays(entry: &Entry, backend: &Backend, packet: &Packet) -> bool {
+    if !entry.is_of_generation(backend.generation) || backend.service_plus_one == 0 {
         return false;
     }
     if packet.key.protocol != TCP as u32 {
@@ -394,7 +680,7 @@ fn stays(flow: &Flow, backend: &Backend, packet: &Packet) -> bool {
     if !opens(packet.tcp_flags) {
         return true;
     }
-    flow.tcp_state < TcpState::FinClient as u8 && backend.flags & BackendFlags::ACCEPTS_NEW != 0
+    (entry.meta.state() as u8) < TcpState::FinClient as u8 && backend.flags & BackendFlags::ACCEPTS_NEW != 0
 }
 
 /// The source address that the backend sees.
@@ -407,114 +693,116 @@ pub fn source_address(forward: u8, client: &FlowKey, backend: &Backend) -> Addre
     }
 }
 
-/// The source of replies, as it is in their key. A process on this host that is bound to no address answers from the
-/// one that the route to the client has, whatever address the client's packet was for: none is in the key.
-#[inline(always)]
-fn reply_source(forward: u8, backend: &Backend) -> Address {
-    if forward == Forward::Local.number() {
-        Address::default()
-    } else {
-        backend.address.by_words()
-    }
-}
-
 /// The port that the backend is reached on.
 #[inline(always)]
 pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
-    if backend.port == 0 {
-        client.destination_port
-    } else {
-        backend.port
-    }
+    flow_table::backend_port(client.destination_port, backend)
 }
 
-/// The source port of a new flow, network byte order.
-///
-/// # Errors
-/// [`Reason::NoSourceAddress`], [`Reason::NoSourcePort`].
-#[inline(always)]
-fn claimed_source_port(forward: u8, backend_id: u32) -> Result<u16, Reason> {
-    let claimed = claim(forward as u32, backend_id);
-    if claimed & FAILED != 0 {
-        Err(Reason::from_index(claimed as u32))
-    } else {
-        Ok(claimed as u16)
-    }
-}
-
-/// A function that the verifier checks for itself, once for all that follows its loop. Gives the port.
+/// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`] for its replies.
+/// One that is over does not have it any more after that.
 #[unsafe(no_mangle)]
-extern "C" fn claim(forward: u32, backend_id: u32) -> u64 {
-    let (Some(scratch), Some(settings), Some(backend)) =
-        (scratch(), maps::settings(), maps::backend(backend_id))
-    else {
-        return FAILED | Reason::Internal.index() as u64;
+#[inline(never)]
+extern "C" fn is_taken() -> u32 {
+    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+        return 1;
     };
-    match claim_source_port(settings, scratch, forward as u8, backend, now()) {
-        Ok(port) => port as u64,
-        Err(reason) => FAILED | reason.index() as u64,
+    let is_local = Meta(scratch.began_meta).forward() == Forward::Local.number();
+    let which = of::REPLY | of::CLAIM | if is_local { of::LOCAL } else { 0 };
+    let location = find_reply(hash_of_scratch_reply(), which);
+    if location == NOWHERE || location == LEFT {
+        return 0;
+    }
+    if location == WRITING {
+        return 1;
+    }
+    let found = Entry::found(scratch, location);
+    // It would get the replies: they lead to the first that is found. Where a packet has just come for it, it goes on.
+    if ageing::is_over(settings, found.meta, now()) && found.remove() {
+        count_end(found.meta);
+        return 0;
+    }
+    1
+}
+
+/// Where the search for a source port starts, see [`first_choice`]; by itself it takes stack only while it runs.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn first_port() -> u32 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => first_choice(settings, &scratch.packet.key),
+        _ => 0,
     }
 }
 
-/// Takes a source port that no other flow uses towards the backend, so that its replies are told apart: for
-/// `nat` the client's own if it is free, which another service with the same backend may have taken. The key of the
-/// replies is left in [`Scratch::reply`].
-#[inline(always)]
-fn claim_source_port(
-    settings: &Settings,
-    scratch: &mut Scratch,
-    forward: u8,
-    backend: &Backend,
-    now: u64,
-) -> Result<u16, Reason> {
-    let full_nat = forward == Forward::FullNat.number();
-    let client = &scratch.packet.key;
-    let source = source_address(forward, client, backend);
-    if source.0 == Address::default().0 {
-        return Err(Reason::NoSourceAddress);
-    }
-    let start = first_choice(settings, client);
-    scratch.reply = FlowKey {
-        source: reply_source(forward, backend),
-        destination: source,
-        source_port: backend_port(client, backend),
-        destination_port: client.source_port,
-        protocol: client.protocol,
+/// Takes a source port that no other flow uses towards the backend for the flow for which there is room at `location`, and
+/// writes the flow there; gives the port. Where there is none, the room is free again.
+///
+/// A function that the verifier checks for itself, once for all that follows its loop.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn claim(location: u64) -> u64 {
+    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+        return failed(Reason::Internal);
     };
+    let meta = Meta(scratch.began_meta);
+    let start = first_port();
     for attempt in 0..TRIES {
-        if full_nat || attempt > 0 {
-            scratch.reply.destination_port = candidate(settings, start, attempt).to_be();
+        let port = candidate(settings, start, attempt).to_be();
+        scratch.reply.destination_port = port;
+        scratch.except = location;
+        if is_taken() != 0 {
+            continue;
         }
-        if REPLIES
-            .insert(&scratch.reply, &scratch.packet.key, BPF_NOEXIST as u64)
-            .is_ok()
-        {
-            return Ok(scratch.reply.destination_port);
+        let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit(meta));
+        if alias == NOWHERE {
+            continue;
         }
-        if is_free(settings, scratch, now)
-            && REPLIES
-                .insert(&scratch.reply, &scratch.packet.key, BPF_ANY as u64)
-                .is_ok()
-        {
-            return Ok(scratch.reply.destination_port);
+        put_alias(location, alias);
+        // Another CPU may have taken the same port meanwhile: both see that, or one does.
+        if is_taken() == 0 {
+            put_translated(location);
+            return port.into();
         }
+        take_back(alias, meta.of_kind(Kind::Alias).0);
     }
-    Err(Reason::NoSourcePort)
+    free_room(location);
+    failed(Reason::NoSourcePort)
 }
 
-/// Tells whether the flow that the key of replies leads to has ended, or is the one being recorded.
-#[inline(always)]
-fn is_free(settings: &Settings, scratch: &mut Scratch, now: u64) -> bool {
-    let Some(client) = REPLIES.get_ptr(&scratch.reply) else {
-        return true;
+/// Writes the new flow, whose source port is that of [`Scratch::reply`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn put_translated(location: u64) -> u32 {
+    let Some(scratch) = scratch() else {
+        return 1;
     };
-    // SAFETY: as in `replied`; a recycled entry at worst leads to another attempt.
-    scratch.client = unsafe { &*client }.by_words();
-    if scratch.client == scratch.packet.key {
-        return true;
-    }
-    match get(&scratch.client) {
-        Some(flow) => flow.source_port != scratch.reply.destination_port || is_over(settings, flow, now),
-        None => true,
-    }
+    let meta = Meta(scratch.began_meta);
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return 1;
+    };
+    let (client, port) = (&scratch.packet.key, scratch.reply.destination_port);
+    let key = long_key(
+        client.source_port,
+        client.destination_port,
+        port,
+        backend.generation,
+    );
+    put(location, key, meta.0)
+}
+
+/// Writes the alias that leads to the new flow, before the flow is there.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn put_alias(location: u64, alias: u64) -> u32 {
+    let Some(scratch) = scratch() else {
+        return 1;
+    };
+    let key = alias_key(
+        (location >> 3) as u32,
+        location as usize & 7,
+        scratch.reply.destination_port,
+        scratch.reply.source_port,
+    );
+    put(alias, key, Meta(scratch.began_meta).of_kind(Kind::Alias).0)
 }

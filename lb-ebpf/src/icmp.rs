@@ -7,7 +7,7 @@ use core::mem::offset_of;
 
 use aya_ebpf::bindings::{xdp_action::XDP_TX, xdp_md};
 use lb_common::{
-    abi::{Address, BackendFlags, Flow, FlowKey, Forward, ICMP, Reason, TCP, UDP},
+    abi::{Address, BackendFlags, FlowKey, Forward, ICMP, Reason, TCP, UDP},
     logic::{
         checksum::{difference_of_addresses, difference16, update, update_udp},
         headers::{Frame, View, extension},
@@ -21,9 +21,9 @@ use network_types::{
 };
 
 use crate::{
-    answer,
+    answer, client_link,
     cursor::{Checked, Cursor},
-    flow::{self, backend_port, source_address},
+    flow::{self, Known, backend_port, source_address},
     forward::{self, encapsulation, nat},
     maps,
     scratch::{Scratch, scratch},
@@ -161,11 +161,14 @@ fn quoted(frame: &Cursor, scratch: &mut Scratch) -> Result<Quote, Unquoted> {
 /// An error about a packet of a flow, or of none.
 #[inline(always)]
 fn about(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, to_vip: bool) -> Verdict {
+    let Some(settings) = maps::settings() else {
+        return Verdict::drop(Reason::Internal);
+    };
     if to_vip {
         // About a packet from a backend to a client: what answers it has the client's 5-tuple.
         scratch.client = scratch.reply.by_words();
-        return match flow::of_client(scratch) {
-            Some(flow) => to_backend(context, scratch, quote, flow),
+        return match flow::of_client(settings, scratch) {
+            Some(known) => to_backend(context, scratch, quote, &known),
             None => Verdict::pass(Reason::NotForService),
         };
     }
@@ -173,55 +176,53 @@ fn about(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, to_vip: boo
     if !service::is_backend(&scratch.reply.source) {
         return Verdict::pass(Reason::NotForService);
     }
-    match flow::replied(scratch) {
-        Some((flow, _)) => to_client(context, scratch, quote, flow),
+    match flow::quoted_reply(settings, scratch) {
+        Some(known) => to_client(context, scratch, quote, &known),
         None => Verdict::pass(Reason::NotForService),
     }
 }
 
 #[inline(always)]
-fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: &Flow) -> Verdict {
-    if flow.forward == Forward::Local.number() {
+fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, known: &Known) -> Verdict {
+    if known.forward == Forward::Local.number() {
         return Verdict::pass(Reason::Local);
     }
-    let verdict = Verdict::of_service(flow.service).sent(XDP_TX, Reason::ErrorForwarded);
+    let verdict = Verdict::of_service(known.service_id).sent(XDP_TX, Reason::ErrorForwarded);
     if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
-    let Some(backend) = maps::backend(flow.backend) else {
+    let Some(backend) = maps::backend(known.backend_id) else {
         return verdict.dropped(Reason::Internal);
     };
     if backend.flags & BackendFlags::NEXT_HOP_KNOWN == 0 {
         return verdict.dropped(Reason::NextHopMissing);
     }
-    if Forward::encapsulates(flow.forward) {
-        if !encapsulation::fits(&scratch.packet, flow.forward, backend) {
+    if Forward::encapsulates(known.forward) {
+        if !encapsulation::fits(&scratch.packet, known.forward, backend) {
             return verdict.dropped(Reason::TooBig);
         }
         // The flow's own outer port or address: the error stays in the queue of its flow.
         scratch.packet.key = scratch.client.by_words();
-        return match encapsulation::wrap(context, flow.forward as u32, flow.backend) {
-            0 => forward::redirect(
-                &Cursor::new(context),
-                verdict,
-                backend.ifindex,
-                Reason::ErrorForwarded,
-            ),
-            reason => verdict.dropped(Reason::from_index(reason)),
+        let (frame, Some(settings)) = (Cursor::new(context), maps::settings()) else {
+            return verdict.dropped(Reason::Internal);
+        };
+        return match encapsulation::wrap(frame, &scratch.packet, settings, known.forward, backend) {
+            Ok(frame) => forward::redirect(&frame, verdict, backend.ifindex, Reason::ErrorForwarded),
+            Err(reason) => verdict.dropped(reason),
         };
     }
-    let translated = if Forward::translates(flow.forward) {
-        let own = source_address(flow.forward, &scratch.client, backend);
+    let translated = if Forward::translates(known.forward) {
+        let own = source_address(known.forward, &scratch.client, backend);
         // What the backend sent.
         scratch.tuple = FlowKey {
             source: backend.address.by_words(),
             destination: own,
             source_port: backend_port(&scratch.client, backend),
-            destination_port: flow.source_port,
+            destination_port: known.source_port,
             protocol: scratch.client.protocol,
         };
         // The error comes from where the client's packets seem to come from: under full-nat only that has a way back.
-        let source = if flow.forward == Forward::FullNat.number() {
+        let source = if known.forward == Forward::FullNat.number() {
             scratch.tuple.destination.by_words()
         } else {
             scratch.packet.key.source.by_words()
@@ -247,8 +248,8 @@ fn to_backend(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: 
 }
 
 #[inline(always)]
-fn to_client(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: &Flow) -> Verdict {
-    let verdict = Verdict::of_service(flow.service).sent(XDP_TX, Reason::ErrorReturned);
+fn to_client(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, known: &Known) -> Verdict {
+    let verdict = Verdict::of_service(known.service_id).sent(XDP_TX, Reason::ErrorReturned);
     if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
@@ -267,13 +268,16 @@ fn to_client(context: *mut xdp_md, scratch: &mut Scratch, quote: &Quote, flow: &
     if translate(context, quote.ip_offset as u32, quote.transport_offset as u32) != 0 {
         return verdict.dropped(Reason::TruncatedTransport);
     }
+    let Some(way) = client_link::get(known.link) else {
+        return verdict.passed(Reason::NextHopUnknown);
+    };
     forward::send(
         Cursor::new(context),
         &scratch.packet,
         verdict,
-        flow.client_ifindex,
-        &flow.client_link,
-        &flow.client_tags,
+        way.ifindex,
+        &way.link,
+        &way.tags,
     )
 }
 

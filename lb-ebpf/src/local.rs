@@ -15,12 +15,13 @@ use lb_common::{
     abi::{Address, Backend, FlowKey, Reason, Settings, TCP, UDP, VerdictClass},
     logic::{
         headers::{Fragment, Kind},
-        tcp_state::{Sender, flags, opens},
+        tcp_state::{flags, opens},
     },
 };
 
 use crate::{
     flow::{self, Known},
+    flow_table::of,
     fragment, maps,
     scratch::{Scratch, scratch},
     service,
@@ -78,7 +79,7 @@ fn deliver(
     if kind == Kind::LaterFragment {
         fragment::follow(scratch)?;
     }
-    let service_id = service::find(settings, &scratch.packet.key)?;
+    let service_id = service::find(of::PACKET)?;
     if !service::is_local(settings, service_id) {
         return None;
     }
@@ -86,48 +87,48 @@ fn deliver(
         fragment::remember(scratch);
     }
     let reason = if scratch.packet.key.protocol == TCP as u32 {
-        over_tcp(context, scratch, settings, service_id)
+        over_tcp(context, scratch, service_id)
     } else {
-        over_udp(context, scratch, settings, service_id)
+        over_udp(context, scratch, service_id)
     };
     Some((service_id, reason))
 }
 
 #[inline(always)]
-fn over_tcp(context: *mut __sk_buff, scratch: &Scratch, settings: &Settings, service_id: u32) -> Reason {
+fn over_tcp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> Reason {
     let packet = &scratch.packet;
     // Put together by the stack before it looks for a socket. What opens a connection never comes in fragments.
     if packet.fragment != Fragment::Whole as u8 {
         return Reason::Delivered;
     }
-    let opens = opens(packet.tcp_flags);
+    let tcp_flags = packet.tcp_flags;
     let occupied = match Socket::of(context, &packet.key) {
         Some(socket) if socket.state() == BPF_TCP_LISTEN => true,
         // Also one that has just ended (TIME_WAIT): its answer to a SYN has the client reset it and try again at once.
         Some(_) => {
-            if let Some(flow) = flow::seen(&packet.key, Sender::Client, packet.tcp_flags) {
-                count_forwarded(context, flow.backend);
+            if let Ok(known) = Known::from_bits(flow::seen(service_id, of::PACKET), service_id) {
+                count_forwarded(context, known.backend_id);
             }
             return Reason::Delivered;
         }
         None => false,
     };
-    let known = match flow::known_local(settings, packet, flow::now()) {
-        Some(known) => known,
-        None if opens => match Known::from_bits(flow::begin(0, service_id)) {
+    let known = match Known::from_bits(flow::known_local(service_id), service_id) {
+        Ok(known) => known,
+        Err(_) if opens(tcp_flags) => match Known::from_bits(flow::begin(0, service_id), service_id) {
             Ok(known) => known,
             Err(Reason::NoBackend) => return refused(Reason::Refused, occupied),
             Err(reason) => return reason,
         },
-        None if packet.tcp_flags & flags::RST != 0 => return Reason::NoFlow,
+        Err(_) if tcp_flags & flags::RST != 0 => return Reason::NoFlow,
         // The socket is gone, which the stack says by a reset.
-        None => return refused(Reason::Refused, occupied),
+        Err(_) => return refused(Reason::Refused, occupied),
     };
     let Some(backend) = maps::backend(known.backend_id) else {
         return Reason::Internal;
     };
-    let key = to_backend(&packet.key, &known, backend);
-    let Some(listener) = Socket::of(context, &key) else {
+    scratch.tuple = to_backend(&scratch.packet.key, &known, backend);
+    let Some(listener) = Socket::of(context, &scratch.tuple) else {
         return refused(Reason::Refused, occupied);
     };
     if !listener.assign(context) {
@@ -138,10 +139,10 @@ fn over_tcp(context: *mut __sk_buff, scratch: &Scratch, settings: &Settings, ser
 }
 
 #[inline(always)]
-fn over_udp(context: *mut __sk_buff, scratch: &mut Scratch, settings: &Settings, service_id: u32) -> Reason {
-    let known = match flow::known_local(settings, &scratch.packet, flow::now()) {
-        Some(known) => Ok(known),
-        None => Known::from_bits(flow::begin(0, service_id)),
+fn over_udp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> Reason {
+    let known = match Known::from_bits(flow::known_local(service_id), service_id) {
+        Ok(known) => Ok(known),
+        Err(_) => Known::from_bits(flow::begin(0, service_id), service_id),
     };
     let known = match known {
         Ok(known) => known,
@@ -183,7 +184,7 @@ fn give_back(context: *mut __sk_buff, kind: Kind, scratch: &mut Scratch, setting
     if kind == Kind::LaterFragment {
         fragment::follow(scratch)?;
     }
-    let flow = if scratch.packet.key.protocol == TCP as u32 {
+    let known = if scratch.packet.key.protocol == TCP as u32 {
         let key = &scratch.packet.key;
         scratch.client = FlowKey {
             source: key.destination.by_words(),
@@ -192,35 +193,35 @@ fn give_back(context: *mut __sk_buff, kind: Kind, scratch: &mut Scratch, setting
             destination_port: key.source_port,
             protocol: key.protocol,
         };
-        let service_id = service::find(settings, &scratch.client)?;
+        let service_id = service::find(of::CLIENT)?;
         if !service::is_local(settings, service_id) {
             return None;
         }
-        flow::seen(&scratch.client, Sender::Backend, scratch.packet.tcp_flags)?
+        Known::from_bits(flow::seen(service_id, of::CLIENT), service_id).ok()?
     } else {
-        answer(context, scratch)?
+        answer(context, scratch, settings)?
     };
-    if let Some(counters) = maps::backend_counters(flow.backend) {
+    if let Some(counters) = maps::backend_counters(known.backend_id) {
         let (packets, bytes) = size(context);
         counters.returned.packets += packets;
         counters.returned.bytes += bytes;
     }
-    Some(flow.service)
+    Some(known.service_id)
 }
 
 /// Has a datagram of a process come from the VIP.
 #[inline(always)]
-fn answer(context: *mut __sk_buff, scratch: &mut Scratch) -> Option<&'static mut lb_common::abi::Flow> {
+fn answer(context: *mut __sk_buff, scratch: &mut Scratch, settings: &Settings) -> Option<Known> {
     let key = &scratch.packet.key;
     scratch.reply = FlowKey {
-        // See `flow::reply_source`.
-        source: Address::default(),
+        source: key.source.by_words(),
         destination: key.destination.by_words(),
         source_port: key.source_port,
         destination_port: key.destination_port,
         protocol: key.protocol,
     };
-    let (flow, backend) = flow::replied(scratch)?;
+    let known = flow::answered(settings, scratch)?;
+    let backend = maps::backend(known.backend_id)?;
     let key = &scratch.packet.key;
     // Another process may have the same port of another address.
     if key.source.0 != backend.address.0 && !is_of_any_address(context) {
@@ -240,8 +241,7 @@ fn answer(context: *mut __sk_buff, scratch: &mut Scratch) -> Option<&'static mut
     if readdress(context) != 0 {
         return None;
     }
-    flow.last_seen = flow::now();
-    Some(flow)
+    Some(known)
 }
 
 /// Tells whether the socket that sends a packet is bound to no address: one bound to an IPv6 address has one of IPv4, too

@@ -10,7 +10,15 @@
 #[cfg(target_arch = "bpf")]
 mod answer;
 #[cfg(target_arch = "bpf")]
+mod bucket;
+#[cfg(target_arch = "bpf")]
+mod client_link;
+#[cfg(target_arch = "bpf")]
+mod flood;
+#[cfg(target_arch = "bpf")]
 mod flow;
+#[cfg(target_arch = "bpf")]
+mod flow_table;
 #[cfg(target_arch = "bpf")]
 mod forward;
 #[cfg(target_arch = "bpf")]

@@ -1,33 +1,44 @@
 //! The entry point and the sequence of stages, nothing else.
 
-use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
+use aya_ebpf::{
+    bindings::{xdp_action::XDP_DROP, xdp_md},
+    macros::xdp,
+    programs::XdpContext,
+};
 use lb_common::{
     abi::{Reason, Settings},
-    logic::headers::{Fragment, Kind, Undecodable, decode},
+    logic::{
+        address_filter::{self, Ends},
+        headers::{Fragment, Kind, Undecodable, decode},
+    },
 };
 
 use crate::{
     answer,
     cursor::Cursor,
-    flow::{self, Known, Reset},
+    flow::{self, Known, Reply, Reset},
     forward, fragment, icmp, maps,
-    scratch::{Scratch, scratch},
+    scratch::{Scratch, per_cpu},
     service,
     verdict::{Verdict, conclude},
 };
 
 #[xdp(frags)]
 pub fn xlb(context: XdpContext) -> u32 {
-    let frame = Cursor::new(context.ctx);
-    let Some(scratch) = scratch() else {
-        return conclude(&context, 0, Verdict::drop(Reason::Internal));
+    let Some((totals, scratch)) = per_cpu() else {
+        return XDP_DROP;
     };
-    let verdict = balance(context.ctx, frame, scratch);
-    conclude(&context, scratch.bytes, verdict)
+    let verdict = balance(context.ctx, Cursor::new(context.ctx), scratch);
+    conclude(&context, totals, scratch.bytes, verdict)
 }
 
 #[inline(always)]
 fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
+    let ends = ends(&frame);
+    if ends.is_foreign() {
+        scratch.bytes = frame.length();
+        return Verdict::pass(Reason::NotForService);
+    }
     let decoded = decode(&frame, &mut scratch.packet);
     // A frame in several buffers is longer than what can be viewed.
     let (viewable, end) = (frame.viewable() as u64, scratch.packet.end as u64);
@@ -46,10 +57,25 @@ fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdic
     let Some(settings) = maps::settings() else {
         return Verdict::drop(Reason::Internal);
     };
-    match service::find(settings, &scratch.packet.key) {
+    let service_id = if ends.to_vip {
+        service::of_packet(scratch)
+    } else {
+        None
+    };
+    match service_id {
         Some(service_id) => from_client(context, frame, scratch, settings, service_id),
-        None => from_backend(context, frame, scratch),
+        None if ends.from_backend => from_backend(context, frame, scratch, settings),
+        None => Verdict::pass(Reason::NotForService),
     }
+}
+
+/// Whose packet it may be: most are none of ours, on a host that does other things as well.
+#[inline(always)]
+fn ends(frame: &Cursor) -> Ends {
+    let words = maps::address_filter();
+    address_filter::ends(frame, |index| {
+        (words.and_then(|words| words.get(index as usize)).copied()).unwrap_or(u64::MAX)
+    })
 }
 
 /// A packet that cannot be looked up: dropped with the reason if it is for a VIP.
@@ -72,7 +98,8 @@ fn from_client(
     service_id: u32,
 ) -> Verdict {
     let verdict = Verdict::of_service(service_id);
-    let is_local = service::is_local(settings, service_id) && !flow::leaves_host(&scratch.packet.key);
+    let is_local =
+        service::is_local(settings, service_id) && !flow::leaves_host(settings, scratch, service_id);
     // What is for this host needs no hop.
     if scratch.packet.ttl <= 1 && !is_local {
         return verdict.dropped(Reason::TtlExceeded);
@@ -84,9 +111,9 @@ fn from_client(
     if is_local {
         return Verdict::pass(Reason::Local);
     }
-    let known = match flow::known(settings, &frame, &scratch.packet, flow::now()) {
+    let known = match flow::known(settings, &frame, scratch, service_id) {
         Some(known) => known,
-        None => match Known::from_bits(flow::begin(frame.ingress_ifindex(), service_id)) {
+        None => match Known::from_bits(flow::begin(frame.ingress_ifindex(), service_id), service_id) {
             Ok(known) => known,
             Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),
             Err(reason) => return verdict.dropped(reason),
@@ -104,20 +131,17 @@ fn from_client(
         }
         Reset::OfSender => return answer::reset_of_sender(context, scratch, verdict),
     }
-    forward::to_backend(context, scratch, verdict, &known, backend)
+    forward::to_backend(context, scratch, settings, verdict, &known, backend)
 }
 
 /// A packet for no service: a backend's reply to a client, or none of ours.
 #[inline(always)]
-fn from_backend(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
-    if !service::is_backend(&scratch.packet.key.source) {
-        return Verdict::pass(Reason::NotForService);
-    }
-    match flow::of_reply(scratch) {
-        Some((flow, Reset::None)) => forward::to_client(frame, scratch, flow),
-        Some((flow, _)) => answer::reset_of_sender(context, scratch, Verdict::of_service(flow.service)),
-        None if flow::is_reply(&scratch.packet.key) => Verdict::drop(Reason::NoFlow),
-        None => Verdict::pass(Reason::NotForService),
+fn from_backend(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch, settings: &Settings) -> Verdict {
+    match flow::of_reply(settings, scratch) {
+        Reply::Of(known) if known.reset == Reset::None => forward::to_client(frame, scratch, &known),
+        Reply::Of(known) => answer::reset_of_sender(context, scratch, Verdict::of_service(known.service_id)),
+        Reply::Late => Verdict::drop(Reason::NoFlow),
+        Reply::None => Verdict::pass(Reason::NotForService),
     }
 }
 

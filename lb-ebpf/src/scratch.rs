@@ -1,16 +1,21 @@
 //! Memory for one packet, because the stack has 512 bytes: helpers that take keys take them from here as well.
 
-use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
 use lb_common::{
-    abi::{Flow, FlowKey, FragmentKey, FragmentPorts},
+    abi::{self, FlowKey, FragmentKey, FragmentPorts, Totals},
     logic::headers::Packet,
 };
+
+use crate::maps::PER_CPU;
 
 /// What is known of a packet while the program runs on it. Nothing in it outlives the packet.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Scratch {
     pub packet: Packet,
+    /// The kernel's count of clock ticks when `clock` was read.
+    pub clock_tick: u64,
+    /// See `flow::now`.
+    pub clock: u64,
     /// Length of the frame as it came.
     pub bytes: u64,
     /// The 5-tuple that the packet is given.
@@ -19,19 +24,38 @@ pub struct Scratch {
     pub client: FlowKey,
     /// A key of replies.
     pub reply: FlowKey,
-    /// A flow that is recorded.
-    pub flow: Flow,
+    /// Key and meta of the flow that a search has found, see `flow_table::Entry`.
+    pub found_key: u64,
+    pub found_meta: u64,
+    /// Id of the service that the packet is for.
+    pub service_id: u32,
+    pub _pad: u32,
+    /// Location of a flow that a search for replies leaves out.
+    pub except: u64,
+    /// Meta of a flow that begins.
+    pub began_meta: u64,
     pub fragment_key: FragmentKey,
     pub fragment_ports: FragmentPorts,
 }
 
-/// One entry, this CPU's own. Neither read nor written by the daemon.
-#[btf_map]
-static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+const _: () = assert!(size_of::<Scratch>() <= size_of::<abi::Scratch>());
 
 /// This CPU's memory; nothing only where the map is not there, which cannot be.
 #[inline(always)]
 pub fn scratch() -> Option<&'static mut Scratch> {
-    // SAFETY: the entry is this CPU's own, and a program that runs on it is not interrupted by another run of it.
-    SCRATCH.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
+    Some(per_cpu()?.1)
+}
+
+/// This CPU's totals and memory, as [`scratch`].
+#[inline(always)]
+pub fn per_cpu() -> Option<(&'static mut Totals, &'static mut Scratch)> {
+    let per_cpu = PER_CPU.get_ptr_mut(0)?;
+    // SAFETY: the entry is this CPU's own, and a program that runs on it is not interrupted by another run of it; the
+    // memory is large enough and has no values that would not be of the type.
+    unsafe {
+        Some((
+            &mut (*per_cpu).totals,
+            &mut *(&raw mut (*per_cpu).scratch).cast::<Scratch>(),
+        ))
+    }
 }

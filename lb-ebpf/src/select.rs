@@ -1,12 +1,12 @@
 //! Which backend a new flow gets.
 
 use lb_common::{
-    abi::{Backend, FlowKey, LENGTH_SLOT, Reason, SLOT_COUNT, Service, Settings, Strategy},
+    abi::{Backend, FlowKey, LINE_WORDS, Part, PoolHeader, Reason, Service, Settings, Strategy},
     logic::hash::{client_hash, flow_hash, lot, slot_of},
 };
 
 use crate::{
-    maps::{self, LIVE, LIVE_BASE, SLOT_TABLES},
+    maps::{self, LIVE},
     scratch::scratch,
 };
 
@@ -48,13 +48,13 @@ extern "C" fn select(service_id: u32) -> u64 {
 
 #[inline(always)]
 fn try_select(settings: &Settings, service: &Service, service_id: u32, key: &FlowKey) -> Result<u32, Reason> {
+    let pool = Pool::of(service_id).ok_or(Reason::NoBackend)?;
     if service.strategy == Strategy::LeastConnections.number() {
-        return least_connections(settings, service_id, key);
+        return least_connections(settings, &pool, key);
     }
-    // Slots `first` to `first + length - 1` in a ring.
-    let (first, length, start, stride) = if service.strategy == Strategy::RoundRobin.number() {
-        let length = slot(service_id, LENGTH_SLOT);
-        (LENGTH_SLOT + 1, length, next_position(service_id, length), 1)
+    let slots = pool.header.slots;
+    let (start, stride) = if service.strategy == Strategy::RoundRobin.number() {
+        (next_position(service_id, slots), 1)
     } else {
         let hash = if service.strategy == Strategy::IpHash.number() {
             client_hash(settings.seed, key)
@@ -62,35 +62,92 @@ fn try_select(settings: &Settings, service: &Service, service_id: u32, key: &Flo
             flow_hash(settings.seed, key)
         };
         // A full backend's flows spread over the others.
-        (0, SLOT_COUNT, slot_of(hash), 1 + (hash as u32 & 0xfff))
+        (slot_of(hash, slots), 1 + (hash as u32 & 0xfff))
     };
-    if length == 0 {
-        return Err(Reason::NoBackend);
-    }
     let mut reason = Reason::NoBackend;
-    for attempt in 0..TRIES {
-        let id = slot(service_id, first + (start + attempt * stride) % length);
-        if id == 0 {
-            continue;
+    let mut position = start;
+    for _ in 0..TRIES {
+        let id = pool.at(position);
+        if id != 0
+            && let Some(backend) = maps::backend(id)
+        {
+            if takes_more(id, backend) {
+                return Ok(id);
+            }
+            reason = Reason::BackendsFull;
         }
-        let Some(backend) = maps::backend(id) else {
-            continue;
-        };
-        if takes_more(id, backend) {
-            return Ok(id);
-        }
-        reason = Reason::BackendsFull;
+        // A division, which the first one does without.
+        position = (position + stride) % slots;
     }
     Err(reason)
 }
 
+/// The pool of a service: who gets its new flows.
+struct Pool {
+    /// Where it begins.
+    line: u32,
+    header: PoolHeader,
+}
+
+impl Pool {
+    /// Nothing where nobody gets new flows; else it has slots and members.
+    #[inline(always)]
+    fn of(service_id: u32) -> Option<Self> {
+        let line = maps::pool(service_id);
+        if line == 0 {
+            return None;
+        }
+        let header = PoolHeader::from_words(maps::pool_line(line)?);
+        (header.slots != 0 && header.members != 0).then_some(Self { line, header })
+    }
+
+    /// The id of the backend that a slot leads to; 0 where there is none.
+    #[inline(always)]
+    fn at(&self, slot: u32) -> u32 {
+        let PoolHeader {
+            ranks, bits, members, ..
+        } = self.header;
+        member(self.line, members, ranks, bits, slot)
+    }
+
+    /// The id of the member of a rank; 0 where there is none.
+    #[inline(always)]
+    fn member(&self, rank: u32) -> u32 {
+        member(self.line, self.header.members, 0, 0, rank)
+    }
+}
+
+/// The id of the member of a pool that a slot leads to, by ranks of some bits or by itself; 0 where there is none. A function
+/// that the verifier checks for itself, once for all tries.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn member(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
+    let rank = if bits == 0 {
+        slot
+    } else {
+        let part = Part::of_rank(slot, bits);
+        word(ranks + part.line, &part) & ((1 << (bits & 31)) - 1)
+    };
+    if rank >= members {
+        return 0;
+    }
+    let part = Part::of_member(rank);
+    word(pool + part.line, &part)
+}
+
+/// 32 bits of a line of pools; 0 where there is none.
+#[inline(always)]
+fn word(line: u32, part: &Part) -> u32 {
+    match maps::pool_line(line) {
+        Some(words) => (words[part.word & (LINE_WORDS - 1)] >> part.shift) as u32,
+        None => 0,
+    }
+}
+
 /// The backend with the fewest live flows for its weight.
 #[inline(always)]
-fn least_connections(settings: &Settings, service_id: u32, key: &FlowKey) -> Result<u32, Reason> {
-    let length = slot(service_id, LENGTH_SLOT);
-    if length == 0 {
-        return Err(Reason::NoBackend);
-    }
+fn least_connections(settings: &Settings, pool: &Pool, key: &FlowKey) -> Result<u32, Reason> {
+    let length = pool.header.members;
     let hash = flow_hash(settings.seed, key);
     let start = hash as u32 % length;
     let (mut best, mut best_live, mut best_weight, mut best_lot) = (0, 0, 0, 0);
@@ -99,7 +156,7 @@ fn least_connections(settings: &Settings, service_id: u32, key: &FlowKey) -> Res
         if position >= length {
             break;
         }
-        let id = slot(service_id, LENGTH_SLOT + 1 + (start + position) % length);
+        let id = pool.member((start + position) % length);
         let Some(backend) = maps::backend(id) else {
             continue;
         };
@@ -122,12 +179,6 @@ fn least_connections(settings: &Settings, service_id: u32, key: &FlowKey) -> Res
     if best == 0 { Err(reason) } else { Ok(best) }
 }
 
-/// A slot of a service's table; 0 where there is none.
-#[inline(always)]
-fn slot(service_id: u32, index: u32) -> u32 {
-    SLOT_TABLES.get_value(service_id, &index).copied().unwrap_or(0)
-}
-
 /// This CPU's next position in the sequence of a service.
 #[inline(always)]
 fn next_position(service_id: u32, length: u32) -> u32 {
@@ -147,14 +198,11 @@ fn takes_more(id: u32, backend: &Backend) -> bool {
 /// Live flows of a backend, as far as they are known; at most `u32::MAX`.
 #[inline(always)]
 fn live(id: u32) -> u64 {
-    let (Some(count), Some(base)) = (LIVE.get(id), LIVE_BASE.get(id)) else {
+    let Some(count) = LIVE.get(id) else {
         return 0;
     };
-    let live = (count.opened).wrapping_sub(count.ended).wrapping_add(*base);
-    // Below zero for a moment, where an end is seen that the recount has seen, too.
-    if live as i64 <= 0 {
-        0
-    } else if live > u32::MAX as u64 {
+    let live = count.flows();
+    if live > u32::MAX as u64 {
         u32::MAX as u64
     } else {
         live

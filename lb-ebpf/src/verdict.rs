@@ -4,7 +4,7 @@ use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
     programs::XdpContext,
 };
-use lb_common::abi::{Count, Reason};
+use lb_common::abi::{Count, Reason, Totals};
 
 use crate::maps;
 
@@ -104,7 +104,7 @@ impl Verdict {
 
 /// Counts a verdict on a packet of so many bytes and gives the action for the kernel.
 #[inline(always)]
-pub fn conclude(_context: &XdpContext, bytes: u64, verdict: Verdict) -> u32 {
+pub fn conclude(_context: &XdpContext, totals: &mut Totals, bytes: u64, verdict: Verdict) -> u32 {
     let reason = verdict.reason.index();
     let counter = if verdict.service_id == NO_SERVICE {
         maps::counter(reason)
@@ -114,14 +114,12 @@ pub fn conclude(_context: &XdpContext, bytes: u64, verdict: Verdict) -> u32 {
     if let Some(counter) = counter {
         add(counter, bytes);
     }
-    if let Some(totals) = maps::totals() {
-        totals.received += 1;
-        match verdict.action {
-            XDP_TX => totals.transmitted += 1,
-            XDP_REDIRECT => totals.redirected += 1,
-            XDP_DROP => totals.dropped += 1,
-            _ => totals.passed += 1,
-        }
+    totals.received += 1;
+    match verdict.action {
+        XDP_TX => totals.transmitted += 1,
+        XDP_REDIRECT => totals.redirected += 1,
+        XDP_DROP => totals.dropped += 1,
+        _ => totals.passed += 1,
     }
     #[cfg(feature = "log")]
     aya_log_ebpf::debug!(

@@ -14,11 +14,8 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use lb_common::abi;
-use nix::{
-    net::if_::if_nametoindex,
-    time::{ClockId, clock_gettime},
-};
+use lb_common::abi::{self, LiveCount};
+use nix::net::if_::if_nametoindex;
 use tracing::{error, info, warn};
 
 use self::{slow_starts::Rising, sweeps::Sweeps};
@@ -27,8 +24,8 @@ use crate::{
     compile::{self, Directory, SlotTables},
     config::{self, Config, Forward, Service, XdpMode},
     datapath::{
-        Datapath, Live,
-        kernel::{Attachment, KernelDatapath, Mode, flow_table_memory},
+        Datapath, Sizes,
+        kernel::{Attachment, KernelDatapath, MapMemory, Mode},
         probes::Probes,
     },
     health::{Driver, Transition},
@@ -38,8 +35,8 @@ use crate::{
     observe::{
         rates::Rates,
         status::{
-            BackendStatus, FlowTableStatus, InterfaceStatus, PacketTotals, ServiceStatus, Status, Traffic,
-            by_reason,
+            BackendStatus, FlowTableStatus, InterfaceStatus, MapsStatus, PacketTotals, ServiceStatus, Status,
+            Traffic, by_reason,
         },
     },
     reconcile::Reconciler,
@@ -100,8 +97,10 @@ impl Controller {
             watcher,
         } = parts;
         let reconciler = Reconciler::new(datapath)?;
-        let restored = compile::restore(&config, reconciler.actual(), SystemTime::now());
+        let sizes = reconciler.datapath().sizes();
+        let restored = compile::restore(&config, reconciler.actual(), &sizes, SystemTime::now());
         let model = Model {
+            sizes,
             seed: seed::load_or_make(&config.seed_file)?,
             source_ports: net::source_ports()?,
             health: restored.health,
@@ -109,6 +108,8 @@ impl Controller {
             ramps: BTreeMap::new(),
             next_hops: BTreeMap::new(),
             live_flows: BTreeMap::new(),
+            left_services: BTreeSet::new(),
+            ages_are_renewed: false,
             config,
         };
         let mut controller = Self {
@@ -131,6 +132,7 @@ impl Controller {
             problems: BTreeMap::new(),
         };
         controller.follow_configuration().await;
+        controller.sweep_what_is_found()?;
         // The maps first: the program finds services from its first packet on.
         controller.converge()?;
         controller.attach()?;
@@ -156,8 +158,10 @@ impl Controller {
             Health::Unknown => {}
         }
         // The driver's own word, not that of a transition that may have waited behind a change of the targets.
-        self.follow_health();
-        self.converge_or_retry();
+        self.follow_health_of(&(service.clone(), backend));
+        if let Err(error) = self.converge_service(&service) {
+            self.problem("converge", &error);
+        }
     }
 
     /// The ways to the backends have changed.
@@ -180,8 +184,9 @@ impl Controller {
         self.forget_vanished(&former.config);
         self.remember_renamed();
         self.expect_added(&former);
-        // What was counted of a backend that has gone says nothing of the next with its id.
+        // What was counted of a backend or service that has gone says nothing of the next with its id.
         self.model.live_flows.retain(|_, flows| *flows > 0);
+        self.model.left_services.clear();
         // First, since it is what may be refused: until then probes know nothing of it.
         let mut outcome = self.attach();
         let is_attached = outcome.is_ok();
@@ -204,7 +209,7 @@ impl Controller {
             ));
         }
         self.assign_vips().await;
-        self.sweep_and_remove_orphan_replies_soon();
+        self.sweep_soon();
         let services = self.model.config.services.len();
         let message = format!("reloaded {}: {services} services", self.config_path.display());
         info!("{message}");
@@ -227,7 +232,7 @@ impl Controller {
             },
         };
         let former = self.model.administrative.insert(name.clone(), state);
-        if let Err(error) = self.converge() {
+        if let Err(error) = self.converge_service(service) {
             match former {
                 Some(former) => self.model.administrative.insert(name, former),
                 None => self.model.administrative.remove(&name),
@@ -297,7 +302,7 @@ impl Controller {
                 problems.push(chain(error));
                 Default::default()
             });
-        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
+        let (sizes, memory) = (self.model.sizes, self.map_memory());
         let reports = self.driver.report();
         let unresolved = self.watcher.unresolved();
         let attached: BTreeSet<u32> = (self.attachments.iter())
@@ -343,7 +348,7 @@ impl Controller {
                     },
                     share: shares.get(&id).copied().unwrap_or(0.0),
                     flows: self.model.live_flows.get(&id).copied().unwrap_or(0),
-                    live_flows: live.get(&id).map_or(0, Live::flows),
+                    live_flows: live.get(&id).map_or(0, LiveCount::flows),
                     flows_total: counted.flows,
                     forwarded: Traffic::from(counted.forwarded),
                     returned: Traffic::from(counted.returned),
@@ -390,15 +395,27 @@ impl Controller {
                 })
                 .collect(),
             flow_table: FlowTableStatus {
-                size,
+                size: sizes.flows,
                 flows: self.model.live_flows.values().sum(),
-                memory_bytes: flow_table_memory(size),
+                memory_bytes: memory.flow_table,
+            },
+            maps: MapsStatus {
+                services: sizes.services,
+                services_memory_bytes: memory.services,
+                backends: sizes.backends,
+                backends_memory_bytes: memory.backends,
+                slot_tables_memory_bytes: memory.slot_tables,
             },
             packets: PacketTotals::of(&counters.totals),
             reasons: by_reason(&counters.reasons),
             services: self.model.config.services.iter().map(service_status).collect(),
             problems,
         }
+    }
+
+    /// What the maps take.
+    pub fn map_memory(&self) -> MapMemory {
+        self.reconciler.datapath().memory()
     }
 
     /// Compiles the model and makes the maps hold the result.
@@ -410,6 +427,38 @@ impl Controller {
         self.directory = compiled.directory;
         self.problems.remove("converge");
         Ok(())
+    }
+
+    /// As [`Self::converge`], where nothing but health or administrative state of a service's backends has changed: with many
+    /// services, most of the work would be to find the others as they are.
+    fn converge_service(&mut self, name: &str) -> anyhow::Result<()> {
+        let Model { config, ramps, .. } = &mut self.model;
+        let named = |service: &&Service| service.name == name;
+        if let Some(service) = config.services.iter().find(named) {
+            // What others have gained meanwhile they get by the next `ramp`.
+            for backend in &service.backends {
+                ramps.remove(&(service.name.clone(), backend.name.clone()));
+            }
+            ramps.extend(self.rising.percents_of(service));
+        }
+        let is_all_that_changes = !self.problems.contains_key("converge");
+        let service = self.model.config.services.iter().find(named);
+        let operations = service.filter(|_| is_all_that_changes).and_then(|service| {
+            compile::follow_states(
+                &mut self.tables,
+                &self.model,
+                service,
+                &self.directory,
+                self.reconciler.actual(),
+            )
+        });
+        match operations {
+            Some(operations) => {
+                self.reconciler.apply(&operations)?;
+                Ok(())
+            }
+            None => self.converge(),
+        }
     }
 
     /// As [`Self::converge`]; what fails is told in the status and tried again by the next [`Self::repair`].
@@ -545,7 +594,12 @@ impl Controller {
     /// Takes over what is known of servers that only have another name now, or whose service has: without it they
     /// would get no new flows until their first probe has ended.
     fn remember_renamed(&mut self) {
-        let restored = compile::restore(&self.model.config, self.reconciler.actual(), SystemTime::now());
+        let restored = compile::restore(
+            &self.model.config,
+            self.reconciler.actual(),
+            &self.model.sizes,
+            SystemTime::now(),
+        );
         for (name, health) in restored.health {
             self.model.health.entry(name).or_insert(health);
         }
@@ -561,12 +615,32 @@ impl Controller {
             warnings
                 .push("the control socket stays where it is until the daemon is started again".to_owned());
         }
-        let size = self.reconciler.datapath().flow_table_size().unwrap_or(0);
-        if config.flow_table.size.is_some_and(|wanted| wanted != size) {
+        let Sizes {
+            flows,
+            services,
+            backends,
+        } = self.model.sizes;
+        if config
+            .flow_table
+            .size
+            .is_some_and(|wanted| abi::buckets(wanted) != abi::buckets(flows))
+        {
             warnings.push(format!(
-                "the flow table keeps its {size} entries: another size takes effect after `xlb detach`, which ends \
+                "the flow table keeps its {flows} entries: another size takes effect after `xlb detach`, which ends \
                  all flows"
             ));
+        }
+        let limits = [
+            ("services", config.limits.services, services),
+            ("backends", config.limits.backends, backends),
+        ];
+        for (objects, wanted, limit) in limits {
+            if wanted.is_some_and(|wanted| wanted != limit) {
+                warnings.push(format!(
+                    "the maps keep their room for {limit} {objects}: another limit takes effect after `xlb detach`, which \
+                     ends all flows"
+                ));
+            }
         }
         warnings
     }
@@ -666,12 +740,4 @@ fn interface_name(ifindex: u32) -> String {
 
 fn refused(reason: Refusal, message: String) -> Refused {
     Refused { reason, message }
-}
-
-/// Now on the clock of the flow table, in nanoseconds.
-fn monotonic_now() -> u64 {
-    // The clock exists on every Linux; without it no flow would be found idle.
-    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
-        .map(|now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
-        .unwrap_or(0)
 }

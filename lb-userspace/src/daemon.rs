@@ -20,13 +20,10 @@ use crate::{
     api::{Request, server},
     config::Config,
     controller::{Controller, Parts},
-    datapath::{
-        Pins,
-        kernel::{KernelDatapath, flow_table_memory},
-    },
-    flow_table_size,
+    datapath::{Pins, Sizes, kernel::KernelDatapath},
     health::Driver,
     instance::Instance,
+    map_sizes,
     net::{self, NextHopWatcher},
 };
 
@@ -34,8 +31,6 @@ use crate::{
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the maps are compared with what they shall hold.
 const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
-/// How often keys of replies that flows have left behind are looked for: a look at each key.
-const ORPHANS_INTERVAL: Duration = Duration::from_secs(300);
 /// How often shares of backends that start slowly are looked at.
 const RAMP_INTERVAL: Duration = Duration::from_secs(1);
 /// How often counters are read for rates.
@@ -63,18 +58,14 @@ pub async fn run(
         .unwrap_or_else(|| instance.socket());
     let pins = Pins::new(instance.name());
     let took_over = pins.exist();
-    let size = config.flow_table.size.unwrap_or_else(flow_table_size::automatic);
+    let sizes = map_sizes::of(&config);
     let listener = server::bind(&socket)?;
     let socket = SocketFile(socket);
     // What an earlier daemon has left running goes on; what this one has begun does not stay if it fails to start.
     let unfinished = Unfinished((!took_over).then(|| pins.clone()));
-    let mut datapath = KernelDatapath::open(pins, size)?;
+    let mut datapath = KernelDatapath::open(pins, sizes)?;
     datapath.start_packet_log()?;
-    let size = datapath.flow_table_size()?;
-    info!(
-        "flow table: {size} flows, {} MB",
-        flow_table_memory(size) / 1_000_000
-    );
+    log_memory(&datapath);
     if took_over {
         info!("took over the maps of an earlier daemon, with their flows");
     }
@@ -101,6 +92,10 @@ pub async fn run(
         }
     };
     unfinished.finish();
+    info!(
+        "slot tables: {}",
+        in_megabytes(controller.map_memory().slot_tables)
+    );
 
     let (requests, mut request) = mpsc::channel(64);
     let mut api = tokio::spawn(server::serve(listener, requests));
@@ -113,7 +108,6 @@ pub async fn run(
     };
     let mut sweeps = ticks(SWEEP_INTERVAL);
     let mut repairs = ticks(REPAIR_INTERVAL);
-    let mut orphans = ticks(ORPHANS_INTERVAL);
     let mut samples = ticks(SAMPLE_INTERVAL);
     let mut ramps = ticks(RAMP_INTERVAL);
     loop {
@@ -132,7 +126,6 @@ pub async fn run(
             () = yield_now(), if controller.has_steps() => controller.step(),
             _ = ramps.tick(), if controller.is_ramping() => controller.ramp(),
             _ = repairs.tick() => controller.repair().await,
-            _ = orphans.tick() => controller.sweep_and_remove_orphan_replies_soon(),
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");
@@ -148,6 +141,23 @@ pub async fn run(
     drop(controller);
     drop(lock);
     Ok(())
+}
+
+/// What the maps are made for, and what they take.
+fn log_memory(datapath: &KernelDatapath) {
+    let Sizes {
+        flows,
+        services,
+        backends,
+    } = datapath.sizes();
+    let memory = datapath.memory();
+    info!("flow table: {flows} flows, {}", in_megabytes(memory.flow_table));
+    info!("services: room for {services}, {}", in_megabytes(memory.services));
+    info!("backends: room for {backends}, {}", in_megabytes(memory.backends));
+}
+
+fn in_megabytes(bytes: u64) -> String {
+    format!("{} MB", bytes / 1_000_000)
 }
 
 /// The control socket, which goes with the daemon.

@@ -11,7 +11,7 @@ use std::{
 use aya::programs::ProgramInfo;
 use xlb::{
     datapath::{
-        AttachMode, Pins,
+        AttachMode, Pins, Sizes,
         kernel::{KernelDatapath, Mode},
     },
     lab::Namespace,
@@ -28,7 +28,7 @@ impl Instance {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let pins = Pins::new(&format!("attach-{}-{number}", std::process::id()));
-        let datapath = KernelDatapath::open(pins.clone(), 1024).unwrap();
+        let datapath = KernelDatapath::open(pins.clone(), Sizes::of_flows(1024)).unwrap();
         Self { pins, datapath }
     }
 
@@ -170,7 +170,7 @@ fn the_program_is_pinned_once_and_stays_over_a_restart() {
     let id = || ProgramInfo::from_pin(&path).unwrap().id();
     let (first, own) = (id(), instance.program_id());
     assert_eq!(first, own);
-    instance.datapath = KernelDatapath::open(instance.pins.clone(), 1024).unwrap();
+    instance.datapath = KernelDatapath::open(instance.pins.clone(), Sizes::of_flows(1024)).unwrap();
     // A debug build's program has a ring for log records of its own, so that it is another one each time.
     if cfg!(debug_assertions) {
         assert_eq!(id(), instance.program_id());

@@ -828,15 +828,33 @@ fn more_than_the_maps_hold_is_told_where_it_begins() {
         let services: String = (0..count).map(|index| service(index, port, ports)).collect();
         format!("interfaces = [\"eth0\"]\n{services}")
     };
-    assert_eq!(parsed(&many(1024, "80", "")).services.len(), 1024);
-    let told = rejected(&many(1025, "80", "")).located();
+    assert_eq!(parsed(&many(16_383, "80", "")).services.len(), 16_383);
+    let told = rejected(&many(16_384, "80", "")).located();
     assert_eq!(
         (told[0].line, told[0].message.as_str()),
-        (2 + 1024 * 7, "more than 1024 services")
+        (2 + 16_383 * 7, "more than 16383 services")
+    );
+    let limited = |limit: &str, text: String| text.replacen('\n', &format!("\n[limits]\n{limit}\n"), 1);
+    let few = limited("services = 2", many(2, "80", ""));
+    assert_eq!(parsed(&few).limits.services, Some(2));
+    let told = rejected(&limited("services = 2", many(3, "80", ""))).located();
+    assert_eq!(
+        (told[0].line, told[0].message.as_str()),
+        (2 + 2 + 2 * 7, "more than 2 services")
+    );
+    assert_eq!(told[0].help, "write a higher limit, or \"auto\"");
+    parsed(&limited("backends = 20", many(2, "80", ":1-10")));
+    let told = rejected(&limited("backends = 20", many(3, "80", ":1-10"))).located();
+    assert_eq!(
+        (told[0].line, told[0].message.as_str()),
+        (
+            2 + 2 + 2 * 7 + 6,
+            "more than 20 backends of all services together"
+        )
     );
 
     // "any" is one key, whatever it stands for.
-    parsed(&many(1024, "\"any\"", ":80"));
+    parsed(&many(1100, "\"any\"", ":80"));
     parsed(&many(1, "[\"1-40000\", \"40001-65535\"]", ""));
     let told = rejected(&many(2, "\"1-65534\"", "")).located();
     assert_eq!(
@@ -866,12 +884,15 @@ fn more_than_the_maps_hold_is_told_where_it_begins() {
         )
     );
 
-    parsed(&many(1, "80", ":1-16383"));
+    parsed(&many(1, "80", ":1-65535"));
     let told = rejected(&many(500, "80", ":1-65535")).located();
     assert_eq!(told.len(), 1);
     assert_eq!(
         (told[0].line, told[0].message.as_str()),
-        (2 + 6, "more than 16383 backends of all services together")
+        (
+            2 + 4 * 7 + 6,
+            "more than 262143 backends of all services together"
+        )
     );
 }
 
@@ -993,7 +1014,7 @@ fn the_documentation_has_exactly_the_keys_that_there_are() {
         // The keys that hold other tables are headers.
         .filter(|(table, key)| {
             let tables: &[&str] = match table.as_str() {
-                "" => &["flow-table", "hash", "ipip", "api", "service"],
+                "" => &["flow-table", "limits", "hash", "ipip", "api", "service"],
                 "[[service]]" => &["health", "backend"],
                 _ => &[],
             };

@@ -154,7 +154,7 @@ fn a_removed_service_ends_its_flows_and_leaves_empty_maps() {
     assert_eq!(
         (
             contents.services.len(),
-            contents.slots.len(),
+            contents.pools.len(),
             contents.backends.len()
         ),
         (1, 1, 3)
@@ -169,7 +169,9 @@ fn a_removed_service_ends_its_flows_and_leaves_empty_maps() {
     };
     assert_eq!(contents_dump(&contents), contents_dump(&nothing));
     assert_eq!(maps::flows(&daemon.pins()), []);
-    assert_eq!(maps::replies(&daemon.pins()), 0);
+    eventually("what leads to flows is gone", Duration::from_secs(12), || {
+        maps::units_in_use(&daemon.pins()) == 0
+    });
     assert_eq!(daemon.status().services, []);
     // Nobody answers for the vip any more, so the clients hear nothing and give up.
     for download in [web_download, other_download] {
@@ -261,5 +263,51 @@ fn a_missing_interface_is_named_and_nothing_stays_attached() {
         "eth3 was attached on the way"
     );
     assert_eq!(daemon.status().services[0].backends.len(), 2);
+    requests(&topology.client, source(), WEB, machine::count(100));
+}
+
+#[test]
+fn more_than_the_maps_have_room_for_is_refused_with_what_to_do_until_there_are_new_ones() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure_with("[limits]\nservices = 1", &INTERFACES, &[web()]);
+    daemon.start_up();
+    assert_eq!(daemon.status().maps.services, 1);
+
+    daemon.configure_with("[limits]\nservices = 2", &INTERFACES, &[web(), other()]);
+    let outcome = daemon.xlb(&["reload"]);
+    assert_eq!(outcome.code, 1, "{outcome:?}");
+    for words in [
+        "2 services",
+        "made for 1",
+        "limits.services",
+        "xlb detach",
+        "the running configuration stays",
+    ] {
+        assert!(outcome.stderr.contains(words), "{words}: {}", outcome.stderr);
+    }
+    assert_eq!(daemon.status().services.len(), 1);
+    requests(&topology.client, source(), WEB, machine::count(100));
+
+    // A limit alone is a warning: what there is goes on.
+    daemon.configure_with("[limits]\nservices = 2", &INTERFACES, &[web()]);
+    let outcome = daemon.xlb(&["reload"]);
+    assert_eq!(outcome.code, 0, "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("room for 1 services"),
+        "{}",
+        outcome.stderr
+    );
+
+    // A restart takes the pinned maps as they are.
+    daemon.terminate();
+    daemon.start_up();
+    assert_eq!(daemon.status().maps.services, 1);
+    daemon.terminate();
+    daemon.done(&["detach"]);
+    daemon.configure_with("[limits]\nservices = 2", &INTERFACES, &[web(), other()]);
+    daemon.start_up();
+    assert_eq!(daemon.status().maps.services, 2);
     requests(&topology.client, source(), WEB, machine::count(100));
 }

@@ -75,7 +75,7 @@ fn connections_go_on_while_no_daemon_runs(forward: &str, stop: impl FnOnce(&mut 
         .filter(|(key, _)| made.contains(&u16::from_be(key.source_port)));
     for (key, flow) in before {
         let kept = after.iter().any(|(other, kept)| {
-            *other == key && (kept.backend, kept.created) == (flow.backend, flow.created)
+            *other == key && (kept.backend, kept.source_port) == (flow.backend, flow.source_port)
         });
         assert!(kept, "the flow {key:?} was not kept");
     }

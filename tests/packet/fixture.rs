@@ -16,10 +16,17 @@ use aya::{
     programs::{TestRun, TestRunOptions, Xdp},
     util::nr_cpus,
 };
-use lb_common::abi::{
-    Address, Backend, BackendCounters, BackendFlags, Count, Flow, FlowKey, Forward, FragmentKey,
-    FragmentPorts, LENGTH_SLOT, Link, LiveCount, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, Reason, SLOT_COUNT,
-    Service, ServiceKey, Settings, SettingsFlags, SourceKey, SourceRate, Strategy, TCP, Totals, UDP,
+use lb_common::{
+    abi::{
+        Address, Backend, BackendCounters, BackendFlags, Bucket, ClientLink, Count, FlowKey, Forward,
+        FragmentKey, FragmentPorts, Kind, Link, LiveCount, MAX_CLIENT_LINKS, Meta, PerCpu, REASON_COUNT,
+        ROLE_BACKEND, ROLE_VIP, Reason, Service, ServiceKey, Settings, SettingsFlags, SourceKey, SourceRate,
+        Strategy, TCP, Totals, UDP, UNITS, buckets,
+    },
+    logic::{
+        ageing,
+        flow_table::{PORTS, key_at, long_key, meta_at, short_key},
+    },
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -27,8 +34,8 @@ use nix::{
 };
 use xlb::{
     datapath::{
-        Contents, Datapath, Operation, Pins,
-        kernel::{KernelDatapath, PROGRAM, Raw},
+        Contents, Datapath, Flow, Operation, Pins, Pool, Sizes,
+        kernel::{KernelDatapath, PROGRAM, Raw, monotonic_now},
     },
     reconcile::plan,
 };
@@ -181,11 +188,14 @@ pub(crate) const SETTINGS: Settings = Settings {
     udp_idle: LONG,
     source_port_first: 1024,
     source_port_count: 31744,
-    flags: SettingsFlags::LOCAL,
+    flags: SettingsFlags::LOCAL | SettingsFlags::ON_LOOPBACK,
     ipip_source_v4: Address::from_v4_word(u32::from_ne_bytes([172, 16, 0, 0])),
     ipip_source_v6: Address([0x100_0000_u32.to_be(), 0, 0, 0]),
     ipip_varying_v4: 0xffff_u32.to_be(),
     ipip_varying_v6: u32::MAX,
+    tick_shifts: [ageing::tick_shift(LONG); 4],
+    _pad: 0,
+    table_seed: [0x0f1e_2d3c_4b5a_6978, 0x8796_a5b4_c3d2_e1f0],
 };
 
 impl TestBackend {
@@ -246,7 +256,7 @@ struct Instance {
     backends: BTreeSet<u32>,
 }
 
-/// Instances that tests have given back: to load the program and to fill slot tables takes longer than most tests.
+/// Instances that tests have given back: to load the program takes longer than most tests.
 /// They have no pins, so that nothing of them is left when the process ends.
 static IDLE: Mutex<Vec<Instance>> = Mutex::new(Vec::new());
 
@@ -264,9 +274,9 @@ impl Drop for Fixture {
 }
 
 impl Instance {
-    fn open(pins: &Pins, flow_table_size: u32) -> Self {
+    fn open(pins: &Pins, sizes: Sizes) -> Self {
         Self {
-            datapath: KernelDatapath::open(pins.clone(), flow_table_size).unwrap(),
+            datapath: KernelDatapath::open(pins.clone(), sizes).unwrap(),
             contents: Contents::default(),
             backends: BTreeSet::new(),
         }
@@ -280,17 +290,18 @@ impl Instance {
         }
     }
 
-    /// Makes all maps as empty as they were at first, but for slot tables, which no packet finds without a service.
+    /// Makes all maps as empty as they were at first.
     fn clear(&mut self) {
-        let emptied = Contents {
-            slots: self.contents.slots.clone(),
-            ..Contents::default()
-        };
-        for operation in plan(&self.contents, &emptied) {
+        let services: Vec<u32> = self.contents.pools.keys().copied().collect();
+        for operation in plan(&self.contents, &Contents::default()) {
             self.apply(&operation);
         }
-        self.remove_all::<FlowKey, Flow>("FLOWS");
-        self.remove_all::<FlowKey, FlowKey>("REPLIES");
+        for index in 0..buckets(self.datapath.sizes().flows) {
+            self.empty("FLOWS", index, Bucket::default());
+        }
+        for index in 0..MAX_CLIENT_LINKS {
+            self.empty("CLIENT_LINKS", index, ClientLink::default());
+        }
         self.remove_all::<FragmentKey, FragmentPorts>("FRAGMENTS");
         self.remove_all::<SourceKey, SourceRate>("SOURCES");
         let backends = mem::take(&mut self.backends);
@@ -298,13 +309,10 @@ impl Instance {
         for id in &backends {
             live.set(*id, Raw(LiveCount::default()), 0).unwrap();
         }
-        for id in backends {
-            self.datapath.set_live_base(id, 0).unwrap();
-        }
         // Those of services and backends went with them.
-        self.zero("TOTALS", [0], Totals::default());
+        self.zero("PER_CPU", [0], PerCpu::default());
+        self.zero("OPENINGS", [0], [0_u64; 2]);
         self.zero("COUNTERS", 0..REASON_COUNT, Count::default());
-        let services: Vec<u32> = self.contents.slots.keys().copied().collect();
         self.zero("ROUND_ROBIN", services, 0_u32);
     }
 
@@ -318,6 +326,17 @@ impl Instance {
             .unwrap()
             .try_into()
             .unwrap()
+    }
+
+    /// Writes an entry of an array that is not so: most are.
+    fn empty<T>(&mut self, name: &str, index: u32, empty: T)
+    where
+        T: FromBytes + IntoBytes + Immutable + Copy + PartialEq + 'static,
+    {
+        let mut map: Array<_, Raw<T>> = self.map(name);
+        if map.get(&index, 0).unwrap().0 != empty {
+            map.set(index, Raw(empty), 0).unwrap();
+        }
     }
 
     fn remove_all<K, V>(&mut self, name: &str)
@@ -343,6 +362,11 @@ impl Instance {
             map.set(index, zeros, 0).unwrap();
         }
     }
+}
+
+/// The number of the second or so in which new flows are counted now.
+pub(crate) fn openings_window() -> u64 {
+    monotonic_now() >> 30
 }
 
 /// Pins that no other test has.
@@ -391,7 +415,7 @@ impl Fixture {
                 instance
             }
             None => {
-                let instance = Instance::open(&pins, 65_536);
+                let instance = Instance::open(&pins, Sizes::of_flows(65_536));
                 pins.remove_all().unwrap();
                 instance
             }
@@ -401,8 +425,13 @@ impl Fixture {
 
     /// No service and all maps empty, pinned, and not used before.
     pub(crate) fn empty(flow_table_size: u32) -> Self {
+        Self::of_sizes(Sizes::of_flows(flow_table_size))
+    }
+
+    /// As [`Self::empty`], with room for so much.
+    pub(crate) fn of_sizes(sizes: Sizes) -> Self {
         let pins = unique_pins();
-        Self::on(Instance::open(&pins, flow_table_size), pins, false)
+        Self::on(Instance::open(&pins, sizes), pins, false)
     }
 
     fn on(instance: Instance, pins: Pins, is_lent: bool) -> Self {
@@ -469,26 +498,18 @@ impl Fixture {
     pub(crate) fn restart(&mut self, flow_table_size: u32) {
         assert!(!self.is_lent, "its maps have no pins");
         drop(self.instance.take());
-        self.instance = Some(Instance::open(&self.pins, flow_table_size));
+        self.instance = Some(Instance::open(&self.pins, Sizes::of_flows(flow_table_size)));
     }
 
     pub(crate) fn apply(&mut self, operation: Operation) {
         self.counted = None;
-        // A slot table takes long to fill, and most are the same in all tests.
-        if let Operation::PutSlots(id, slots) = &operation
-            && self.instance().contents.slots.get(id) == Some(slots)
-        {
-            return;
-        }
         self.instance().apply(&operation);
     }
 
     /// Gives all slots of a service to one backend, 0 for none.
     pub(crate) fn all_slots(&mut self, service: &TestService, backend: u32) {
-        self.apply(Operation::PutSlots(
-            service.id,
-            vec![backend; SLOT_COUNT as usize].into(),
-        ));
+        let members: Vec<u32> = [backend].into_iter().filter(|id| *id != 0).collect();
+        self.apply(Operation::PutPool(service.id, Pool::of(members)));
     }
 
     /// Writes a backend that differs from what it was at the start.
@@ -507,6 +528,7 @@ impl Fixture {
     /// Writes a service that differs from what it was at the start.
     pub(crate) fn change_service(&mut self, service: &TestService, change: impl FnOnce(&mut Service)) {
         let mut entry = Service {
+            vip: Address::from(service.vip.ip()),
             strategy: Strategy::ConsistentHash.number(),
             forward: service.forward.number(),
             in_use: 1,
@@ -516,17 +538,30 @@ impl Fixture {
         self.apply(Operation::PutService(service.id, entry));
     }
 
-    /// Gives a service these slots from slot 1 on, as the strategies by position have them.
+    /// Gives a service these slots, as the strategies by position have them.
     pub(crate) fn sequence(&mut self, service: &TestService, backends: &[u32]) {
-        let mut slots = vec![0; SLOT_COUNT as usize];
-        slots[LENGTH_SLOT as usize] = backends.len() as u32;
-        slots[LENGTH_SLOT as usize + 1..][..backends.len()].copy_from_slice(backends);
-        self.apply(Operation::PutSlots(service.id, slots.into()));
+        let mut members = backends.to_vec();
+        members.sort_unstable();
+        members.dedup();
+        let pool = if members.len() == backends.len() {
+            Pool::of(backends)
+        } else {
+            Pool::listed(backends)
+        };
+        self.apply(Operation::PutPool(service.id, pool));
     }
 
     pub(crate) fn change_settings(&mut self, change: impl FnOnce(&mut Settings)) {
         let mut settings = SETTINGS;
         change(&mut settings);
+        settings.tick_shifts = ageing::tick_shifts(&settings);
+        if self.instance().contents.settings.tick_shifts != settings.tick_shifts {
+            // As the daemon does: flows are seen now by the new ticks.
+            let mut ageless = settings;
+            ageless.flags |= SettingsFlags::AGELESS;
+            self.apply(Operation::PutSettings(ageless));
+            self.tidy();
+        }
         self.apply(Operation::PutSettings(settings));
     }
 
@@ -620,13 +655,88 @@ impl Fixture {
         self.datapath().live_counts(&[backend]).unwrap()[&backend].flows()
     }
 
-    /// What the daemon has made of the live flows of a backend.
-    pub(crate) fn live_base(&mut self, backend: u32) -> u64 {
-        self.datapath().live_counts(&[backend]).unwrap()[&backend].base
+    /// Has a backend have more live flows or fewer, as the daemon does when it has found a count wrong.
+    pub(crate) fn adjust_live(&mut self, backend: u32, by: i64) {
+        self.datapath().adjust_live(backend, by).unwrap();
     }
 
-    pub(crate) fn set_live_base(&mut self, backend: u32, base: u64) {
-        self.datapath().set_live_base(backend, base).unwrap();
+    /// Has all CPUs think that they have recorded as many new flows in this second or so as they may; gives its number.
+    pub(crate) fn exhaust_openings(&mut self) -> u64 {
+        let window = openings_window();
+        self.instance().zero("OPENINGS", [0], [window, u64::MAX >> 1]);
+        window
+    }
+
+    /// A whole pass of the daemon for what flows have left behind.
+    pub(crate) fn tidy(&mut self) {
+        let mut position = None;
+        loop {
+            position = self.datapath().tidy_flows(position).unwrap();
+            if position.is_none() {
+                return;
+            }
+        }
+    }
+
+    pub(crate) fn bucket(&mut self, index: u32) -> Bucket {
+        let buckets: Array<_, Raw<Bucket>> = self.instance().map("FLOWS");
+        buckets.get(&index, 0).unwrap().0
+    }
+
+    /// Writes a bucket of the flow table, as no program does.
+    pub(crate) fn put_bucket(&mut self, index: u32, bucket: Bucket) {
+        let mut buckets: Array<_, Raw<Bucket>> = self.instance().map("FLOWS");
+        buckets.set(index, Raw(bucket), 0).unwrap();
+    }
+
+    fn buckets(&mut self) -> Vec<Bucket> {
+        let buckets: Array<_, Raw<Bucket>> = self.instance().map("FLOWS");
+        buckets.iter().map(|bucket| bucket.unwrap().0).collect()
+    }
+
+    /// Key and meta words of all units that are in use, other than those that addresses are in.
+    pub(crate) fn units(&mut self) -> Vec<(u64, Meta)> {
+        let mut units = Vec::new();
+        for Bucket(words) in self.buckets() {
+            let meta = |unit: usize| Meta(words[meta_at(unit)]);
+            for unit in 0..UNITS {
+                let is_address = unit % 2 == 1 && meta(unit - 1).is(Kind::Long);
+                if !is_address && !meta(unit).is_empty() {
+                    units.push((words[key_at(unit)], meta(unit)));
+                }
+            }
+        }
+        units
+    }
+
+    /// How many units of a kind there are.
+    pub(crate) fn units_of(&mut self, kind: Kind) -> usize {
+        self.units().iter().filter(|(_, meta)| meta.is(kind)).count()
+    }
+
+    /// The way back to the client of an IPv4 flow: the only one from its port to that of the service.
+    pub(crate) fn client_link(&mut self, frame: &Frame) -> Option<ClientLink> {
+        let key = frame.key();
+        let (client, port) = (key.source_port, key.destination_port);
+        let short = short_key(key.source.v4_word(), client, port);
+        let long = long_key(client, port, 0, 0);
+        let (_, meta) = self.units().into_iter().find(|(key, meta)| {
+            let is_it = if meta.is(Kind::Short) {
+                *key == short
+            } else {
+                meta.is(Kind::Long) && key & PORTS == long
+            };
+            is_it && !meta.is_left()
+        })?;
+        let links: Array<_, Raw<ClientLink>> = self.instance().map("CLIENT_LINKS");
+        (meta.link() != 0).then(|| links.get(&meta.link(), 0).unwrap().0)
+    }
+
+    /// States of all ways back to clients, but for those that are free.
+    pub(crate) fn link_states(&mut self) -> Vec<u64> {
+        let links: Array<_, Raw<ClientLink>> = self.instance().map("CLIENT_LINKS");
+        let states = links.iter().map(|link| link.unwrap().0.state);
+        states.filter(|state| *state != ClientLink::FREE).collect()
     }
 
     pub(crate) fn flows(&mut self) -> BTreeMap<FlowKey, Flow> {

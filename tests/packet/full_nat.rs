@@ -158,7 +158,8 @@ fn a_source_port_is_free_again_when_its_flow_is_over() {
         settings.source_port_count = 1;
         settings.tcp_opening = 1_000_000;
     });
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    // Above two ticks of any timeout.
+    std::thread::sleep(std::time::Duration::from_millis(250));
     fixture.expect(
         "second, when the first is over",
         &second.bytes(),

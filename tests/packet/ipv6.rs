@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use lb_common::{
     abi::{
-        Address,
+        Address, ROLE_VIP,
         Reason::{self, BadExtensionHeader, BadSourceAddress, NoFlow, NotForService, TtlExceeded},
         ServiceKey, SettingsFlags, TCP, UDP,
     },
@@ -317,6 +317,8 @@ fn a_service_of_any_port_takes_every_port_of_both_families_and_keeps_or_rewrites
             };
             fixture.apply(Operation::PutServiceKey(key, service.id));
         }
+        fixture.apply(Operation::PutAddress(Address::from(vip.ip()), ROLE_VIP));
+        fixture.change_service(service, |entry| entry.vip = Address::from(vip.ip()));
         let syn = |port: u16| tcp(client, SocketAddr::new(vip.ip(), port), SYN);
         fixture.change_settings(|_| ());
         let frame = syn(1);

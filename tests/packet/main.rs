@@ -14,6 +14,7 @@ mod decap;
 mod dsr;
 mod encapsulation;
 mod fixture;
+mod flood;
 mod flows;
 mod fragments;
 mod frame;

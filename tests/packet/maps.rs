@@ -1,29 +1,40 @@
 //! The maps themselves: what is written is read back, survives a restart, and maps of another build are refused.
 
-use std::{fmt::Debug, net::Ipv4Addr};
+use std::{
+    fmt::Debug,
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::{AsFd, AsRawFd},
+};
 
-use aya::maps::{
-    Array, HashMap, Map, MapData, PerCpuArray,
-    lpm_trie::{Key, LpmTrie},
+use aya::{
+    maps::{
+        Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, PerCpuArray,
+        lpm_trie::{Key, LpmTrie},
+    },
+    util::nr_cpus,
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, DEFAULT_FLOWS, FILTER_ALLOW, FILTER_DENY, FilterKey, Flow,
-    FlowKey, Forward, LiveCount, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SLOT_COUNT, Service, ServiceFlags, ServiceKey,
-    Settings, SourceKey, SourceRate, Strategy, TCP, Tags, Totals, UDP,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
+    DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FEW_SLOTS, FILTER_ALLOW, FILTER_DENY, FilterKey,
+    Forward, LINE_WORDS, LiveCount, MANY_SLOTS, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_MEMBERS,
+    MAX_SOURCE_FILTERS, PerCpu, PoolLine, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service,
+    ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP, buckets, flows,
 };
+use lb_common::logic::hash::{flow_hash, siphash13, slot_of};
 use xlb::{
     compile::SourceFilters,
     datapath::{
-        Contents, Datapath, Live, Operation, Pins, contents_dump,
-        kernel::{KernelDatapath, Raw},
+        Contents, Datapath, Operation, Pins, Pool, RankTable, Sizes, contents_dump,
+        kernel::{KernelDatapath, Raw, flow_table_memory},
     },
 };
 
 use crate::{
-    fixture::{EVERY, Expected, Fixture, SETTINGS, WEB, stay_on_this_cpu, unique_pins},
+    fixture::{EVERY, Expected, Fixture, SETTINGS, TestBackend, WEB, stay_on_this_cpu, unique_pins},
     frame::{ACK, Frame, SYN, packet_of, tcp},
 };
+
+const LAST_SERVICE: u32 = DEFAULT_SERVICES - 1;
 
 fn address(last: u8) -> Address {
     Address::from(Ipv4Addr::new(192, 0, 2, last))
@@ -56,6 +67,7 @@ fn contents() -> Contents {
         _pad: [0; 12],
     };
     let service = |strategy| Service {
+        vip: address(100 + strategy),
         strategy,
         forward: 1,
         flags: 3,
@@ -66,22 +78,24 @@ fn contents() -> Contents {
         rate_prefix_v6: 7,
         _pad: 0,
     };
-    let slots = |offset: u32| {
-        (0..SLOT_COUNT)
-            .map(|slot| slot.wrapping_mul(7) + offset)
-            .collect()
+    let pool = |members: u32| {
+        let identities = (0..members).map(|number| (u64::from(number) << 33 | 5, 1));
+        Pool {
+            members: (0..members).map(|number| number * 7 + 1).collect(),
+            table: Some(RankTable::by_hash(identities.collect(), FEW_SLOTS).into()),
+        }
     };
     Contents {
         settings: SETTINGS,
         addresses: [(address(1), ROLE_VIP), (address(2), ROLE_VIP | ROLE_BACKEND)].into(),
         service_keys: [
             (service_key(1, 80, TCP), 0),
-            (service_key(1, 80, UDP), MAX_SERVICES - 1),
+            (service_key(1, 80, UDP), LAST_SERVICE),
         ]
         .into(),
-        services: [(0, service(1)), (MAX_SERVICES - 1, service(2))].into(),
-        slots: [(0, slots(1)), (MAX_SERVICES - 1, slots(2))].into(),
-        backends: [(1, backend(1)), (MAX_BACKENDS - 1, backend(2))].into(),
+        services: [(0, service(1)), (LAST_SERVICE, service(2))].into(),
+        pools: [(0, pool(2)), (LAST_SERVICE, pool(30))].into(),
+        backends: [(1, backend(1)), (DEFAULT_BACKENDS, backend(2))].into(),
         source_filters: [
             ((filter_key(0, Address::default()), 32), FILTER_DENY),
             (
@@ -91,7 +105,7 @@ fn contents() -> Contents {
                 ),
                 FILTER_ALLOW,
             ),
-            ((filter_key(MAX_SERVICES - 1, address(7)), 32 + 128), FILTER_DENY),
+            ((filter_key(LAST_SERVICE, address(7)), 32 + 128), FILTER_DENY),
         ]
         .into(),
     }
@@ -117,9 +131,9 @@ fn put_operations(contents: &Contents) -> Vec<Operation> {
     );
     operations.extend(
         contents
-            .slots
+            .pools
             .iter()
-            .map(|(k, v)| Operation::PutSlots(*k, v.clone())),
+            .map(|(k, v)| Operation::PutPool(*k, v.clone())),
     );
     operations.extend(
         contents
@@ -168,7 +182,7 @@ fn every_operation_is_read_back() {
     assert!(fixture.datapath().read().unwrap() == expected);
     let key = service_key(1, 80, UDP);
     type Change<'a> = &'a dyn Fn(&mut Contents);
-    let filter = filter_key(MAX_SERVICES - 1, address(7));
+    let filter = filter_key(LAST_SERVICE, address(7));
     let removals: [(Operation, Change<'_>); 6] = [
         (Operation::RemoveFilter(filter, 32 + 128), &|contents| {
             contents.source_filters.remove(&(filter, 32 + 128));
@@ -177,14 +191,14 @@ fn every_operation_is_read_back() {
             contents.service_keys.remove(&key);
         }),
         // Before their service: without one they are not looked for.
-        (Operation::RemoveSlots(MAX_SERVICES - 1), &|contents| {
-            contents.slots.remove(&(MAX_SERVICES - 1));
+        (Operation::RemovePool(LAST_SERVICE), &|contents| {
+            contents.pools.remove(&LAST_SERVICE);
         }),
-        (Operation::RemoveService(MAX_SERVICES - 1), &|contents| {
-            contents.services.remove(&(MAX_SERVICES - 1));
+        (Operation::RemoveService(LAST_SERVICE), &|contents| {
+            contents.services.remove(&(LAST_SERVICE));
         }),
-        (Operation::RemoveBackend(MAX_BACKENDS - 1), &|contents| {
-            contents.backends.remove(&(MAX_BACKENDS - 1));
+        (Operation::RemoveBackend(DEFAULT_BACKENDS), &|contents| {
+            contents.backends.remove(&DEFAULT_BACKENDS);
         }),
         (Operation::RemoveAddress(address(2)), &|contents| {
             contents.addresses.remove(&address(2));
@@ -194,7 +208,6 @@ fn every_operation_is_read_back() {
         fixture.apply(operation.clone());
         change(&mut expected);
         let read = fixture.datapath().read().unwrap();
-        // Not the contents themselves: slot tables fill a screen.
         assert_eq!(contents_dump(&read), contents_dump(&expected), "{operation:?}");
         assert!(read == expected, "{operation:?}");
     }
@@ -202,7 +215,7 @@ fn every_operation_is_read_back() {
     expected.settings.udp_idle += 1;
     *expected.addresses.get_mut(&address(1)).unwrap() = ROLE_BACKEND;
     expected.backends.get_mut(&1).unwrap().flags = 0;
-    expected.slots.insert(0, vec![9; SLOT_COUNT as usize].into());
+    expected.pools.insert(0, Pool::of([9]));
     expected.services.get_mut(&0).unwrap().forward = 2;
     *expected.service_keys.get_mut(&service_key(1, 80, TCP)).unwrap() = 3;
     for value in expected.source_filters.values_mut() {
@@ -214,14 +227,94 @@ fn every_operation_is_read_back() {
     assert!(fixture.datapath().read().unwrap() == expected);
 }
 
+/// Words of the slot tables' memory, as somebody else would write them.
+fn chunk(fixture: &Fixture) -> Array<MapData, Raw<PoolLine>> {
+    let data = MapData::from_pin(fixture.pins().map("POOL_CHUNKS")).unwrap();
+    let chunks: ArrayOfMaps<MapData, Array<MapData, Raw<PoolLine>>> =
+        ArrayOfMaps::try_from(Map::ArrayOfMaps(data)).unwrap();
+    chunks.get(&0, 0).unwrap()
+}
+
+#[test]
+fn a_damaged_table_is_found_and_written_anew_elsewhere() {
+    let (mut fixture, expected) = filled();
+    let slots = fixture.datapath().by_slot(LAST_SERVICE).unwrap().unwrap();
+    assert_eq!(slots, expected.pools[&LAST_SERVICE].by_slot().unwrap());
+    let mut chunk = chunk(&fixture);
+    // Ranks fill their words; members have small ids here.
+    let is_table = |line: &PoolLine| line.0.iter().all(|word| *word >> 48 != 0);
+    let damaged: Vec<u32> = (0..CHUNK_LINES)
+        .filter(|line| is_table(&chunk.get(line, 0).unwrap().0))
+        .collect();
+    for line in damaged {
+        chunk.set(line, Raw(PoolLine([7; LINE_WORDS])), 0).unwrap();
+    }
+    let read = fixture.datapath().read().unwrap();
+    assert_eq!(read.pools.keys().collect::<Vec<_>>(), [&0, &LAST_SERVICE]);
+    for id in [0, LAST_SERVICE] {
+        assert_ne!(read.pools[&id], expected.pools[&id]);
+        fixture.apply(Operation::PutPool(id, expected.pools[&id].clone()));
+    }
+    assert!(fixture.datapath().read().unwrap() == expected);
+    assert_eq!(fixture.datapath().by_slot(LAST_SERVICE).unwrap().unwrap(), slots);
+}
+
+/// One table for all that have the same, as long as somebody has it, also after a restart; and room that is used again.
+#[test]
+fn services_share_tables_and_what_is_left_is_used_again() {
+    let mut fixture = Fixture::empty(1024);
+    let shared = Pool {
+        members: (1..=1000).collect(),
+        table: Some(
+            RankTable::by_hash((1..=1000).map(|identity| (identity, 1)).collect(), MANY_SLOTS).into(),
+        ),
+    };
+    for service in 0..100 {
+        fixture.apply(Operation::PutPool(service, shared.clone()));
+    }
+    // 128 KiB of ranks and 100 times 4 KiB of members.
+    let mebibyte = 1 << 20;
+    let words = u64::from(DEFAULT_SERVICES + MAX_CHUNKS) * 8;
+    let memory = |fixture: &mut Fixture| fixture.datapath().memory().slot_tables - words;
+    assert_eq!(memory(&mut fixture), mebibyte);
+    fixture.restart(1024);
+    // Were nothing used again, 4000 pools of 4 KiB would take 16 MiB.
+    for round in 0..4000 {
+        let service = round % 100;
+        if round % 7 == 0 {
+            fixture.apply(Operation::RemovePool(service));
+        }
+        fixture.apply(Operation::PutPool(service, shared.clone()));
+        if round % 200 == 0 {
+            assert_eq!(
+                fixture.datapath().by_slot(service).unwrap(),
+                shared.by_slot(),
+                "round {round}"
+            );
+            // Lines wait for programs to end before they are used again.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+    assert!(memory(&mut fixture) <= 6 * mebibyte, "{}", memory(&mut fixture));
+    for service in 0..100 {
+        fixture.apply(Operation::RemovePool(service));
+    }
+    fixture.restart(1024);
+    let before = memory(&mut fixture);
+    for service in 0..100 {
+        fixture.apply(Operation::PutPool(service, shared.clone()));
+    }
+    assert_eq!(memory(&mut fixture), before);
+}
+
 #[test]
 fn many_entries_are_read_back_whole() {
     let mut fixture = Fixture::empty(1024);
     let mut expected = Contents::default();
     for number in 0..10_000u32 {
         let key = service_key((number / 4000) as u8, (number % 4000) as u16 + 1, TCP);
-        expected.service_keys.insert(key, number % MAX_SERVICES);
-        let prefix = filter_key(number % MAX_SERVICES, Address([0, 0, 0, number.to_be()]));
+        expected.service_keys.insert(key, number % DEFAULT_SERVICES);
+        let prefix = filter_key(number % DEFAULT_SERVICES, Address([0, 0, 0, number.to_be()]));
         expected.source_filters.insert((prefix, 32 + 128), FILTER_DENY);
     }
     for operation in put_operations(&expected) {
@@ -235,21 +328,18 @@ fn what_does_not_fit_is_refused_with_the_map_and_the_key() {
     let mut fixture = Fixture::empty(1024);
     for (operation, object) in [
         (
-            Operation::PutBackend(MAX_BACKENDS, Backend::default()),
-            "BACKENDS[16384]",
+            Operation::PutBackend(DEFAULT_BACKENDS + 1, Backend::default()),
+            "BACKENDS[16385]",
         ),
         (
-            Operation::PutService(MAX_SERVICES, Service::default()),
+            Operation::PutService(DEFAULT_SERVICES, Service::default()),
             "SERVICES[1024]",
         ),
         (
-            Operation::PutSlots(MAX_SERVICES, vec![0; SLOT_COUNT as usize].into()),
-            "SLOT_TABLES[1024]",
+            Operation::PutPool(DEFAULT_SERVICES, Pool::default()),
+            "POOLS[1024]",
         ),
-        (
-            Operation::PutSlots(1, vec![0; SLOT_COUNT as usize + 1].into()),
-            "SLOT_TABLES[1]",
-        ),
+        (Operation::RemovePool(1), "POOLS[1]"),
         (Operation::RemoveAddress(address(9)), "ADDRESSES[192.0.2.9]"),
         (
             Operation::RemoveFilter(filter_key(0, address(9)), 160),
@@ -330,23 +420,33 @@ fn the_daemon_judges_sources_as_the_kernels_trie_does() {
 }
 
 #[test]
-fn the_base_of_live_flows_is_read_back_and_survives_a_restart() {
+fn live_flows_are_adjusted_and_survive_a_restart() {
     let mut fixture = Fixture::empty(1024);
-    let last = MAX_BACKENDS - 1;
-    fixture
+    let last = DEFAULT_BACKENDS;
+    fixture.adjust_live(last, 7);
+    fixture.adjust_live(last, -3);
+    fixture.adjust_live(1, -3);
+    let error = fixture
         .datapath()
-        .set_live_base(last, 3_u64.wrapping_neg())
-        .unwrap();
-    let error = fixture.datapath().set_live_base(MAX_BACKENDS, 1).unwrap_err();
-    assert_eq!(error.object, "LIVE_BASE[16384]");
+        .adjust_live(DEFAULT_BACKENDS + 1, 1)
+        .unwrap_err();
+    assert_eq!(error.object, "LIVE[16385]");
+    let error = fixture
+        .datapath()
+        .live_counts(&[DEFAULT_BACKENDS + 1])
+        .unwrap_err();
+    assert_eq!(error.object, "LIVE[16385]");
     fixture.restart(1024);
     let live = fixture.datapath().live_counts(&[1, last]).unwrap();
-    let based = |base| Live {
-        count: LiveCount::default(),
-        base,
-    };
-    assert_eq!(live, [(1, based(0)), (last, based(3_u64.wrapping_neg()))].into());
-    assert_eq!(live[&last].flows(), 0, "the parts contradict each other");
+    let count = |opened, ended| LiveCount { opened, ended };
+    assert_eq!(live, [(1, count(0, 3)), (last, count(7, 3))].into());
+    assert_eq!((live[&1].flows(), live[&last].flows()), (0, 4));
+    // Whatever was counted, the next owner of the id begins with none.
+    for id in [1, last] {
+        fixture.apply(Operation::RemoveBackend(id));
+        let LiveCount { opened, ended } = fixture.datapath().live_counts(&[id]).unwrap()[&id];
+        assert_eq!(opened, ended);
+    }
 }
 
 #[test]
@@ -370,10 +470,35 @@ fn a_restarted_daemon_finds_all_as_it_was() {
     fixture.restart(4096);
     assert!(fixture.datapath().read().unwrap() == expected);
     assert_eq!(
-        fixture.datapath().flow_table_size().unwrap(),
+        fixture.datapath().sizes().flows,
         1024,
         "the pinned table's size is kept"
     );
+}
+
+/// The program finds flows by the number of buckets that it was told when it was loaded.
+#[test]
+fn flows_are_found_after_a_restart_with_another_size() {
+    for size in [1, 1000, 4096] {
+        let mut fixture = Fixture::with_flow_table(1024);
+        let ack = tcp("198.51.100.7:5000", WEB.vip, ACK);
+        fixture.run(&ack.bytes());
+        fixture.all_slots(&WEB, WEB.backends[1].id);
+        fixture.restart(size);
+        let expected = Expected::to_backend(&WEB, 0, &ack, ack.source);
+        fixture.expect("known flow", &ack.bytes(), expected);
+        assert_eq!(fixture.remove(&ack), 1);
+    }
+}
+
+#[test]
+fn four_million_flows_take_96_mebibytes() {
+    assert_eq!(flow_table_memory(4 << 20), 96 << 20);
+    // Room for a half more units than flows, in whole buckets.
+    for size in [1, 2, 5, 6, 1000, 1024, 65_536, 100_000] {
+        assert!(flows(buckets(size)) >= size);
+        assert_eq!(buckets(flows(buckets(size))), buckets(size));
+    }
 }
 
 #[test]
@@ -437,7 +562,7 @@ fn all_that_is_kept(fixture: &mut Fixture) -> impl PartialEq + Debug + use<> {
     }
     let live = EVERY.map(|service| service.backends.map(|backend| fixture.live(backend.id)));
     let flows: Vec<_> = fixture.flows().into_keys().collect();
-    fixture.set_live_base(WEB.backends[0].id, 5);
+    fixture.adjust_live(WEB.backends[0].id, 5);
     (seen, fixture.counted(), live, flows)
 }
 
@@ -476,7 +601,7 @@ fn refusal(pin: impl FnOnce(&Pins)) -> String {
     let pins = Removed(unique_pins());
     pins.0.create().unwrap();
     pin(&pins.0);
-    let error = KernelDatapath::open(pins.0.clone(), 1024).unwrap_err();
+    let error = KernelDatapath::open(pins.0.clone(), Sizes::of_flows(1024)).unwrap_err();
     format!("{error}: {}", error.source)
 }
 
@@ -491,7 +616,7 @@ fn a_pinned_map_of_another_build_is_refused_with_what_to_do() {
         map.pin(pins.map("SETTINGS")).unwrap();
     });
     let other_key = refusal(|pins| {
-        let map = HashMap::<MapData, [u8; 4], u32>::create(MAX_ADDRESSES, 0).unwrap();
+        let map = HashMap::<MapData, [u8; 4], u32>::create(DEFAULT_SERVICES + DEFAULT_BACKENDS, 0).unwrap();
         map.pin(pins.map("ADDRESSES")).unwrap();
     });
     let other_kind = refusal(|pins| {
@@ -521,35 +646,41 @@ fn the_objects_maps_have_the_sizes_of_the_shared_types() {
     let fixture = Fixture::empty(DEFAULT_FLOWS);
     for (name, key, value, entries) in [
         ("SETTINGS", 4, size_of::<Settings>(), 1),
-        ("ADDRESSES", size_of::<Address>(), 4, MAX_ADDRESSES),
-        ("SERVICE_KEYS", size_of::<ServiceKey>(), 4, MAX_SERVICE_KEYS),
-        ("SERVICES", 4, size_of::<Service>(), MAX_SERVICES),
-        ("SLOT_TABLES", 4, 4, MAX_SERVICES),
-        ("BACKENDS", 4, size_of::<Backend>(), MAX_BACKENDS),
+        (
+            "ADDRESSES",
+            size_of::<Address>(),
+            4,
+            DEFAULT_SERVICES + DEFAULT_BACKENDS,
+        ),
+        ("ADDRESS_FILTER", 4, 8 * ADDRESS_FILTER_WORDS as usize, 1),
+        ("SERVICE_KEYS", 4, size_of::<Bucket>(), SERVICE_BUCKETS),
+        ("SERVICES", 4, size_of::<Service>(), DEFAULT_SERVICES),
+        ("POOLS", 4, 8, DEFAULT_SERVICES),
+        ("POOL_CHUNKS", 4, 4, MAX_CHUNKS),
+        ("BACKENDS", 4, size_of::<Backend>(), DEFAULT_BACKENDS + 1),
         (
             "SOURCE_FILTERS",
             4 + size_of::<FilterKey>(),
             4,
             MAX_SOURCE_FILTERS,
         ),
-        ("LIVE", 4, size_of::<LiveCount>(), MAX_BACKENDS),
-        ("LIVE_BASE", 4, 8, MAX_BACKENDS),
-        ("FLOWS", size_of::<FlowKey>(), size_of::<Flow>(), DEFAULT_FLOWS),
-        (
-            "REPLIES",
-            size_of::<FlowKey>(),
-            size_of::<FlowKey>(),
-            DEFAULT_FLOWS,
-        ),
-        ("TOTALS", 4, size_of::<Totals>(), 1),
+        ("LIVE", 4, size_of::<LiveCount>(), DEFAULT_BACKENDS + 1),
+        ("FLOWS", 4, size_of::<Bucket>(), buckets(DEFAULT_FLOWS)),
+        ("CLIENT_LINKS", 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
+        ("PER_CPU", 4, size_of::<PerCpu>(), 1),
         ("COUNTERS", 4, size_of::<Count>(), REASON_COUNT),
         (
             "SERVICE_COUNTERS",
             4,
             size_of::<Count>(),
-            MAX_SERVICES * REASON_COUNT,
+            DEFAULT_SERVICES * REASON_COUNT,
         ),
-        ("BACKEND_COUNTERS", 4, size_of::<BackendCounters>(), MAX_BACKENDS),
+        (
+            "BACKEND_COUNTERS",
+            4,
+            size_of::<BackendCounters>(),
+            DEFAULT_BACKENDS + 1,
+        ),
     ] {
         let info = MapData::from_pin(fixture.pins().map(name))
             .unwrap()
@@ -573,4 +704,155 @@ fn removing_the_pins_leaves_nothing_behind() {
     assert!(!pins.exist());
     assert!(!pins.remove_all().unwrap(), "there were none any more");
     assert!(!pins.links().exists());
+}
+
+/// Bytes that the kernel says a map takes.
+fn memory_of(map: &MapData) -> u64 {
+    let info =
+        std::fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd())).unwrap();
+    let line = info
+        .lines()
+        .find_map(|line| line.strip_prefix("memlock:"))
+        .unwrap();
+    line.trim().parse().unwrap()
+}
+
+/// What the kernel says that all pinned maps of a fixture take, with those that are in other maps.
+fn memory_of_all(fixture: &Fixture) -> u64 {
+    let settings = fixture.pins().map("SETTINGS");
+    let folder = settings.parent().unwrap();
+    let pinned = std::fs::read_dir(folder).unwrap();
+    let pinned: u64 = pinned
+        .map(|entry| memory_of(&MapData::from_pin(entry.unwrap().path()).unwrap()))
+        .sum();
+    let data = MapData::from_pin(fixture.pins().map("POOL_CHUNKS")).unwrap();
+    let chunks: ArrayOfMaps<MapData, Array<MapData, Raw<PoolLine>>> =
+        ArrayOfMaps::try_from(Map::ArrayOfMaps(data)).unwrap();
+    let chunks = (0..).map_while(|index| chunks.get(&index, 0).ok());
+    pinned + chunks.map(|chunk| memory_of(chunk.map())).sum::<u64>()
+}
+
+/// It takes less lines than it has members, and a third of a chunk.
+#[test]
+fn the_largest_pool_is_read_back_and_taken_over_by_the_next_daemon() {
+    let sizes = Sizes {
+        flows: 1024,
+        services: 16,
+        backends: MAX_MEMBERS + 1,
+    };
+    let mut fixture = Fixture::of_sizes(sizes);
+    let members: Vec<u32> = (1..=MAX_MEMBERS).collect();
+    let identities = members.iter().map(|id| (u64::from(*id) << 20, 1)).collect();
+    let pool = Pool {
+        members: members.into(),
+        table: Some(RankTable::by_hash(identities, MANY_SLOTS).into()),
+    };
+    for id in [0, 1] {
+        let entry = Service {
+            in_use: 1,
+            ..Service::default()
+        };
+        fixture.apply(Operation::PutService(id, entry));
+    }
+    fixture.apply(Operation::PutPool(0, pool.clone()));
+    assert!(fixture.datapath().read().unwrap().pools.get(&0) == Some(&pool));
+    let mut next = KernelDatapath::open(fixture.pins().clone(), sizes).unwrap();
+    assert!(next.read().unwrap().pools.get(&0) == Some(&pool));
+    // Nor are its lines given to others.
+    let small = Pool {
+        members: vec![7, 8].into(),
+        table: None,
+    };
+    next.apply(&Operation::PutPool(1, small.clone())).unwrap();
+    let pools = next.read().unwrap().pools;
+    assert!(pools.get(&0) == Some(&pool) && pools.get(&1) == Some(&small));
+}
+
+#[test]
+fn ten_thousand_services_of_ten_backends_of_their_own_take_less_than_256_mebibytes() {
+    const SERVICES: u32 = 10_000;
+    const MEMBERS: u32 = 10;
+    let sizes = Sizes {
+        // The default of a machine with a lot of memory.
+        flows: 1 << 20,
+        services: 16_383,
+        backends: 262_143,
+    };
+    let mut fixture = Fixture::of_sizes(sizes);
+    fixture.apply(Operation::PutSettings(SETTINGS));
+    let vip = |service: u32| SocketAddr::from(([203, 0, 113, 7], 1000 + service as u16));
+    for service in 0..SERVICES {
+        let first = service * MEMBERS + 1;
+        let pool = Pool {
+            members: (first..first + MEMBERS).collect(),
+            table: Some(
+                RankTable::by_hash(
+                    (0..MEMBERS)
+                        .map(|rank| (siphash13([1, 2], [u64::from(service), u64::from(rank)]), 1))
+                        .collect(),
+                    FEW_SLOTS,
+                )
+                .into(),
+            ),
+        };
+        fixture.apply(Operation::PutPool(service, pool));
+        // Whom packets go to is looked at for the first and the last.
+        if service != 0 && service != SERVICES - 1 {
+            continue;
+        }
+        for id in first..first + MEMBERS {
+            let entry = TestBackend {
+                id,
+                ..WEB.backends[0]
+            }
+            .entry(service);
+            fixture.apply(Operation::PutBackend(id, entry));
+        }
+        let entry = Service {
+            vip: Address::from(vip(service).ip()),
+            strategy: Strategy::ConsistentHash.number(),
+            forward: Forward::Nat.number(),
+            in_use: 1,
+            ..Service::default()
+        };
+        fixture.apply(Operation::PutService(service, entry));
+        let key = ServiceKey {
+            vip: Address::from(vip(service).ip()),
+            port: vip(service).port().to_be(),
+            protocol: TCP,
+            _pad: 0,
+        };
+        fixture.apply(Operation::PutServiceKey(key, service));
+    }
+    fixture.apply(Operation::PutAddress(Address::from(vip(0).ip()), ROLE_VIP));
+    fixture.apply(Operation::PutAddress(
+        Address::from(WEB.backends[0].address.ip()),
+        ROLE_BACKEND,
+    ));
+
+    let (told, counted) = (fixture.datapath().memory().total(), memory_of_all(&fixture));
+    // Its own sum may leave out small maps, no more.
+    assert!(
+        told.abs_diff(counted) < counted / 10,
+        "{told} told, {counted} counted"
+    );
+    // What each CPU has of its own counts once here: machines differ in how many they have.
+    let of_cpus = 16 * u64::from(sizes.services * REASON_COUNT) + 40 * u64::from(sizes.backends + 1);
+    let others = of_cpus * (nr_cpus().unwrap() as u64 - 1);
+    assert!(
+        counted - others < 256 << 20,
+        "{counted} bytes, of which {others} for further CPUs"
+    );
+
+    for service in [0, SERVICES - 1] {
+        let slots = fixture.datapath().by_slot(service).unwrap().unwrap();
+        for port in 5000..5050 {
+            let syn = tcp(&format!("198.51.100.7:{port}"), vip(service), SYN);
+            fixture.run(&syn.bytes());
+            let flow = fixture.flow(&syn).unwrap();
+            let slot = slot_of(flow_hash(SETTINGS.seed, &syn.key()), FEW_SLOTS);
+            assert_eq!((flow.service, flow.backend), (service, slots[slot as usize]));
+            assert_eq!((flow.backend - 1) / MEMBERS, service);
+        }
+    }
 }

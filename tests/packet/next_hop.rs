@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, process::Command, thread};
 
-use lb_common::abi::{BackendFlags, Link};
+use lb_common::abi::{BackendFlags, Link, SettingsFlags};
 use nix::{
     net::if_::if_nametoindex,
     sched::{CloneFlags, unshare},
@@ -54,6 +54,17 @@ fn a_next_hop_that_changes_is_followed_by_known_flows() {
     fixture.expect("ACK", &ack.bytes(), expected.with_output(output));
     fixture.change_backend(&WEB, 0, |backend| backend.ifindex = INGRESS + 1);
     assert_eq!(fixture.run(&ack.bytes()).0, REDIRECT);
+}
+
+#[test]
+fn a_test_run_that_names_no_interface_is_told_what_one_interface_does() {
+    let mut fixture = Fixture::new();
+    let syn = tcp(CLIENT, WEB.vip, SYN);
+    fixture.all_slots(&WEB, WEB.backends[1].id);
+    assert_eq!(fixture.run(&syn.bytes()).0, REDIRECT);
+    // The loopback interface is the network's where the program is attached to it, else that of a test run alone.
+    fixture.change_settings(|settings| settings.flags &= !SettingsFlags::ON_LOOPBACK);
+    assert_eq!(fixture.run(&syn.bytes()).0, TX);
 }
 
 #[test]
@@ -117,7 +128,7 @@ fn packets_between_two_interfaces_are_redirected_both_ways() {
                 syn.sent(service.backends[0].link(), source, service.backends[0].address)
                     .bytes()
             );
-            assert_eq!(fixture.flow(&syn).unwrap().client_ifindex, client);
+            assert_eq!(fixture.client_link(&syn).unwrap().ifindex, client);
 
             let reply = Frame::answer(
                 service.backends[0].address,
@@ -135,7 +146,7 @@ fn packets_between_two_interfaces_are_redirected_both_ways() {
             );
             // The client's packets come by the backend's interface from now on, and so go the replies.
             fixture.run_from(&tcp(CLIENT, service.vip, ACK).bytes(), Some(backend));
-            assert_eq!(fixture.flow(&syn).unwrap().client_ifindex, backend);
+            assert_eq!(fixture.client_link(&syn).unwrap().ifindex, backend);
             assert_eq!(fixture.run_from(&reply.bytes(), Some(backend)), (TX, output));
         }
     });

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use etherparse::{Icmpv4Type, Icmpv6Type, IpNumber, Ipv4Header, Ipv6Header, PacketBuilder, UdpHeader};
 use lb_common::{
-    abi::{FlowKey, Forward, ProbePath},
+    abi::{Address, FlowKey, Forward, MAX_PROBE_PATHS, ProbePath},
     logic::outer::entropy,
 };
 use xlb::datapath::{LinkKind, probes::Probes};
@@ -321,4 +321,23 @@ fn packets_of_others_stay_as_they_are_and_those_of_no_path_are_dropped() {
         assert_eq!(fixture.out(mark, &no_ip).0, DROPPED);
         assert_eq!(fixture.arrive(&no_ip), (NEXT, no_ip));
     });
+}
+
+#[test]
+fn backends_that_there_are_no_marks_for_leave_the_others_theirs() {
+    let path = |number: u32| ProbePath {
+        backend: Address([1, 2, 3, number]),
+        ..path(Forward::Dsr, 0)
+    };
+    let mut probes = Probes::load(LinkKind::of_this_kernel(), unique_pins()).unwrap();
+    assert_eq!(probes.set_paths(&[path(70_000)].into()).unwrap(), 0);
+    let mark = probes.mark(&path(70_000));
+    // Mark 0 is none.
+    let left_out = probes.set_paths(&(0..=70_000).map(path).collect()).unwrap();
+    assert_eq!(left_out, 70_001 - (MAX_PROBE_PATHS as usize - 1));
+    assert_eq!(probes.mark(&path(70_000)), mark);
+    let marked = (0..=70_000)
+        .filter(|number| probes.mark(&path(*number)).is_some())
+        .count();
+    assert_eq!(marked, MAX_PROBE_PATHS as usize - 1);
 }

@@ -139,7 +139,7 @@ fn resets(fixture: &mut Fixture, service: &TestService) {
 }
 
 fn state(fixture: &mut Fixture, frame: &Frame) -> TcpState {
-    TcpState::from_number(fixture.flow(frame).unwrap().tcp_state)
+    fixture.flow(frame).unwrap().tcp_state
 }
 
 #[test]

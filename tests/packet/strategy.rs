@@ -6,10 +6,10 @@ mod sequences;
 use std::collections::BTreeSet;
 
 use lb_common::{
-    abi::{BackendFlags, Forward, SLOT_COUNT, Service, Strategy},
+    abi::{BackendFlags, MANY_SLOTS, Strategy},
     logic::hash::{client_hash, flow_hash, slot_of},
 };
-use xlb::datapath::Operation;
+use xlb::datapath::{Operation, Pool};
 
 use crate::{
     fixture::{DNS, Expected, Fixture, SETTINGS, WEB},
@@ -26,9 +26,9 @@ fn clients() -> impl Iterator<Item = Frame> {
 
 /// All slots hold the first backend but one, which holds the second: the one that the packet shall fall on.
 fn expect_slot(fixture: &mut Fixture, frame: &Frame, slot: u32) {
-    let mut slots = vec![WEB.backends[0].id; SLOT_COUNT as usize];
+    let mut slots = vec![WEB.backends[0].id; MANY_SLOTS as usize];
     slots[slot as usize] = WEB.backends[1].id;
-    fixture.apply(Operation::PutSlots(WEB.id, slots.into()));
+    fixture.apply(Operation::PutPool(WEB.id, Pool::listed(&slots)));
     let expected = Expected::to_backend(&WEB, 1, frame, frame.source).new_flow();
     fixture.expect(&format!("slot {slot}"), &frame.bytes(), expected);
 }
@@ -43,8 +43,8 @@ fn expect_slots(fixture: &mut Fixture, slot: impl Fn(&Frame) -> u32) {
     }
     for divisor in [1, BASE] {
         let digit = |slot: u32| slot / divisor % BASE;
-        let slots: Vec<u32> = (0..SLOT_COUNT).map(|slot| FIRST + digit(slot)).collect();
-        fixture.apply(Operation::PutSlots(WEB.id, slots.into()));
+        let slots: Vec<u32> = (0..MANY_SLOTS).map(|slot| FIRST + digit(slot)).collect();
+        fixture.apply(Operation::PutPool(WEB.id, Pool::listed(&slots)));
         for syn in clients() {
             fixture.run(&syn.bytes());
             let backend = fixture.flow(&syn).unwrap().backend;
@@ -55,21 +55,13 @@ fn expect_slots(fixture: &mut Fixture, slot: impl Fn(&Frame) -> u32) {
 }
 
 fn put_strategy(fixture: &mut Fixture, strategy: Strategy) {
-    fixture.apply(Operation::PutService(
-        WEB.id,
-        Service {
-            strategy: strategy.number(),
-            forward: Forward::Nat.number(),
-            in_use: 1,
-            ..Service::default()
-        },
-    ));
+    fixture.change_service(&WEB, |service| service.strategy = strategy.number());
 }
 
 #[test]
 fn consistent_hash_takes_the_slot_of_the_whole_flow() {
     let mut fixture = Fixture::new();
-    let slot = |syn: &Frame| slot_of(flow_hash(SETTINGS.seed, &syn.key()));
+    let slot = |syn: &Frame| slot_of(flow_hash(SETTINGS.seed, &syn.key()), MANY_SLOTS);
     let syn = clients().next().unwrap();
     expect_slot(&mut fixture, &syn, slot(&syn));
     fixture.remove(&syn);
@@ -80,10 +72,10 @@ fn consistent_hash_takes_the_slot_of_the_whole_flow() {
 fn consistent_hash_takes_the_slot_of_the_whole_flow_for_udp() {
     let mut fixture = Fixture::new();
     let query = udp("198.51.100.7:5000", DNS.vip);
-    let slot = slot_of(flow_hash(SETTINGS.seed, &query.key()));
-    let mut slots = vec![0; SLOT_COUNT as usize];
+    let slot = slot_of(flow_hash(SETTINGS.seed, &query.key()), MANY_SLOTS);
+    let mut slots = vec![DNS.backends[0].id; MANY_SLOTS as usize];
     slots[slot as usize] = DNS.backends[1].id;
-    fixture.apply(Operation::PutSlots(DNS.id, slots.into()));
+    fixture.apply(Operation::PutPool(DNS.id, Pool::listed(&slots)));
     let expected = Expected::to_backend(&DNS, 1, &query, query.source).new_flow();
     fixture.expect("query", &query.bytes(), expected);
 }
@@ -92,7 +84,7 @@ fn consistent_hash_takes_the_slot_of_the_whole_flow_for_udp() {
 fn ip_hash_takes_the_slot_of_the_clients_address() {
     let mut fixture = Fixture::new();
     put_strategy(&mut fixture, Strategy::IpHash);
-    let slot = |syn: &Frame| slot_of(client_hash(SETTINGS.seed, &syn.key()));
+    let slot = |syn: &Frame| slot_of(client_hash(SETTINGS.seed, &syn.key()), MANY_SLOTS);
     let syn = clients().next().unwrap();
     expect_slot(&mut fixture, &syn, slot(&syn));
     fixture.remove(&syn);
@@ -103,10 +95,10 @@ fn ip_hash_takes_the_slot_of_the_clients_address() {
 fn ip_hash_puts_all_flows_of_a_client_on_one_backend_whatever_their_port() {
     let mut fixture = Fixture::new();
     put_strategy(&mut fixture, Strategy::IpHash);
-    let slots: Vec<u32> = (0..SLOT_COUNT)
+    let slots: Vec<u32> = (0..MANY_SLOTS)
         .map(|slot| WEB.backends[slot as usize % 2].id)
         .collect();
-    fixture.apply(Operation::PutSlots(WEB.id, slots.into()));
+    fixture.apply(Operation::PutPool(WEB.id, Pool::listed(&slots)));
     let mut backends = BTreeSet::new();
     for client in 1..=40 {
         let mut of_client = BTreeSet::new();
@@ -124,10 +116,10 @@ fn ip_hash_puts_all_flows_of_a_client_on_one_backend_whatever_their_port() {
 #[test]
 fn consistent_hash_spreads_the_flows_of_one_client() {
     let mut fixture = Fixture::new();
-    let slots: Vec<u32> = (0..SLOT_COUNT)
+    let slots: Vec<u32> = (0..MANY_SLOTS)
         .map(|slot| WEB.backends[slot as usize % 2].id)
         .collect();
-    fixture.apply(Operation::PutSlots(WEB.id, slots.into()));
+    fixture.apply(Operation::PutPool(WEB.id, Pool::listed(&slots)));
     for port in 0..2000u16 {
         let syn = tcp(&format!("198.51.100.7:{}", 5000 + port), WEB.vip, SYN);
         fixture.run(&syn.bytes());
@@ -146,8 +138,8 @@ fn another_seed_gives_other_slots() {
     let seed = [1, 2];
     fixture.change_settings(|settings| settings.seed = seed);
     let syn = tcp("198.51.100.7:5000", WEB.vip, SYN);
-    let slot = slot_of(flow_hash(seed, &syn.key()));
-    assert_ne!(slot, slot_of(flow_hash(SETTINGS.seed, &syn.key())));
+    let slot = slot_of(flow_hash(seed, &syn.key()), MANY_SLOTS);
+    assert_ne!(slot, slot_of(flow_hash(SETTINGS.seed, &syn.key()), MANY_SLOTS));
     expect_slot(&mut fixture, &syn, slot);
 }
 
@@ -155,10 +147,10 @@ fn another_seed_gives_other_slots() {
 #[test]
 fn a_lost_flow_is_taken_up_on_the_backend_that_it_had() {
     let mut fixture = Fixture::new();
-    let slots: Vec<u32> = (0..SLOT_COUNT)
+    let slots: Vec<u32> = (0..MANY_SLOTS)
         .map(|slot| WEB.backends[slot as usize % 2].id)
         .collect();
-    fixture.apply(Operation::PutSlots(WEB.id, slots.into()));
+    fixture.apply(Operation::PutPool(WEB.id, Pool::listed(&slots)));
     for syn in clients() {
         fixture.run(&syn.bytes());
         let backend = fixture.flow(&syn).unwrap().backend;

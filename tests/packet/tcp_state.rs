@@ -83,7 +83,7 @@ fn the_state_of_a_flow_follows_its_segments() {
     for (step, (sender, flags, state)) in script.into_iter().enumerate() {
         exchange(&mut fixture, &[(sender, flags)]);
         let flow = fixture.flow(&client(SYN)).unwrap();
-        assert_eq!(TcpState::from_number(flow.tcp_state), state, "after step {step}");
+        assert_eq!(flow.tcp_state, state, "after step {step}");
     }
 }
 
@@ -115,7 +115,7 @@ fn the_program_has_the_state_machine_of_the_tests() {
                         state = next(state, *sender, *flags);
                     }
                     let flow = fixture.flow(&client(SYN)).unwrap();
-                    assert_eq!(TcpState::from_number(flow.tcp_state), state, "{path:x?}");
+                    assert_eq!(flow.tcp_state, state, "{path:x?}");
                     let removed = fixture.remove(&client(SYN));
                     assert_eq!(removed, 1);
                 }
@@ -186,7 +186,7 @@ fn a_syn_on_a_connection_that_is_ending_starts_anew() {
         expect_starts_anew(&mut fixture, &format!("SYN after {end:x?}"), &client(SYN));
         let flow = fixture.flow(&client(SYN)).unwrap();
         assert_eq!(flow.backend, WEB.backends[1].id);
-        assert_eq!(flow.tcp_state, TcpState::SynSent as u8);
+        assert_eq!(flow.tcp_state, TcpState::SynSent);
         let reply = backend(1, SYN_ACK);
         let expected = Expected::to_client(&WEB, 1, &reply, &client(SYN));
         fixture.expect("reply of the new one", &reply.bytes(), expected);
@@ -210,7 +210,7 @@ fn a_segment_in_the_middle_of_an_unknown_connection_is_taken_up() {
         let segment = client(flags);
         let expected = Expected::to_backend(&WEB, 0, &segment, segment.source).new_flow();
         fixture.expect("in the middle", &segment.bytes(), expected);
-        assert_eq!(fixture.flow(&segment).unwrap().tcp_state, state as u8);
+        assert_eq!(fixture.flow(&segment).unwrap().tcp_state, state);
     }
 }
 
@@ -239,7 +239,7 @@ fn a_new_connection_to_a_service_without_backends_is_reset() {
 #[test]
 fn a_service_without_a_slot_table_resets_new_connections() {
     let mut fixture = Fixture::new();
-    fixture.apply(xlb::datapath::Operation::RemoveSlots(WEB.id));
+    fixture.apply(xlb::datapath::Operation::RemovePool(WEB.id));
     let syn = client(SYN);
     fixture.expect("SYN", &syn.bytes(), Expected::rejected(&syn).of(&WEB));
 }

@@ -92,7 +92,7 @@ fn a_flow_has_no_tcp_state_whatever_its_datagrams_hold() {
     query.payload = vec![0xff; 40];
     fixture.run(&query.bytes());
     fixture.run(&query.bytes());
-    assert_eq!(fixture.flow(&query).unwrap().tcp_state, TcpState::None as u8);
+    assert_eq!(fixture.flow(&query).unwrap().tcp_state, TcpState::None);
 }
 
 #[test]

@@ -151,7 +151,7 @@ fn replies_follow_the_client_to_other_tags() {
     let untagged = tagged(&WEB, Tags::default());
     for frame in [first, other, inner_alone, untagged] {
         fixture.run(&frame.bytes());
-        assert_eq!(fixture.flow(&frame).unwrap().client_tags, frame.tags);
+        assert_eq!(fixture.client_link(&frame).unwrap().tags, frame.tags);
         let transport = Transport::Tcp {
             flags: ACK,
             options: vec![],

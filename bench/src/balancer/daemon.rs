@@ -41,8 +41,7 @@ impl Daemon {
     /// # Errors
     /// The folder cannot be made.
     pub fn new(xlb: &Path) -> Result<Self> {
-        let folder = Path::new(isolation::FOLDER).join("xlb-bench");
-        fs::create_dir_all(&folder).with_context(|| format!("{} was not made", folder.display()))?;
+        let folder = isolation::folder("daemon")?;
         fs::write(folder.join("seed"), SEED)?;
         Ok(Self {
             xlb: xlb.to_owned(),

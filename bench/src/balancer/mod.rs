@@ -129,12 +129,12 @@ impl Balancer {
 }
 
 impl Counted {
-    /// Checks that between `earlier` and now so many packets were counted for this reason, and no packet of a service for
+    /// Checks that between `earlier` and now so many packets were counted for these reasons, and no packet of a service for
     /// another; of packets that are for no service, others pass too.
     ///
     /// # Errors
     /// What was counted instead.
-    pub fn check(&self, earlier: &Self, reason: Reason, is_of_service: bool, packets: u64) -> Result<()> {
+    pub fn check(&self, earlier: &Self, reasons: &[Reason], is_of_service: bool, packets: u64) -> Result<()> {
         let since = |now: &BTreeMap<String, u64>, before: &BTreeMap<String, u64>| -> BTreeMap<String, u64> {
             now.iter()
                 .map(|(reason, count)| (reason.clone(), count - before.get(reason).unwrap_or(&0)))
@@ -143,18 +143,31 @@ impl Counted {
         };
         let of_services = since(&self.of_services, &earlier.of_services);
         let others = since(&self.others, &earlier.others);
-        let name = reason.name().to_owned();
+        let counted = |counts: &BTreeMap<String, u64>| -> u64 {
+            let of = |reason: &Reason| counts.get(reason.name()).copied().unwrap_or(0);
+            reasons.iter().map(of).sum()
+        };
         let is_right = if is_of_service {
-            of_services == BTreeMap::from([(name.clone(), packets)])
+            counted(&of_services) == packets && of_services.values().sum::<u64>() == packets
         } else {
-            of_services.is_empty() && others.get(&name).is_some_and(|count| *count >= packets)
+            of_services.is_empty() && counted(&others) >= packets
         };
         ensure!(
             is_right,
-            "{packets} packets should be {name}, and were: of services {of_services:?}, others {others:?}"
+            "{packets} packets should be {}, and were: of services {of_services:?}, others {others:?}",
+            names(reasons)
         );
         Ok(())
     }
+}
+
+/// As a report has them.
+pub fn names(reasons: &[Reason]) -> String {
+    reasons
+        .iter()
+        .map(|reason| reason.name())
+        .collect::<Vec<_>>()
+        .join(" or ")
 }
 
 /// The first backend of `nat`, whose replies are measured.
@@ -184,19 +197,30 @@ mod tests {
     fn a_packet_that_got_another_verdict_is_noticed() {
         let before = counted(&[("forwarded", 5)], &[("not-ip", 2)]);
         let forwarded = counted(&[("forwarded", 105)], &[("not-ip", 9)]);
-        assert!(forwarded.check(&before, Reason::Forwarded, true, 100).is_ok());
-        assert!(forwarded.check(&before, Reason::Forwarded, true, 99).is_err());
-        assert!(forwarded.check(&before, Reason::NotIp, false, 7).is_err());
+        assert!(forwarded.check(&before, &[Reason::Forwarded], true, 100).is_ok());
+        assert!(forwarded.check(&before, &[Reason::Forwarded], true, 99).is_err());
+        assert!(forwarded.check(&before, &[Reason::NotIp], false, 7).is_err());
         let one_dropped = counted(&[("forwarded", 105), ("no-flow", 1)], &[("not-ip", 2)]);
-        assert!(one_dropped.check(&before, Reason::Forwarded, true, 100).is_err());
+        assert!(
+            one_dropped
+                .check(&before, &[Reason::Forwarded], true, 100)
+                .is_err()
+        );
+        let either = [Reason::Forwarded, Reason::NoFlow];
+        assert!(one_dropped.check(&before, &either, true, 101).is_ok());
+        assert!(one_dropped.check(&before, &either, true, 100).is_err());
     }
 
     #[test]
     fn packets_of_the_host_itself_may_pass_beside_those_of_a_measurement() {
         let before = counted(&[("forwarded", 5)], &[("not-ip", 2)]);
         let after = counted(&[("forwarded", 5)], &[("not-ip", 103), ("not-for-service", 4)]);
-        assert!(after.check(&before, Reason::NotIp, false, 100).is_ok());
-        assert!(after.check(&before, Reason::NotIp, false, 102).is_err());
-        assert!(after.check(&before, Reason::NotForService, false, 100).is_err());
+        assert!(after.check(&before, &[Reason::NotIp], false, 100).is_ok());
+        assert!(after.check(&before, &[Reason::NotIp], false, 102).is_err());
+        assert!(
+            after
+                .check(&before, &[Reason::NotForService], false, 100)
+                .is_err()
+        );
     }
 }

@@ -1,8 +1,7 @@
 //! What was found of the control plane; in JSON the keys are stable.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fmt};
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -80,31 +79,24 @@ impl Figure {
     pub fn line(&self) -> String {
         let value = self.value.map_or_else(
             || "not measured".to_owned(),
-            |value| format!("{:.1} {}", value.median, self.unit.name()),
+            |value| format!("{:.1} {}", value.median, self.unit),
         );
         format!("{}: {value}", self.name)
     }
 }
 
-impl Unit {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Milliseconds => "ms",
-            Self::Mebibytes => "MiB",
-            Self::Percent => "%",
-        }
+impl fmt::Display for Unit {
+    /// By the name that it has in JSON.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(formatter)
     }
 }
 
 impl Report {
     /// One line for each figure, and what could not be measured.
     pub fn draw(&self) -> String {
-        let mut table = Table::new();
-        table
-            .load_style(presets::NOTHING)
-            .set_header(["figure", "median", "spread", "unit", "target", ""]);
+        let mut table = report::empty_table(1..=2, ["figure", "median", "spread", "unit", "target", ""]);
         for figure in &self.figures {
-            let unit = figure.unit.name();
             let verdict = match figure.is_met() {
                 None => "",
                 Some(true) => "met",
@@ -119,15 +111,12 @@ impl Report {
                 figure
                     .value
                     .map_or("-".to_owned(), |value| report::spread(value, 1)),
-                unit.to_owned(),
+                figure.unit.to_string(),
                 figure
                     .target
                     .map_or(String::new(), |target| format!("< {target:.0}")),
                 verdict.to_owned(),
             ]);
-        }
-        for column in table.column_iter_mut().skip(1).take(2) {
-            column.set_cell_alignment(CellAlignment::Right);
         }
         // One failure may leave several figures without a value.
         let problems: BTreeSet<&str> = self
@@ -140,12 +129,10 @@ impl Report {
             .map(|problem| format!("\nnot measured: {problem}\n"))
             .collect();
         format!(
-            "{}{problems}\n{}, {} processors, Linux {}, {} rounds; {} services of {} backends each.\n\
+            "{}{problems}\n{}, {} rounds; {} services of {} backends each.\n\
              Median and outermost rounds; a target is for the median.\n",
             report::lines(&table),
-            self.machine.processor,
-            self.machine.processors,
-            self.machine.kernel,
+            self.machine,
             self.rounds,
             self.services,
             self.backends,
@@ -186,6 +173,10 @@ mod tests {
         assert!(line("told").trim_end().ends_with("ms"), "{text}");
         assert!(line("refused").ends_with("MISSED: not measured"), "{text}");
         assert!(text.contains("\nnot measured: no room\n"), "{text}");
+        assert!(
+            text.contains(" one, 4 processors, Linux 6.12.1, 3 rounds;"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -6,12 +6,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use aya::maps::{ArrayOfMaps, HashMap, Map, MapData};
-use lb_common::abi::{Address, ServiceKey, TCP};
+use aya::maps::{Array, Map, MapData};
+use lb_common::abi::{Address, Service};
 use xlb::datapath::kernel::Raw;
 
 use super::{PATIENCE, configuration::Size, servers::Servers, start::milliseconds};
-use crate::balancer::{Daemon, configuration::PORT};
+use crate::balancer::Daemon;
 
 /// How often the table is looked at.
 const LOOK: Duration = Duration::from_micros(50);
@@ -30,15 +30,15 @@ pub struct Times {
 /// # Errors
 /// The daemon does not change the service's table.
 pub fn rounds(size: Size, servers: &Servers, daemon: &mut Daemon, rounds: u32) -> Result<Times> {
-    let table = SlotTable::of(size)?;
+    let pool = Pool::of(size)?;
     let mut times = Times::default();
     for round in 0..rounds {
         let server = Size::server(size.watched(), round % size.backends);
         for fails in [true, false] {
             thread::sleep(QUIET);
-            let before = table.id()?;
+            let before = pool.line()?;
             let answered = servers.turn(server, fails)?;
-            let changed = table
+            let changed = pool
                 .changed(before)
                 .with_context(|| format!("of the log:\n{}", tail(&daemon.log())))?;
             daemon.check_running()?;
@@ -62,46 +62,39 @@ pub fn rounds(size: Size, servers: &Servers, daemon: &mut Daemon, rounds: u32) -
     Ok(times)
 }
 
-/// The kernel's map of the watched service's slots.
-struct SlotTable {
-    tables: ArrayOfMaps<MapData>,
+/// Where the watched service's pool is, in the kernel's memory.
+struct Pool {
+    pools: Array<MapData, u64>,
     service: u32,
 }
 
-impl SlotTable {
+impl Pool {
     fn of(size: Size) -> Result<Self> {
         let pins = Daemon::pins();
         let open = |name: &str| {
             MapData::from_pin(pins.map(name)).with_context(|| format!("the map {name} was not opened"))
         };
-        let keys: HashMap<_, Raw<ServiceKey>, u32> = Map::HashMap(open("SERVICE_KEYS")?).try_into()?;
-        let key = ServiceKey {
-            vip: Address::from(Size::vip(size.watched())),
-            port: PORT.to_be(),
-            protocol: TCP,
-            _pad: 0,
-        };
+        let services: Array<_, Raw<Service>> = Map::Array(open("SERVICES")?).try_into()?;
+        let vip = Address::from(Size::vip(size.watched()));
+        let is_watched = |id: &u32| services.get(id, 0).is_ok_and(|Raw(service)| service.vip == vip);
         Ok(Self {
-            service: keys.get(&Raw(key), 0).context("the watched service has no key")?,
-            tables: Map::ArrayOfMaps(open("SLOT_TABLES")?).try_into()?,
+            service: (0..services.len())
+                .find(is_watched)
+                .context("the watched service has no entry")?,
+            pools: Map::Array(open("POOLS")?).try_into()?,
         })
     }
 
-    /// The kernel's id of the table that is in use.
-    fn id(&self) -> Result<u32> {
-        let table = self
-            .tables
-            .get(&self.service, 0)
-            .context("the watched service has no slots")?;
-        Ok(table.info()?.id())
+    /// The line of the pool that is in use.
+    fn line(&self) -> Result<u64> {
+        (self.pools.get(&self.service, 0)).context("the watched service has no pool")
     }
 
     /// Gives the time when another table is in use.
-    fn changed(&self, before: u32) -> Result<Instant> {
+    fn changed(&self, before: u64) -> Result<Instant> {
         let start = Instant::now();
         while start.elapsed() < PATIENCE {
-            // The one before may go between the look at its id and at itself.
-            if self.id().is_ok_and(|id| id != before) {
+            if self.line()? != before {
                 return Ok(Instant::now());
             }
             thread::sleep(LOOK);

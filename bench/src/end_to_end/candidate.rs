@@ -8,7 +8,7 @@ use super::{
     network::{BACKENDS, Network, run},
     server::{self, Server},
 };
-use crate::balancer::Daemon;
+use crate::{balancer::Daemon, isolation};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Candidate {
@@ -181,7 +181,7 @@ impl<'a> Running<'a> {
         let vip = SocketAddr::new(Network::vip(), self.candidate.port());
         balancer.add_address("lo", &vip.ip().to_string())?;
         let processors = thread::available_parallelism()?.get();
-        let folder = server::folder("proxy")?;
+        let folder = isolation::folder("proxy")?;
         let mut server = if self.candidate == Candidate::Haproxy {
             Server::haproxy(balancer, &folder, &haproxy(vip, backends))
         } else {

@@ -1,6 +1,6 @@
 //! What was found of connections and requests; in JSON the keys are stable.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use serde::{Deserialize, Serialize};
 
 use super::Round;
@@ -73,14 +73,12 @@ impl Report {
         let connections = self.table("connection", |row| row.connections);
         let requests = self.table("request", |row| row.requests);
         format!(
-            "{}\n{}\n{}, {} processors, Linux {}, {} rounds of {} requests of each kind; other processes had up to {:.0} % \
+            "{}\n{}\n{}, {} rounds of {} requests of each kind; other processes had up to {:.0} % \
              of the processors.\n\
              {} Processor time of the whole machine for each, client and servers included; median and outermost rounds.\n",
             report::lines(&connections),
             report::lines(&requests),
-            self.machine.processor,
-            self.machine.processors,
-            self.machine.kernel,
+            self.machine,
             self.rounds,
             self.requests,
             self.others * 100.0,
@@ -93,16 +91,18 @@ impl Report {
     }
 
     fn table(&self, what: &str, figures: fn(&Row) -> Figures) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING).set_header([
-            &format!("each {what}"),
-            "CPU µs",
-            "spread",
-            "to routing",
-            "spread",
-            "per second",
-            "spread",
-        ]);
+        let mut table = report::empty_table(
+            1..,
+            [
+                &format!("each {what}"),
+                "CPU µs",
+                "spread",
+                "to routing",
+                "spread",
+                "per second",
+                "spread",
+            ],
+        );
         for row in &self.rows {
             let figures = figures(row);
             table.add_row([
@@ -114,9 +114,6 @@ impl Report {
                 format!("{:.0}", figures.per_second.median),
                 report::spread(figures.per_second, 0),
             ]);
-        }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
         }
         table
     }

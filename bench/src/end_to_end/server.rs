@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpStream},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -107,13 +107,6 @@ impl Drop for Server {
     }
 }
 
-/// A folder for a program's files.
-pub fn folder(name: &str) -> Result<PathBuf> {
-    let folder = Path::new(isolation::FOLDER).join("xlb-bench").join(name);
-    fs::create_dir_all(&folder).with_context(|| format!("{} was not made", folder.display()))?;
-    Ok(folder)
-}
-
 /// Starts the backends; each listens on all these ports.
 ///
 /// # Errors
@@ -127,7 +120,7 @@ pub fn backends(network: &Network, ports: &[u16]) -> Result<Vec<Server>> {
     let mut servers = Vec::new();
     for index in 0..BACKENDS {
         let namespace = &network.backends()[index];
-        let folder = folder(&format!("backend{index}"))?;
+        let folder = isolation::folder(&format!("backend{index}"))?;
         let configuration = format!(
             "{}http {{\naccess_log off;\nkeepalive_requests 1000000000;\nserver {{\n{listens}\
              add_header {BACKEND_HEADER} {index};\nlocation / {{ return 200 \"{body}\"; }}\n}}\n}}\n",

@@ -10,7 +10,6 @@ mod template;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_common::abi::Reason;
 
 use self::{
     floor::Floor,
@@ -19,7 +18,7 @@ use self::{
     scenario::{Kind, Scenario},
 };
 use crate::{
-    balancer::Balancer,
+    balancer::{Balancer, names},
     processor::Turn,
     report::{Report, Row},
     statistics::Summary,
@@ -36,6 +35,7 @@ pub struct Plan {
 }
 
 /// Verdicts of XDP.
+const DROP: u32 = 1;
 const PASS: u32 = 2;
 const TX: u32 = 3;
 /// Packets before the clock starts where each is of another flow: as many as it takes to have the program in the caches.
@@ -76,7 +76,7 @@ fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row>
     let before = balancer.counted()?;
     if opened > 0 {
         before
-            .check(&at_first, Reason::Forwarded, true, opened)
+            .check(&at_first, scenario.opened(), true, opened)
             .context("before the measurement")?;
     }
     if let Kind::Known { flows } = scenario.kind {
@@ -99,7 +99,7 @@ fn row(plan: &Plan, balancer: &mut Balancer, scenario: &Scenario) -> Result<Row>
     let after = balancer.counted()?;
     let packets = u64::from(plan.rounds) * u64::from(contender.run.total());
     let is_of_service = !matches!(scenario.kind, Kind::Pass { .. });
-    after.check(&before, scenario.reason, is_of_service, packets)?;
+    after.check(&before, scenario.reasons, is_of_service, packets)?;
     let flows = after.flows - before.flows;
     match scenario.kind {
         Kind::Pass { .. } | Kind::Known { .. } => ensure!(flows == 0, "{flows} flows began meanwhile"),
@@ -204,6 +204,9 @@ impl Contender {
     }
 
     fn check(&self, ran: &Ran) -> Result<()> {
+        if ran.verdict == DROP && self.scenario.may_be_dropped() {
+            return Ok(());
+        }
         let verdict = if matches!(self.scenario.kind, Kind::Pass { .. }) {
             PASS
         } else {
@@ -245,7 +248,7 @@ impl Rounds {
         Row {
             name: scenario.name.clone(),
             kind: scenario.kind,
-            reason: scenario.reason.name().to_owned(),
+            reason: names(scenario.reasons),
             packets,
             xlb_ns: Summary::of(&self.xlb),
             floor_ns: Summary::of(&self.floor),

@@ -21,8 +21,8 @@ pub struct Scenario {
     pub packet: Packet,
     /// What makes the flows known before.
     pub opener: Packet,
-    /// What becomes of each packet.
-    pub reason: Reason,
+    /// What becomes of each packet: one of these.
+    pub reasons: &'static [Reason],
     /// Bytes that each packet grows by.
     pub grows: usize,
 }
@@ -143,6 +143,18 @@ impl Scenario {
         asked.is_empty() || asked.iter().any(|words| words.split_whitespace().all(has))
     }
 
+    /// What becomes of the packets that make its flows known.
+    pub fn opened(&self) -> &'static [Reason] {
+        match self.kind {
+            Kind::Flood => self.reasons,
+            _ => &[Reason::Forwarded],
+        }
+    }
+
+    pub fn may_be_dropped(&self) -> bool {
+        self.reasons.contains(&Reason::FlowTableFull)
+    }
+
     /// Every packet that it sends.
     #[cfg(test)]
     pub fn packets(&self) -> [Packet; 2] {
@@ -170,17 +182,17 @@ impl Scenario {
     }
 
     fn pass(name: &str, packet: Packet, flows: u32) -> Self {
-        let reason = if packet == Packet::Arp {
-            Reason::NotIp
+        let reasons: &[Reason] = if packet == Packet::Arp {
+            &[Reason::NotIp]
         } else {
-            Reason::NotForService
+            &[Reason::NotForService]
         };
         Self {
             name: name.to_owned(),
             kind: Kind::Pass { flows },
             packet,
             opener: packet,
-            reason,
+            reasons,
             grows: 0,
         }
     }
@@ -191,7 +203,7 @@ impl Scenario {
             kind: Kind::Known { flows },
             packet: to(vip, transport),
             opener: to(vip, opener(transport)),
-            reason: Reason::Forwarded,
+            reasons: &[Reason::Forwarded],
             grows,
         }
     }
@@ -223,19 +235,25 @@ impl Scenario {
         });
         Some(Self {
             packet,
-            reason: Reason::Returned,
+            reasons: &[Reason::Returned],
             ..Self::known(name, Forward::Nat.vip(family), transport, flows, 0)
         })
     }
 
     fn unknown(name: &str, kind: Kind, forward: Forward, family: Family, transport: Transport) -> Self {
         let packet = to(forward.vip(family), transport);
+        // Connections that nobody has seen begin take the place of none that is open, and do not go on without a record.
+        let has_no_room = kind == Kind::Flood && forward == Forward::Nat && transport == Transport::Ack;
         Self {
             name: name.to_owned(),
             kind,
             packet,
             opener: packet,
-            reason: Reason::Forwarded,
+            reasons: if has_no_room {
+                &[Reason::Forwarded, Reason::FlowTableFull]
+            } else {
+                &[Reason::Forwarded]
+            },
             grows: outer_length(forward, family),
         }
     }

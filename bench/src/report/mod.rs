@@ -3,10 +3,10 @@
 pub mod chart;
 pub mod table;
 
-use std::fs;
+use std::{fmt, fs, ops::RangeBounds};
 
 use anyhow::Result;
-use comfy_table::Table;
+use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -72,6 +72,17 @@ impl Machine {
     }
 }
 
+impl fmt::Display for Machine {
+    /// What a report on all of the machine's processors says of it.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "{}, {} processors, Linux {}",
+            self.processor, self.processors, self.kernel
+        )
+    }
+}
+
 impl Report {
     /// Without rows.
     pub fn new(plan: &Plan) -> Result<Self> {
@@ -97,6 +108,18 @@ impl Row {
     pub fn mpps(&self) -> f64 {
         1000.0 / self.xlb_ns.median
     }
+}
+
+/// A table without rows. Columns of `numbers`, counted from zero, are aligned to the right.
+pub fn empty_table<const N: usize>(numbers: impl RangeBounds<usize>, headers: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(headers);
+    for (index, column) in table.column_iter_mut().enumerate() {
+        if numbers.contains(&index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
 }
 
 /// The lines of a table, without what is blank at their ends.

@@ -1,15 +1,15 @@
 //! The report as text.
 
-use comfy_table::{CellAlignment, Table, presets};
-
-use super::{Report, lines, spread};
+use super::{Report, empty_table, lines, spread};
 
 /// One line for each scenario, and what the figures depend on.
 pub fn draw(report: &Report) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header([
-        "scenario", "xlb ns", "spread", "floor ns", "spread", "ratio", "spread", "Mpps",
-    ]);
+    let mut table = empty_table(
+        1..,
+        [
+            "scenario", "xlb ns", "spread", "floor ns", "spread", "ratio", "spread", "Mpps",
+        ],
+    );
     for row in &report.rows {
         table.add_row([
             row.name.clone(),
@@ -21,9 +21,6 @@ pub fn draw(report: &Report) -> String {
             spread(row.ratio, 2),
             format!("{:.2}", row.mpps()),
         ]);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
     }
     let machine = &report.machine;
     format!(

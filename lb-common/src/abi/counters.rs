@@ -23,6 +23,18 @@ pub struct Totals {
 
 const _: () = assert!(size_of::<Totals>() == 40);
 
+/// What the program touches for every packet, in one place of each CPU's memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct PerCpu {
+    pub totals: Totals,
+    /// What the program knows of a packet while it runs on it; nobody else's business.
+    pub scratch: Scratch,
+}
+
+/// See [`PerCpu::scratch`].
+pub type Scratch = [[u64; 8]; 6];
+
 /// What a backend was sent and has answered, for each CPU; indexed by backend id.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -37,10 +49,9 @@ pub struct BackendCounters {
 
 const _: () = assert!(size_of::<BackendCounters>() == 40);
 
-/// Flows of a backend that began and that the data path saw end, on all CPUs; indexed by backend id.
+/// Flows of a backend that began and that ended, on all CPUs; indexed by backend id.
 ///
-/// Live flows are `opened - ended` plus a number that the daemon sets after each recount of the flow table, so that
-/// what the data path does not see (a flow that idles out, or is evicted) does not add up.
+/// Who takes a flow's entry from one state to another by a compare-and-swap counts its end, once.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct LiveCount {
@@ -49,3 +60,12 @@ pub struct LiveCount {
 }
 
 const _: () = assert!(size_of::<LiveCount>() == 16);
+
+impl LiveCount {
+    /// Flows that are live. 0 where an end was added before the beginning, which is so for a moment.
+    #[inline(always)]
+    pub const fn flows(&self) -> u64 {
+        let flows = self.opened.wrapping_sub(self.ended);
+        if flows as i64 <= 0 { 0 } else { flows }
+    }
+}

@@ -62,6 +62,28 @@ impl Tags {
     }
 }
 
+/// A way back to clients: the interface that their packets arrive on and what frames to them begin with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct ClientLink {
+    pub link: Link,
+    pub ifindex: u32,
+    pub tags: Tags,
+    /// One of the constants below.
+    pub state: u64,
+}
+
+const _: () = assert!(size_of::<ClientLink>() == 32);
+
+impl ClientLink {
+    pub const FREE: u64 = 0;
+    /// Is being written.
+    pub const BUSY: u64 = 1;
+    pub const VALID: u64 = 2;
+    /// Valid, but free soon unless a packet comes by it: no flow had it when the daemon looked.
+    pub const UNUSED: u64 = 3;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -30,9 +30,7 @@ pub const PROBE_MARK: u32 = 0x786c_0000;
 /// The bits that are the same in each of them.
 pub const PROBE_MARK_MASK: u32 = 0xffff_0000;
 
-/// Paths that there is room for: one for each backend. Number 0 is none.
-pub const MAX_PROBE_PATHS: u32 = super::MAX_BACKENDS;
-/// 5-tuples of probes that are remembered at a time: twice what all backends have under way.
-pub const MAX_PROBES: u32 = 2 * super::MAX_BACKENDS;
-
-const _: () = assert!(MAX_PROBE_PATHS <= !PROBE_MARK_MASK);
+/// Paths that there is room for: as many as the mark tells apart. Number 0 is none.
+pub const MAX_PROBE_PATHS: u32 = !PROBE_MARK_MASK + 1;
+/// 5-tuples of probes that are remembered at a time; the one that was used last is forgotten last.
+pub const MAX_PROBES: u32 = 65_536;

@@ -33,6 +33,8 @@ const _: () = assert!(size_of::<ServiceKey>() == 20);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Service {
+    /// What its flows' clients connect to.
+    pub vip: Address,
     /// A [`Strategy`] as its number.
     pub strategy: u8,
     /// A [`Forward`] as its number.
@@ -52,7 +54,7 @@ pub struct Service {
     pub _pad: u16,
 }
 
-const _: () = assert!(size_of::<Service>() == 20);
+const _: () = assert!(size_of::<Service>() == 36);
 
 /// Bits of [`Service::flags`].
 #[derive(Clone, Copy, Debug)]
@@ -63,11 +65,11 @@ impl ServiceFlags {
     pub const HAS_FILTERS: u16 = 1 << 0;
     /// A source that no prefix holds is denied: there are prefixes that allow.
     pub const DENIES_OTHERS: u16 = 1 << 1;
+    /// Gone from the configuration; the entry stays until no flow has its id.
+    pub const REMOVED: u16 = 1 << 2;
+    /// A backend of it may be full: it has a limit of connections.
+    pub const HAS_FULL: u16 = 1 << 3;
 }
-
-/// In the slot table of `round-robin` and `least-connections`: the slot that holds the number of slots in use, which
-/// follow it. A hash-based strategy uses all slots.
-pub const LENGTH_SLOT: u32 = 0;
 
 /// How a new flow gets a backend.
 #[repr(u8)]
@@ -89,7 +91,7 @@ impl Strategy {
         self as u8
     }
 
-    /// Tells whether a slot table of this strategy is a sequence, whose length is in [`LENGTH_SLOT`].
+    /// Tells whether a strategy looks backends up by their position, not by a hash: a flow that is forgotten may get another.
     #[inline(always)]
     pub const fn is_sequence(number: u8) -> bool {
         number == Self::RoundRobin as u8 || number == Self::LeastConnections as u8

@@ -28,9 +28,15 @@ pub struct Settings {
     /// The bits that vary, of the last word of each; network byte order.
     pub ipip_varying_v4: u32,
     pub ipip_varying_v6: u32,
+    /// The shifts that make ticks of nanoseconds, of [`Self::tcp_idle`], [`Self::tcp_opening`], [`Self::tcp_closing`] and
+    /// [`Self::udp_idle`], see `logic::ageing`.
+    pub tick_shifts: [u8; 4],
+    pub _pad: u32,
+    /// Key of the hash by which the flow table finds flows: the same as long as there is the table.
+    pub table_seed: [u64; 2],
 }
 
-const _: () = assert!(size_of::<Settings>() == 96);
+const _: () = assert!(size_of::<Settings>() == 120);
 
 /// Bits of [`Settings::flags`].
 #[derive(Clone, Copy, Debug)]
@@ -41,4 +47,8 @@ impl SettingsFlags {
     pub const ANY_PORT: u32 = 1 << 0;
     /// There is a service with the forward `local`, whose packets XDP leaves to the next program.
     pub const LOCAL: u32 = 1 << 1;
+    /// No flow is idle for too long: their times are being brought to other ticks.
+    pub const AGELESS: u32 = 1 << 2;
+    /// The program is attached to the loopback interface, so that packets which come in by it are the network's.
+    pub const ON_LOOPBACK: u32 = 1 << 3;
 }

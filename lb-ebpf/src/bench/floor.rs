@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use lb_common::{
-    abi::{Address, Count, FloorBackend, FloorBucket, SLOT_COUNT, ServiceKey},
+    abi::{Address, Count, FloorBackend, FloorBucket, MANY_SLOTS, ServiceKey},
     logic::{
         hash::siphash13,
         headers::{Frame, View},
@@ -35,7 +35,7 @@ static FLOOR_SERVICES: HashMap<ServiceKey, u64, 512> = HashMap::new();
 static FLOOR_FLOWS: Array<FloorBucket, { BUCKETS as usize }> = Array::new();
 /// Backends by service and slot; all zero, which is a backend, too.
 #[btf_map]
-static FLOOR_SLOTS: Array<u32, { (SERVICES * SLOT_COUNT) as usize }> = Array::new();
+static FLOOR_SLOTS: Array<u32, { (SERVICES * MANY_SLOTS) as usize }> = Array::new();
 #[btf_map]
 static FLOOR_BACKENDS: Array<FloorBackend, { BACKENDS as usize }> = Array::new();
 #[btf_map]
@@ -105,7 +105,7 @@ fn known(slots: &[u64; 8], tag: u32) -> u32 {
 /// Records a flow in the first free slot, or in one that its hash names.
 #[inline(always)]
 fn begin(slots: &mut [u64; 8], service: u32, hash: u64, tag: u32) -> u32 {
-    let chosen = ((hash >> 32) * SLOT_COUNT as u64 >> 32) as u32 + service * SLOT_COUNT;
+    let chosen = ((hash >> 32) * MANY_SLOTS as u64 >> 32) as u32 + service * MANY_SLOTS;
     let backend = 1 + (FLOOR_SLOTS.get(chosen).copied().unwrap_or(0) & 1023);
     let record = (backend as u64) << 32 | tag as u64;
     for slot in slots.iter_mut() {

@@ -1,6 +1,5 @@
 //! `ipip` (RFC 2003, RFC 2473, RFC 4213) and `gue`, variant 1: the packet travels in another one, as it is.
 
-use aya_ebpf::bindings::xdp_md;
 use lb_common::{
     abi::{Address, Backend, Forward, Reason, Settings},
     logic::{
@@ -14,7 +13,7 @@ use network_types::{
 };
 
 use super::{nat, write_ethernet};
-use crate::{cursor::Cursor, maps, scratch::scratch};
+use crate::cursor::Cursor;
 
 /// Tells whether a packet fits into the path to a backend with the headers that are put around it.
 #[inline(always)]
@@ -25,33 +24,20 @@ pub fn fits(packet: &Packet, forward: u8, backend: &Backend) -> bool {
 
 /// Puts a packet into another one to its backend and addresses the frame to the next hop.
 ///
-/// A function that the verifier checks for itself, for its stack. Gives 0, or the index of the reason why it could not.
-#[unsafe(no_mangle)]
-pub extern "C" fn wrap(context: *mut xdp_md, forward: u32, backend_id: u32) -> u32 {
-    let (Some(scratch), Some(settings), Some(backend)) =
-        (scratch(), maps::settings(), maps::backend(backend_id))
-    else {
-        return Reason::Internal.index();
-    };
-    match try_wrap(context, &scratch.packet, settings, forward as u8, backend) {
-        Ok(()) => 0,
-        Err(reason) => reason.index(),
-    }
-}
-
+/// # Errors
+/// Why it could not.
 #[inline(always)]
-fn try_wrap(
-    context: *mut xdp_md,
+pub fn wrap(
+    frame: Cursor,
     packet: &Packet,
     settings: &Settings,
     forward: u8,
     backend: &Backend,
-) -> Result<(), Reason> {
+) -> Result<Cursor, Reason> {
     let is_gue = forward == Forward::Gue.number();
     if is_gue && backend.source.0 == Address::default().0 {
         return Err(Reason::NoSourceAddress);
     }
-    let frame = Cursor::new(context);
     nat::hop(&frame, packet).ok_or(Reason::Internal)?;
 
     let outer_v4 = backend.address.is_v4();
@@ -120,5 +106,5 @@ fn try_wrap(
         udp.set_u32(0, words[0]);
         udp.set_u32(4, words[1]);
     }
-    Ok(())
+    Ok(frame)
 }

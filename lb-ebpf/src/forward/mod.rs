@@ -11,12 +11,12 @@ use aya_ebpf::{
     helpers::bpf_redirect,
 };
 use lb_common::{
-    abi::{Address, Backend, BackendFlags, Flow, FlowKey, Forward, Link, Reason, Tags},
+    abi::{Address, Backend, BackendFlags, FlowKey, Forward, Link, Reason, Settings, SettingsFlags, Tags},
     logic::headers::{Fragment, Frame, Packet, TAG_LEN, ethertype},
 };
 
 use crate::{
-    answer,
+    answer, client_link,
     cursor::Cursor,
     flow::{Known, backend_port, source_address},
     fragment, maps,
@@ -24,11 +24,15 @@ use crate::{
     verdict::{Verdict, add},
 };
 
+/// Index of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`).
+const LOOPBACK: u32 = 1;
+
 /// Sends a client's packet to the backend of its flow.
 #[inline(always)]
 pub fn to_backend(
     context: *mut xdp_md,
     scratch: &mut Scratch,
+    settings: &Settings,
     verdict: Verdict,
     known: &Known,
     backend: &Backend,
@@ -72,12 +76,12 @@ pub fn to_backend(
         if !encapsulation::fits(&scratch.packet, known.forward, backend) {
             return answer::too_big(context, scratch, verdict, known.forward, backend);
         }
-        return match encapsulation::wrap(context, known.forward as u32, known.backend_id) {
-            0 => {
+        return match encapsulation::wrap(frame, &scratch.packet, settings, known.forward, backend) {
+            Ok(frame) => {
                 count_forwarded(scratch, known);
-                redirect(&Cursor::new(context), verdict, backend.ifindex, Reason::Forwarded)
+                redirect(&frame, verdict, backend.ifindex, Reason::Forwarded)
             }
-            reason => verdict.dropped(Reason::from_index(reason)),
+            Err(reason) => verdict.dropped(reason),
         };
     } else {
         if nat::hop(&frame, &scratch.packet).is_none() {
@@ -104,8 +108,8 @@ fn count_forwarded(scratch: &Scratch, known: &Known) {
 
 /// Sends a backend's reply to the client of its flow.
 #[inline(always)]
-pub fn to_client(frame: Cursor, scratch: &mut Scratch, flow: &Flow) -> Verdict {
-    let verdict = Verdict::of_service(flow.service);
+pub fn to_client(frame: Cursor, scratch: &mut Scratch, known: &Known) -> Verdict {
+    let verdict = Verdict::of_service(known.service_id);
     if scratch.packet.ttl <= 1 {
         return verdict.dropped(Reason::TtlExceeded);
     }
@@ -123,16 +127,20 @@ pub fn to_client(frame: Cursor, scratch: &mut Scratch, flow: &Flow) -> Verdict {
     if nat::rewrite(&frame, &scratch.packet, &scratch.tuple).is_none() {
         return verdict.dropped(Reason::Internal);
     }
-    if let Some(counters) = maps::backend_counters(flow.backend) {
+    if let Some(counters) = maps::backend_counters(known.backend_id) {
         add(&mut counters.returned, scratch.bytes);
     }
+    // There are more links than are noted: the host's stack knows the way, too.
+    let Some(way) = client_link::get(known.link) else {
+        return verdict.passed(Reason::NextHopUnknown);
+    };
     send(
         frame,
         &scratch.packet,
         verdict.sent(XDP_TX, Reason::Returned),
-        flow.client_ifindex,
-        &flow.client_link,
-        &flow.client_tags,
+        way.ifindex,
+        &way.link,
+        &way.tags,
     )
 }
 
@@ -177,12 +185,20 @@ pub fn send(
 /// Sends a frame that is addressed already out of an interface.
 #[inline(always)]
 pub fn redirect(frame: &Cursor, verdict: Verdict, ifindex: u32, reason: Reason) -> Verdict {
-    if ifindex == frame.ingress_ifindex() {
+    let ingress = frame.ingress_ifindex();
+    if ifindex == ingress || ingress == LOOPBACK && is_test_run() {
         return verdict.sent(XDP_TX, reason);
     }
     // SAFETY: the helper takes numbers alone; an interface that is gone makes the kernel drop the packet.
     unsafe { bpf_redirect(ifindex, 0) };
     verdict.sent(XDP_REDIRECT, reason)
+}
+
+/// Tells whether a packet that came in by the loopback interface is one of a test run, which comes in there unless it
+/// names an interface. That is told what becomes of a packet on one interface.
+#[inline(always)]
+fn is_test_run() -> bool {
+    maps::settings().is_some_and(|settings| settings.flags & SettingsFlags::ON_LOOPBACK == 0)
 }
 
 /// Writes an Ethernet header with its VLAN tags; gives the offset of what follows it.

@@ -48,7 +48,8 @@ pub fn table(status: &Status) -> String {
     // Writing to a String does not fail.
     let _ = writeln!(
         text,
-        "xlb {} instance {} up {} s on {}\nflows {} of {} ({} MB)\npackets: {} received, {} passed, {} dropped, {} \
+        "xlb {} instance {} up {} s on {}\nflows {} of {} ({} MB)\nservices {} of {} ({} MB), backends {} of {} ({} \
+         MB), slot tables {} MB\npackets: {} received, {} passed, {} dropped, {} \
          transmitted, {} redirected",
         status.version,
         status.instance,
@@ -57,6 +58,17 @@ pub fn table(status: &Status) -> String {
         status.flow_table.flows,
         status.flow_table.size,
         status.flow_table.memory_bytes / 1_000_000,
+        status.services.len(),
+        status.maps.services,
+        status.maps.services_memory_bytes / 1_000_000,
+        status
+            .services
+            .iter()
+            .map(|service| service.backends.len())
+            .sum::<usize>(),
+        status.maps.backends,
+        status.maps.backends_memory_bytes / 1_000_000,
+        status.maps.slot_tables_memory_bytes / 1_000_000,
         packets.received,
         packets.passed,
         packets.dropped,

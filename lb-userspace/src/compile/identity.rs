@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lb_common::abi::{self, Address, BackendFlags, MAX_BACKENDS, MAX_SERVICES, ServiceKey};
+use lb_common::abi::{self, Address, BackendFlags, ServiceKey};
 
 use crate::{
     config::{Backend, PortRange, Protocol, Service},
-    datapath::Contents,
+    datapath::{Contents, Sizes},
 };
 
 /// In the key of a service of all ports: its only one.
@@ -35,10 +35,10 @@ pub(super) fn keys(service: &Service) -> impl Iterator<Item = ServiceKey> {
 ///
 /// When services were split or merged, the first in the order takes the id; none is given twice. What no key of its
 /// own leads to may have had all ports before, or has them now.
-pub(super) fn services(services: &[Service], actual: &Contents) -> Vec<Option<u32>> {
+pub(super) fn services(services: &[Service], actual: &Contents, sizes: &Sizes) -> Vec<Option<u32>> {
     let mut taken = BTreeSet::new();
     let mut take = |mut ids: &mut dyn Iterator<Item = u32>| {
-        let id = (&mut ids).find(|id| *id < MAX_SERVICES && !taken.contains(id))?;
+        let id = (&mut ids).find(|id| *id < sizes.services && !taken.contains(id))?;
         taken.insert(id);
         Some(id)
     };
@@ -52,9 +52,15 @@ pub(super) fn services(services: &[Service], actual: &Contents) -> Vec<Option<u3
             port: ANY_PORT,
             ..own
         };
-        let of_vip = (actual.service_keys.iter())
-            .filter(|(key, _)| (key.vip, key.protocol) == (own.vip, own.protocol))
-            .filter(|(key, _)| own == any || **key == any);
+        if own != any {
+            *id = take(&mut actual.service_keys.get(&any).copied().into_iter());
+            continue;
+        }
+        let last = ServiceKey {
+            port: u16::MAX,
+            ..own
+        };
+        let of_vip = (actual.service_keys.range(any..=last)).filter(|(key, _)| key.protocol == own.protocol);
         *id = take(&mut of_vip.map(|(_, id)| *id));
     }
     found
@@ -69,12 +75,12 @@ pub(super) fn of_backend(service: u32, backend: &Backend) -> BackendIdentity {
 }
 
 /// Ids of the backends in the maps by their identity.
-pub(super) fn backends(actual: &Contents) -> BTreeMap<BackendIdentity, u32> {
+pub(super) fn backends(actual: &Contents, sizes: &Sizes) -> BTreeMap<BackendIdentity, u32> {
     let mut ids = BTreeMap::new();
     let in_use = |removed: u16| {
         (actual.backends.iter())
             .filter(move |(_, backend)| backend.flags & BackendFlags::REMOVED == removed)
-            .filter(|(id, _)| (1..MAX_BACKENDS).contains(*id))
+            .filter(|(id, _)| (1..=sizes.backends).contains(*id))
     };
     for (id, backend) in in_use(0).chain(in_use(BackendFlags::REMOVED)) {
         if let Some(service) = backend.service_plus_one.checked_sub(1) {

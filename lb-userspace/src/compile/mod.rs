@@ -1,4 +1,4 @@
-//! From the desired state to exact map contents: ids, flags and slot tables; pure.
+//! From the desired state to exact map contents: ids, flags and pools; pure.
 //!
 //! What the maps hold now is an input, so that services and backends keep their ids, and their flows with them,
 //! over every change and over a restart of the daemon.
@@ -9,23 +9,23 @@ mod identity;
 pub mod maglev;
 mod probe_paths;
 mod restore;
-mod round_robin;
+pub mod round_robin;
 mod slots;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    sync::Arc,
     time::Duration,
 };
 
 use lb_common::abi::{
-    self, BackendFlags, Link, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES,
-    MAX_SOURCE_FILTERS, ROLE_BACKEND, ROLE_VIP, SettingsFlags,
+    self, BackendFlags, Link, MAX_SERVICE_KEYS, MAX_SOURCE_FILTERS, ROLE_BACKEND, ROLE_VIP, ServiceFlags,
+    SettingsFlags,
 };
+use lb_common::logic::ageing;
 
+use self::candidates::Candidate;
 pub use self::{
-    candidates::Candidate,
     filters::SourceFilters,
     probe_paths::probe_path,
     restore::{Restored, restore},
@@ -33,9 +33,12 @@ pub use self::{
 };
 use crate::{
     config::{Backend, Forward, Protocol, Service, Strategy},
-    datapath::Contents,
+    datapath::{Contents, Operation, Sizes},
     model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
+
+/// Name of the loopback interface in every network namespace.
+const LOOPBACK: &str = "lo";
 
 /// What the maps shall hold, and who is who in them.
 #[derive(Clone, Debug, Default)]
@@ -62,10 +65,21 @@ pub enum CompileError {
         needed: usize,
         limit: usize,
     },
+    #[error(
+        "the configuration has {needed} {objects}, and the maps were made for {limit}: `limits.{objects}` (\"auto\", or at \
+         least {needed}) takes effect with new maps, after `xlb detach`, which ends all flows, and a start"
+    )]
+    TooManyForMaps {
+        /// As the key of the configuration is called.
+        objects: &'static str,
+        needed: usize,
+        limit: u32,
+    },
     /// Old entries leave the maps only after the new ones are in place.
     #[error(
         "the new configuration's {objects} do not fit beside the old ones: {needed} together, {limit} fit; \
-         change the configuration in two steps, first without the services and backends to be replaced"
+         change the configuration in two steps, first without the services and backends to be replaced, or raise \
+         `limits.{objects}`, which takes `xlb detach` and a new start"
     )]
     TooManyAtOnce {
         objects: &'static str,
@@ -77,14 +91,15 @@ pub enum CompileError {
 /// Says what the maps shall hold, given what they hold; compiling again from the result gives the same.
 ///
 /// A backend that has left its service stays, marked as removed, until its last flow has ended; the mark says too whether
-/// the service wants that by a reset. Those of a service that is gone leave at once.
+/// the service wants that by a reset. A service that is gone stays in the same way, out of reach, with its backends: flows
+/// have their ids, which nobody else is to get before.
 ///
 /// # Errors
 /// When something does not fit into the maps, also together with what has to leave them first.
 pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Result<Compiled, CompileError> {
-    let directory = assign_ids(&model.config.services, actual)?;
+    let directory = assign_ids(&model.config.services, actual, &model.sizes)?;
     let mut contents = Contents {
-        settings: settings(model),
+        settings: settings(model, &actual.settings),
         ..Contents::default()
     };
     for service in &model.config.services {
@@ -92,11 +107,10 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
             continue;
         };
         let candidates = add_service(&mut contents, *id, service, &directory, model, actual);
-        let table = tables.get(*id, service.strategy, candidates);
-        let unchanged = actual.slots.get(id).filter(|old| **old == table);
-        contents.slots.insert(*id, unchanged.map_or(table, Arc::clone));
+        contents.pools.insert(*id, tables.pool(service, candidates));
     }
-    tables.retain(&contents);
+    tables.retain_used();
+    add_removed_services(&mut contents, model, actual);
     add_removed_backends(&mut contents, &directory, model, actual);
     if contents.service_keys.keys().any(|key| key.port == 0) {
         contents.settings.flags |= SettingsFlags::ANY_PORT;
@@ -105,32 +119,64 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
     if contents.services.values().any(is_local) {
         contents.settings.flags |= SettingsFlags::LOCAL;
     }
+    if model.config.interfaces.iter().any(|name| name == LOOPBACK) {
+        contents.settings.flags |= SettingsFlags::ON_LOOPBACK;
+    }
     add_addresses(&mut contents);
     check_limits(&contents, actual)?;
     Ok(Compiled { contents, directory })
 }
 
+/// Says what changes in the maps because health or administrative state of a service's backends has, where nothing else has: the same as
+/// [`compile`] and a plan from its result, without a look at the other services.
+///
+/// Nothing where the service is not in the maps.
+pub fn follow_states(
+    tables: &mut SlotTables,
+    model: &Model,
+    service: &Service,
+    directory: &Directory,
+    actual: &Contents,
+) -> Option<Vec<Operation>> {
+    let id = *directory.services.get(&service.name)?;
+    let mut contents = Contents::default();
+    let candidates = add_service(&mut contents, id, service, directory, model, actual);
+    let pool = tables.pool(service, candidates);
+    // The entries come before the pool that leads to them.
+    let mut operations: Vec<Operation> = (contents.backends.iter())
+        .filter(|(id, backend)| actual.backends.get(id) != Some(backend))
+        .map(|(id, backend)| Operation::PutBackend(*id, *backend))
+        .collect();
+    if actual.pools.get(&id) != Some(&pool) {
+        operations.push(Operation::PutPool(id, pool));
+    }
+    Some(operations)
+}
+
 /// Finds the ids that exist and gives the lowest free ones to the others.
-fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, CompileError> {
+fn assign_ids(services: &[Service], actual: &Contents, sizes: &Sizes) -> Result<Directory, CompileError> {
     let mut directory = Directory::default();
     let backends = services.iter().map(|service| service.backends.len()).sum();
-    check_limit("services", services.len(), MAX_SERVICES as usize)?;
-    check_limit("backends", backends, MAX_BACKENDS as usize - 1)?;
+    check_size("services", services.len(), sizes.services)?;
+    check_size("backends", backends, sizes.backends)?;
 
-    // An id that no key leads to is out of reach of packets, whatever an interrupted change has left under it; a
-    // retry finds it again.
-    let used_services: BTreeSet<u32> = actual.service_keys.values().copied().collect();
-    let mut free_services = (0..MAX_SERVICES).filter(|id| !used_services.contains(id));
-    let mut free_backends = (1..MAX_BACKENDS).filter(|id| !actual.backends.contains_key(id));
-    let known_backends = identity::backends(actual);
+    // An id that no key leads to or has led to is out of reach of packets, whatever an interrupted change has left under
+    // it; a retry finds it again.
+    let removed = (actual.services.iter())
+        .filter(|(_, service)| service.flags & ServiceFlags::REMOVED != 0)
+        .map(|(id, _)| *id);
+    let used_services: BTreeSet<u32> = (actual.service_keys.values().copied()).chain(removed).collect();
+    let mut free_services = (0..sizes.services).filter(|id| !used_services.contains(id));
+    let mut free_backends = (1..=sizes.backends).filter(|id| !actual.backends.contains_key(id));
+    let known_backends = identity::backends(actual, sizes);
 
-    for (service, known) in services.iter().zip(identity::services(services, actual)) {
+    for (service, known) in services.iter().zip(identity::services(services, actual, sizes)) {
         let id = known
             .or_else(|| free_services.next())
             .ok_or(CompileError::TooManyAtOnce {
                 objects: "services",
                 needed: used_services.len() + services.len(),
-                limit: MAX_SERVICES as usize,
+                limit: sizes.services as usize,
             })?;
         directory.services.insert(service.name.clone(), id);
         for backend in &service.backends {
@@ -140,7 +186,7 @@ fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, Comp
                 .ok_or(CompileError::TooManyAtOnce {
                     objects: "backends",
                     needed: actual.backends.len() + backends,
-                    limit: MAX_BACKENDS as usize - 1,
+                    limit: sizes.backends as usize,
                 })?;
             directory
                 .backends
@@ -150,10 +196,11 @@ fn assign_ids(services: &[Service], actual: &Contents) -> Result<Directory, Comp
     Ok(directory)
 }
 
-fn settings(model: &Model) -> abi::Settings {
+fn settings(model: &Model, actual: &abi::Settings) -> abi::Settings {
     let flow_table = &model.config.flow_table;
     let (source_port_first, source_port_count) = model.source_ports;
-    abi::Settings {
+    let is_new = actual.tick_shifts == [0; 4];
+    let mut settings = abi::Settings {
         seed: model.seed,
         tcp_idle: nanoseconds(flow_table.tcp_idle_timeout),
         tcp_opening: nanoseconds(TCP_OPENING_TIMEOUT),
@@ -166,7 +213,18 @@ fn settings(model: &Model) -> abi::Settings {
         ipip_source_v6: IpAddr::V6(model.config.ipip_source.v6.network()).into(),
         ipip_varying_v4: u32::from(model.config.ipip_source.v4.hostmask()).to_be(),
         ipip_varying_v6: (u128::from(model.config.ipip_source.v6.hostmask()) as u32).to_be(),
+        tick_shifts: [0; 4],
+        _pad: 0,
+        // By another seed no flow would be found any more.
+        table_seed: if is_new { model.seed } else { actual.table_seed },
+    };
+    settings.tick_shifts = ageing::tick_shifts(&settings);
+    let is_ageless = actual.flags & SettingsFlags::AGELESS != 0;
+    let has_other_ticks = !is_new && actual.tick_shifts != settings.tick_shifts;
+    if has_other_ticks || is_ageless && !model.ages_are_renewed {
+        settings.flags |= SettingsFlags::AGELESS;
     }
+    settings
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
@@ -240,15 +298,29 @@ fn service_entry(service: &Service) -> abi::Service {
         Strategy::LeastConnections => abi::Strategy::LeastConnections,
     };
     abi::Service {
+        vip: service.vip.into(),
         strategy: strategy.number(),
         forward: forward_in_maps(service.forward).number(),
-        flags: filters::flags(service),
+        flags: filters::flags(service) | limits_flag(service),
         in_use: 1,
         new_flow_rate: service.new_flow_cap.map_or(0, |cap| cap.rate),
         new_flow_burst: service.new_flow_cap.map_or(0, |cap| cap.burst),
         rate_prefix_v4: service.new_flow_cap.map_or(0, |cap| cap.prefix_v4),
         rate_prefix_v6: service.new_flow_cap.map_or(0, |cap| cap.prefix_v6),
         _pad: 0,
+    }
+}
+
+/// [`ServiceFlags::HAS_FULL`], where it is so.
+fn limits_flag(service: &Service) -> u16 {
+    if service
+        .backends
+        .iter()
+        .any(|backend| backend.max_connections.is_some())
+    {
+        ServiceFlags::HAS_FULL
+    } else {
+        0
     }
 }
 
@@ -302,6 +374,26 @@ fn follow_source(entry: &mut abi::Backend, former: &abi::Backend, forward: Forwa
     }
 }
 
+/// Adds the services that have left the configuration but may still have flows: no key leads to them.
+fn add_removed_services(contents: &mut Contents, model: &Model, actual: &Contents) {
+    let has_led_to: BTreeSet<u32> = actual.service_keys.values().copied().collect();
+    for (id, entry) in &actual.services {
+        let is_removed = entry.flags & ServiceFlags::REMOVED != 0;
+        if contents.services.contains_key(id)
+            || *id >= model.sizes.services
+            || !(is_removed || has_led_to.contains(id))
+            || is_removed && model.left_services.contains(id)
+        {
+            continue;
+        }
+        let entry = abi::Service {
+            flags: entry.flags | ServiceFlags::REMOVED,
+            ..*entry
+        };
+        contents.services.insert(*id, entry);
+    }
+}
+
 /// Adds the backends that have left their service but may still have flows.
 fn add_removed_backends(contents: &mut Contents, directory: &Directory, model: &Model, actual: &Contents) {
     let resetting = (model.config.services.iter())
@@ -315,7 +407,7 @@ fn add_removed_backends(contents: &mut Contents, directory: &Directory, model: &
             continue;
         };
         let has_flows = model.live_flows.get(id) != Some(&0);
-        if contents.backends.contains_key(id) || !(1..MAX_BACKENDS).contains(id) || !has_flows {
+        if contents.backends.contains_key(id) || !(1..=model.sizes.backends).contains(id) || !has_flows {
             continue;
         }
         let resets = if resetting.contains(&service) {
@@ -341,7 +433,8 @@ fn add_addresses(contents: &mut Contents) {
     }
 }
 
-/// Checks what is found by key; ids have been checked when they were assigned.
+/// Checks what is found by key; ids have been checked when they were assigned, and with them addresses: there is room for
+/// one for each service and each backend.
 fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileError> {
     let (keys, limit) = (&contents.service_keys, MAX_SERVICE_KEYS as usize);
     check_limit("ports", keys.len(), limit)?;
@@ -352,15 +445,6 @@ fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileErr
         .count();
     check_limit_at_once("ports", keys.len() + leaving, limit)?;
 
-    let (addresses, limit) = (&contents.addresses, MAX_ADDRESSES as usize);
-    check_limit("addresses", addresses.len(), limit)?;
-    let leaving = actual
-        .addresses
-        .keys()
-        .filter(|address| !addresses.contains_key(address))
-        .count();
-    check_limit_at_once("addresses", addresses.len() + leaving, limit)?;
-
     let (filters, limit) = (&contents.source_filters, MAX_SOURCE_FILTERS as usize);
     check_limit("source prefixes", filters.len(), limit)?;
     let leaving = actual
@@ -369,6 +453,18 @@ fn check_limits(contents: &Contents, actual: &Contents) -> Result<(), CompileErr
         .filter(|key| !filters.contains_key(key))
         .count();
     check_limit_at_once("source prefixes", filters.len() + leaving, limit)
+}
+
+fn check_size(objects: &'static str, needed: usize, limit: u32) -> Result<(), CompileError> {
+    if needed <= limit as usize {
+        Ok(())
+    } else {
+        Err(CompileError::TooManyForMaps {
+            objects,
+            needed,
+            limit,
+        })
+    }
 }
 
 fn check_limit(objects: &'static str, needed: usize, limit: usize) -> Result<(), CompileError> {

@@ -7,7 +7,7 @@ use lb_common::abi::BackendFlags;
 use super::identity;
 use crate::{
     config::Config,
-    datapath::Contents,
+    datapath::{Contents, Sizes},
     model::{Administrative, BackendName, Health},
 };
 
@@ -21,13 +21,14 @@ pub struct Restored {
 }
 
 /// Reads health and administrative state back from the flags; a drain begins anew at `now`.
-pub fn restore(config: &Config, actual: &Contents, now: SystemTime) -> Restored {
+pub fn restore(config: &Config, actual: &Contents, sizes: &Sizes, now: SystemTime) -> Restored {
     let mut restored = Restored::default();
-    let ids = identity::backends(actual);
-    for (service, service_id) in config
-        .services
-        .iter()
-        .zip(identity::services(&config.services, actual))
+    let ids = identity::backends(actual, sizes);
+    for (service, service_id) in
+        config
+            .services
+            .iter()
+            .zip(identity::services(&config.services, actual, sizes))
     {
         let Some(service_id) = service_id else { continue };
         for backend in &service.backends {

@@ -1,22 +1,16 @@
 //! The sequence of `round-robin`: weights as nginx spreads them ("smooth weighted round-robin").
 
-use super::{candidates::Candidate, slots::MAX_LENGTH};
+use std::ops::Rem;
 
-/// Backend ids in the order in which they get new flows; after the last comes the first again.
+/// Turns of a round at most.
+const MAX_LENGTH: u32 = 65_536;
+
+/// Who gets new flows in turn, as indices of the weights, of which none is 0; after the last comes the first again.
 ///
-/// With few candidates to a weight the turns of each are spread evenly. The order of candidates of the same weight is
-/// that of `candidates`.
-pub fn turns(candidates: &[Candidate]) -> Vec<u32> {
-    let candidates: Vec<Candidate> = candidates
-        .iter()
-        .copied()
-        .filter(|candidate| candidate.weight > 0)
-        .collect();
-    let weights: Vec<u64> = candidates
-        .iter()
-        .map(|candidate| u64::from(candidate.weight))
-        .collect();
-    let weights = scaled(&weights);
+/// With few members to a weight the turns of each are spread evenly. The order of members of the same weight is that of
+/// the weights.
+pub fn turns(weights: &[u32]) -> Vec<u16> {
+    let weights = scaled(weights);
     let total: i64 = weights.iter().sum();
     let mut current = vec![0; weights.len()];
     let mut turns = Vec::with_capacity(total as usize);
@@ -29,14 +23,20 @@ pub fn turns(candidates: &[Candidate]) -> Vec<u32> {
             }
         }
         current[largest] -= total;
-        turns.push(candidates[largest].id);
+        turns.push(largest as u16);
     }
     turns
 }
 
+/// Turns of a round.
+pub fn length(weights: &[u32]) -> u32 {
+    scaled(weights).iter().sum::<i64>() as u32
+}
+
 /// Turns of each in one round: in lowest terms, or as near to its share as [`MAX_LENGTH`] turns allow, and at least
 /// one.
-fn scaled(weights: &[u64]) -> Vec<i64> {
+fn scaled(weights: &[u32]) -> Vec<i64> {
+    let weights: Vec<u64> = weights.iter().map(|weight| u64::from(*weight)).collect();
     let divisor = weights.iter().copied().fold(0, gcd).max(1);
     let total: u64 = weights.iter().sum::<u64>() / divisor;
     if total <= u64::from(MAX_LENGTH) {
@@ -75,8 +75,9 @@ fn scaled(weights: &[u64]) -> Vec<i64> {
     turns
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
+/// The greatest number that divides both.
+pub(super) fn gcd<T: Copy + Default + PartialEq + Rem<Output = T>>(a: T, b: T) -> T {
+    if b == T::default() { a } else { gcd(b, a % b) }
 }
 
 #[cfg(test)]

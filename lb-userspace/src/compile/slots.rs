@@ -1,79 +1,106 @@
-//! The slot table of a service, by its strategy.
+//! The pool of a service, by its strategy.
 
-use std::{collections::BTreeMap, sync::Arc};
-
-use lb_common::abi::{self, LENGTH_SLOT, SLOT_COUNT};
-
-use super::{candidates::Candidate, maglev, round_robin};
-use crate::{
-    config::Strategy,
-    datapath::{Contents, SlotTable},
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
 };
 
-/// Slots of a sequence at most: all but the one that holds the length.
-pub(super) const MAX_LENGTH: u32 = SLOT_COUNT - 1 - LENGTH_SLOT;
+use lb_common::abi::{FEW_SLOTS, MANY_SLOTS};
 
-/// The slot tables of the last compilation: building one takes milliseconds, and most changes concern few services.
+use super::{candidates::Candidate, round_robin};
+use crate::{
+    config::{Service, Strategy},
+    datapath::{Contents, Pool, RankTable},
+};
+
+/// Weights of a pool together at most, in terms of the smallest, of a table of [`FEW_SLOTS`]. With more, members would be
+/// left with too few slots each to keep them when another leaves: see docs/design/slot-tables.md.
+const FEW: u64 = 12;
+
+/// The slot tables that are in use: services with the same have one.
 ///
-/// A memory of what can be computed again at any time: the result does not depend on it.
+/// A memory of what can be told again at any time: the result does not depend on it.
 #[derive(Debug, Default)]
-pub struct SlotTables(BTreeMap<u32, (Strategy, Vec<Candidate>, SlotTable)>);
+pub struct SlotTables(HashMap<u64, Arc<RankTable>>);
 
 impl SlotTables {
-    /// The table of a service for these candidates.
-    pub(super) fn get(&mut self, service: u32, strategy: Strategy, candidates: Vec<Candidate>) -> SlotTable {
-        if let Some((known_strategy, known, table)) = self.0.get(&service)
-            && (*known_strategy, known) == (strategy, &candidates)
-        {
-            return Arc::clone(table);
+    /// The pool of a service for these candidates.
+    pub(super) fn pool(&mut self, service: &Service, mut candidates: Vec<Candidate>) -> Pool {
+        candidates.retain(|candidate| candidate.weight > 0);
+        let divisor = candidates
+            .iter()
+            .fold(0, |divisor, candidate| {
+                round_robin::gcd(divisor, candidate.weight)
+            })
+            .max(1);
+        let table = match service.strategy {
+            _ if candidates.len() <= 1 => None,
+            Strategy::ConsistentHash | Strategy::IpHash => {
+                // The same order on every node, and for every service.
+                candidates
+                    .sort_unstable_by_key(|candidate| (candidate.identity, candidate.weight, candidate.id));
+                let members = candidates
+                    .iter()
+                    .map(|candidate| (candidate.identity, candidate.weight / divisor))
+                    .collect();
+                Some(RankTable::by_hash(members, slots_for(service)))
+            }
+            Strategy::RoundRobin if candidates.iter().any(|candidate| candidate.weight != divisor) => {
+                let weights = candidates.iter().map(|candidate| candidate.weight / divisor);
+                Some(RankTable::in_turns(weights.collect()))
+            }
+            // The program compares them all, by their live flows and their weights.
+            Strategy::RoundRobin | Strategy::LeastConnections => None,
+        };
+        Pool {
+            members: candidates.iter().map(|candidate| candidate.id).collect(),
+            table: table.map(|table| self.known(table)),
         }
-        let table = table(strategy, &candidates);
-        self.0.insert(service, (strategy, candidates, Arc::clone(&table)));
-        table
     }
 
-    /// Forgets services that are gone.
-    pub(super) fn retain(&mut self, contents: &Contents) {
-        self.0
-            .retain(|service, _| contents.services.contains_key(service));
-    }
-}
-
-/// Builds the table.
-fn table(strategy: Strategy, candidates: &[Candidate]) -> SlotTable {
-    match strategy {
-        Strategy::ConsistentHash | Strategy::IpHash => maglev::table(candidates),
-        Strategy::RoundRobin => sequence(&round_robin::turns(candidates)),
-        // The program compares them all, by their live flows and their weights.
-        Strategy::LeastConnections => {
-            let ids: Vec<u32> = candidates.iter().map(|candidate| candidate.id).collect();
-            sequence(&ids)
+    fn known(&mut self, table: RankTable) -> Arc<RankTable> {
+        let known = self
+            .0
+            .entry(table.digest)
+            .or_insert_with(|| Arc::new(table.clone()));
+        if **known == table {
+            Arc::clone(known)
+        } else {
+            Arc::new(table)
         }
     }
+
+    /// Forgets tables that nobody has any more.
+    pub(super) fn retain_used(&mut self) {
+        self.0.retain(|_, table| Arc::strong_count(table) > 1);
+    }
 }
 
-/// The table of a sequence: its length and then itself.
-fn sequence(ids: &[u32]) -> SlotTable {
-    let mut slots = vec![0; SLOT_COUNT as usize];
-    slots[LENGTH_SLOT as usize] = ids.len() as u32;
-    let after = LENGTH_SLOT as usize + 1;
-    slots[after..after + ids.len()].copy_from_slice(ids);
-    Arc::from(slots)
+/// How many slots the tables of a service by hash have. It follows from the configuration alone: were it other slots
+/// because a backend is down, all flows would move.
+fn slots_for(service: &Service) -> u32 {
+    let weights = || service.backends.iter().map(|backend| u64::from(backend.weight));
+    let smallest = weights().filter(|weight| *weight > 0).min().unwrap_or(1);
+    let (sum, count) = (weights().sum::<u64>(), service.backends.len() as u64);
+    if sum.div_ceil(smallest).max(count) <= FEW {
+        FEW_SLOTS
+    } else {
+        MANY_SLOTS
+    }
 }
 
-/// The share of new flows by backend id: of the slots, or for `least-connections` of the weights.
+/// The share of new flows by backend id: that of the weights, to which slots and turns keep.
 pub fn shares(contents: &Contents, service: u32) -> BTreeMap<u32, f64> {
-    let mut shares = BTreeMap::<u32, f64>::new();
-    let strategy = contents.services.get(&service).map(|entry| entry.strategy);
-    let by_weight = strategy == Some(abi::Strategy::LeastConnections.number());
-    for id in contents.slots_in_use(service) {
-        let weight = contents.backends.get(id).map_or(0, |backend| backend.weight);
-        *shares.entry(*id).or_default() += if by_weight { f64::from(weight) } else { 1.0 };
-    }
-    let total: f64 = shares.values().sum();
-    shares.retain(|id, _| *id != 0);
-    shares
-        .values_mut()
-        .for_each(|share| *share /= total.max(f64::MIN_POSITIVE));
-    shares
+    let members = contents.pools.get(&service).map_or(&[][..], |pool| &pool.members);
+    let weight = |id: &u32| {
+        contents
+            .backends
+            .get(id)
+            .map_or(0.0, |backend| f64::from(backend.weight))
+    };
+    let total: f64 = members.iter().map(weight).sum();
+    members
+        .iter()
+        .map(|id| (*id, weight(id) / total.max(f64::MIN_POSITIVE)))
+        .collect()
 }

@@ -1,11 +1,12 @@
 use std::time::SystemTime;
 
-use lb_common::abi::{Address, SLOT_COUNT, ServiceKey};
+use lb_common::abi::{Address, DEFAULT_SERVICES, FEW_SLOTS, MANY_SLOTS, ServiceKey};
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
     config::{self, NewFlowCap, PortRange, Probe, WhenAllDown},
+    datapath::Pool,
     model::{
         NextHop,
         fixture::{any_model, backend, model, next_hop, service},
@@ -33,8 +34,19 @@ fn flags_of(compiled: &Compiled, backend: &str) -> u16 {
     compiled.contents.backends[&id].flags
 }
 
+fn by_slot(pool: &Pool) -> Vec<u32> {
+    pool.by_slot().unwrap()
+}
+
 fn owners(compiled: &Compiled, service: u32) -> BTreeSet<u32> {
-    compiled.contents.slots_in_use(service).iter().copied().collect()
+    let pool = &compiled.contents.pools[&service];
+    let slots: BTreeSet<u32> = by_slot(pool).into_iter().collect();
+    assert_eq!(
+        slots,
+        pool.members.iter().copied().collect(),
+        "each member has slots"
+    );
+    slots
 }
 
 #[test]
@@ -106,7 +118,7 @@ fn a_backend_without_a_probe_is_up() {
     model.health.clear();
     assert_eq!(
         owners(&compiled(&model, &Contents::default()), 0),
-        BTreeSet::from([0])
+        BTreeSet::new()
     );
     model.config.services[0].health.probe = Probe::None;
     assert_eq!(
@@ -207,8 +219,10 @@ fn a_backend_that_starts_slowly_has_its_part_of_even_the_smallest_weight() {
     );
     let share = shares(&contents, 0)[&1];
     assert!((share - 10.0 / 110.0).abs() < 0.001, "{share}");
-    for slot in 0..SLOT_COUNT as usize {
-        let (before, after) = (whole.slots[&0][slot], contents.slots[&0][slot]);
+    let [before, after] = [&whole, &contents].map(|contents| by_slot(&contents.pools[&0]));
+    assert_eq!(before.len(), FEW_SLOTS as usize);
+    assert_eq!(after.len(), before.len());
+    for (before, after) in before.into_iter().zip(after) {
         assert!(
             before == after || before == 1,
             "no slot goes to the backend that has fewer"
@@ -228,20 +242,17 @@ fn a_backend_that_starts_slowly_has_its_part_of_even_the_smallest_weight() {
 }
 
 #[test]
-fn the_slots_of_a_sequence_follow_its_length() {
+fn the_pools_of_a_sequence_have_a_slot_for_each_turn_or_member() {
     let mut model = web();
     model.config.services[0].backends[0].weight = 200;
     model.config.services[0].strategy = config::Strategy::RoundRobin;
     let first = compiled(&model, &Contents::default()).contents;
-    assert_eq!(first.slots[&0].len(), SLOT_COUNT as usize);
-    assert_eq!(first.slots[&0][..4], [3, 1, 2, 1]);
-    assert!(first.slots[&0][4..].iter().all(|slot| *slot == 0));
+    assert_eq!(by_slot(&first.pools[&0]), [1, 2, 1]);
     assert_eq!(first.services[&0].strategy, abi::Strategy::RoundRobin.number());
 
     model.config.services[0].strategy = config::Strategy::LeastConnections;
     let second = compiled(&model, &first).contents;
-    assert_eq!(second.slots[&0][..3], [2, 1, 2]);
-    assert!(second.slots[&0][3..].iter().all(|slot| *slot == 0));
+    assert_eq!(second.pools[&0], Pool::of([1, 2]));
     assert_eq!(
         (second.backends[&1].weight, second.backends[&2].weight),
         (200, 100)
@@ -252,7 +263,7 @@ fn the_slots_of_a_sequence_follow_its_length() {
 
     model.health.clear();
     let empty = compiled(&model, &second).contents;
-    assert!(empty.slots[&0].iter().all(|slot| *slot == 0));
+    assert_eq!(empty.pools[&0], Pool::default());
     assert_eq!(shares(&empty, 0), BTreeMap::new());
 }
 
@@ -278,6 +289,14 @@ fn a_setting_says_that_there_is_a_service_of_this_host() {
     let local = compiled(&model, &Contents::default());
     assert_eq!(local.contents.settings.flags, SettingsFlags::LOCAL);
     assert_eq!(compiled(&web(), &local.contents).contents.settings.flags, 0);
+}
+
+#[test]
+fn a_setting_says_that_packets_come_in_by_the_loopback_interface() {
+    let mut model = web();
+    model.config.interfaces.push("lo".to_owned());
+    let on_loopback = compiled(&model, &Contents::default());
+    assert_eq!(on_loopback.contents.settings.flags, SettingsFlags::ON_LOOPBACK);
 }
 
 #[test]
@@ -373,7 +392,12 @@ fn an_ipv6_service_is_compiled_as_an_ipv4_one() {
     assert_eq!(first.contents.addresses.len(), 2);
     assert_eq!(owners(&first, 0), BTreeSet::from([1]));
     assert_eq!(compiled(&model, &first.contents).contents, first.contents);
-    let restored = restore(&model.config, &first.contents, SystemTime::UNIX_EPOCH);
+    let restored = restore(
+        &model.config,
+        &first.contents,
+        &model.sizes,
+        SystemTime::UNIX_EPOCH,
+    );
     assert_eq!(restored.health, model.health);
 }
 
@@ -514,7 +538,10 @@ fn a_new_backend_gets_an_id_that_no_flow_can_follow() {
     assert_eq!(second.directory.backends[&(WEB.to_owned(), "c".to_owned())], 3);
 
     // The id is free again, and its next owner has another generation, also when the maps were empty between.
-    let empty = compiled(&self::model(Vec::new()), &second.contents);
+    let mut gone = self::model(Vec::new());
+    let leaving = compiled(&gone, &second.contents).contents;
+    (gone.left_services, gone.live_flows) = (BTreeSet::from([0]), BTreeMap::from([(1, 0), (2, 0), (3, 0)]));
+    let empty = compiled(&gone, &leaving);
     let third = compiled(&model, &empty.contents);
     assert_eq!(third.directory.backends[&(WEB.to_owned(), "c".to_owned())], 1);
     assert_ne!(
@@ -524,18 +551,101 @@ fn a_new_backend_gets_an_id_that_no_flow_can_follow() {
 }
 
 #[test]
-fn the_backends_of_a_removed_service_leave_at_once() {
-    let first = compiled(&web(), &Contents::default());
-    let mut model = model(Vec::new());
-    model.live_flows = BTreeMap::from([(1, 7), (2, 7)]);
-    let settings = first.contents.settings;
+fn the_ids_of_a_removed_service_and_its_backends_are_given_away_once_a_sweep_has_met_no_flow_of_them() {
+    let first = compiled(&web(), &Contents::default()).contents;
+    let other = || service("other", 20, &[80], vec![backend("a", 11, 8080)]);
+    let mut model = model(vec![other()]);
+    let second = compiled(&model, &first);
+    assert_eq!(second.directory.services["other"], 1);
     assert_eq!(
-        compiled(&model, &first.contents).contents,
-        Contents {
-            settings,
-            ..Contents::default()
-        }
+        second.directory.backends[&("other".to_owned(), "a".to_owned())],
+        3
     );
+    let leaving = second.contents.services[&0];
+    assert_eq!(leaving.flags, ServiceFlags::REMOVED);
+    assert_eq!(leaving.vip, first.services[&0].vip, "its flows are told by it");
+    assert!(second.contents.service_keys.values().all(|id| *id == 1));
+    assert_eq!(second.contents.pools.keys().collect::<Vec<_>>(), [&1]);
+    for id in [1, 2] {
+        assert_eq!(second.contents.backends[&id].flags, BackendFlags::REMOVED);
+    }
+    // As long as no sweep has said that there are none.
+    model.live_flows = BTreeMap::from([(1, 7), (2, 7)]);
+    assert_eq!(compiled(&model, &second.contents).contents, second.contents);
+
+    (model.left_services, model.live_flows) = (BTreeSet::from([0]), BTreeMap::from([(1, 0), (2, 0)]));
+    let third = compiled(&model, &second.contents).contents;
+    assert_eq!(third.services.keys().collect::<Vec<_>>(), [&1]);
+    assert_eq!(third.backends.keys().collect::<Vec<_>>(), [&3]);
+    (model.left_services, model.live_flows) = Default::default();
+    model
+        .config
+        .services
+        .push(service("new", 30, &[80], vec![backend("b", 12, 0)]));
+    let fourth = compiled(&model, &third);
+    assert_eq!(fourth.directory.services["new"], 0);
+    assert_eq!(fourth.directory.backends[&("new".to_owned(), "b".to_owned())], 1);
+}
+
+#[test]
+fn a_service_with_another_vip_or_protocol_is_another_one_and_so_is_a_backend_with_another_address() {
+    let first = compiled(&web(), &Contents::default());
+    let changes: [&dyn Fn(&mut Service); 2] = [
+        &|service| service.vip = "203.0.113.11".parse().unwrap(),
+        &|service| service.protocol = Protocol::Udp,
+    ];
+    for change in changes {
+        let mut model = web();
+        change(&mut model.config.services[0]);
+        let second = compiled(&model, &first.contents);
+        assert_eq!(second.directory.services[WEB], 1);
+        let ids: Vec<u32> = second.directory.backends.into_values().collect();
+        assert_eq!(ids, [3, 4]);
+    }
+    let changes: [&dyn Fn(&mut Backend); 2] = [
+        &|backend| backend.address = "10.0.0.19".parse().unwrap(),
+        &|backend| backend.port = Some(8081),
+    ];
+    for change in changes {
+        let mut model = web();
+        change(&mut model.config.services[0].backends[0]);
+        let second = compiled(&model, &first.contents);
+        assert_eq!(second.directory.backends[&(WEB.to_owned(), "a".to_owned())], 3);
+    }
+}
+
+#[test]
+fn the_flow_table_keeps_its_seed_when_the_seed_changes() {
+    let first = compiled(&web(), &Contents::default()).contents;
+    assert_eq!(first.settings.table_seed, first.settings.seed);
+    let mut model = web();
+    model.seed = [3, 4];
+    let second = compiled(&model, &first).contents;
+    assert_eq!(second.settings.seed, [3, 4]);
+    assert_eq!(second.settings.table_seed, first.settings.table_seed);
+}
+
+#[test]
+fn flows_do_not_age_from_a_change_of_timeouts_on_until_a_sweep_has_brought_them_to_the_new_ticks() {
+    let ageless = |contents: &Contents| contents.settings.flags & SettingsFlags::AGELESS != 0;
+    let mut model = web();
+    let first = compiled(&model, &Contents::default()).contents;
+    assert!(!ageless(&first), "new maps have no flows");
+    // The same ticks, if more of them.
+    model.config.flow_table.tcp_idle_timeout += Duration::from_secs(60);
+    let first = compiled(&model, &first).contents;
+    assert!(!ageless(&first));
+
+    model.config.flow_table.tcp_idle_timeout *= 4;
+    let second = compiled(&model, &first).contents;
+    assert!(ageless(&second) && second.settings.tick_shifts != first.settings.tick_shifts);
+    assert_eq!(compiled(&model, &second).contents, second);
+    model.ages_are_renewed = true;
+    let third = compiled(&model, &second).contents;
+    assert!(!ageless(&third));
+    // What was renewed is no good after the next change.
+    model.config.flow_table.udp_idle_timeout *= 4;
+    assert!(ageless(&compiled(&model, &third).contents));
 }
 
 #[test]
@@ -559,10 +669,73 @@ fn an_address_may_have_both_roles() {
 }
 
 #[test]
-fn an_unchanged_slot_table_is_not_built_into_new_memory() {
-    let first = compiled(&web(), &Contents::default());
-    let second = compiled(&web(), &first.contents);
-    assert!(Arc::ptr_eq(&first.contents.slots[&0], &second.contents.slots[&0]));
+fn services_with_the_same_backends_and_weights_have_one_table() {
+    let backends = |weight| {
+        let mut backends = vec![backend("a", 11, 80), backend("b", 12, 80), backend("c", 13, 80)];
+        for backend in &mut backends {
+            backend.weight *= weight;
+        }
+        backends
+    };
+    let mut reversed = backends(1);
+    reversed.reverse();
+    let mut heavier = backends(1);
+    heavier[0].weight = 200;
+    let model = model(vec![
+        service("one", 10, &[80], backends(1)),
+        service("in-another-order", 20, &[80], reversed),
+        service("with-twice-the-weights", 30, &[80], backends(2)),
+        service("with-another-weight", 40, &[80], heavier),
+    ])
+    .all_up();
+    let mut tables = SlotTables::default();
+    let contents = compile(&mut tables, &model, &Contents::default())
+        .unwrap()
+        .contents;
+    let table = |id| contents.pools[&id].table.as_ref().unwrap();
+    assert!(std::ptr::eq(&raw const **table(0), &raw const **table(1)));
+    assert!(std::ptr::eq(&raw const **table(0), &raw const **table(2)));
+    assert_ne!(table(0), table(3));
+    // The same slots go to the same servers.
+    let addresses = |id| -> Vec<Address> {
+        let slots = by_slot(&contents.pools[&id]);
+        slots.iter().map(|id| contents.backends[id].address).collect()
+    };
+    assert!(addresses(0) == addresses(1) && addresses(0) == addresses(2));
+    assert!(addresses(0) != addresses(3));
+}
+
+#[test]
+fn the_number_of_slots_follows_the_configuration_alone() {
+    let slots = |model: &Model| {
+        let contents = compiled(model, &Contents::default()).contents;
+        contents.pools[&0].slots()
+    };
+    let of = |weights: &[u32]| {
+        let backends = (1..).zip(weights).map(|(host, weight)| Backend {
+            weight: *weight,
+            ..backend(&format!("b{host}"), host, 80)
+        });
+        model(vec![service(WEB, 10, &[80], backends.collect())]).all_up()
+    };
+    for (weights, expected) in [
+        (&[100; 12][..], FEW_SLOTS),
+        (&[100; 13], MANY_SLOTS),
+        (&[1, 11], FEW_SLOTS),
+        (&[1, 12], MANY_SLOTS),
+        (&[1, 1, 0], FEW_SLOTS),
+    ] {
+        let mut model = of(weights);
+        assert_eq!(slots(&model), expected, "{weights:?}");
+        // Whoever is down, or starts slowly, or is drained.
+        model.ramps.insert((WEB.to_owned(), "b1".to_owned()), 10);
+        assert_eq!(slots(&model), expected, "{weights:?}");
+        if weights.len() > 2 {
+            let down = if weights[2] == 0 { "b3" } else { "b2" };
+            model.set_health(WEB, down, Health::Down);
+            assert_eq!(slots(&model), expected, "{weights:?}");
+        }
+    }
 }
 
 #[test]
@@ -594,7 +767,7 @@ fn what_does_not_fit_is_refused_with_its_number() {
     };
     assert_eq!(error, too_many);
 
-    let many = (0..=MAX_SERVICES as u16)
+    let many = (0..=DEFAULT_SERVICES as u16)
         .map(|n| service(&format!("s{n}"), 1, &[n + 1], vec![]))
         .collect();
     let error = compile(
@@ -604,13 +777,86 @@ fn what_does_not_fit_is_refused_with_its_number() {
     )
     .unwrap_err();
     assert_eq!(
+        error.to_string(),
+        "the configuration has 1025 services, and the maps were made for 1024: `limits.services` (\"auto\", or at least \
+         1025) takes effect with new maps, after `xlb detach`, which ends all flows, and a start"
+    );
+    let mut small = web();
+    small.sizes.backends = 1;
+    let error = compile(&mut SlotTables::default(), &small, &Contents::default()).unwrap_err();
+    assert_eq!(
         error,
-        CompileError::TooMany {
-            objects: "services",
-            needed: 1025,
-            limit: 1024
+        CompileError::TooManyForMaps {
+            objects: "backends",
+            needed: 2,
+            limit: 1
         }
     );
+    small.sizes.backends = 2;
+    let actual = compiled(&small, &Contents::default()).contents;
+    small.config.services[0].backends[0] = backend("c", 13, 8080);
+    let error = compile(&mut SlotTables::default(), &small, &actual).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            CompileError::TooManyAtOnce {
+                objects: "backends",
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn ten_thousand_services_are_compiled_and_planned() {
+    use crate::{
+        datapath::{Datapath, Sizes, memory::MemoryDatapath},
+        reconcile::plan,
+    };
+    let services = (0..10_000_u32).map(|number| {
+        let [_, _, high, low] = number.to_be_bytes();
+        // Every other service has the same servers, the others have some of their own.
+        let backends = (0..10_u8).map(|host| Backend {
+            address: if number % 2 == 0 {
+                [10, 0, 0, host].into()
+            } else {
+                [10, high + 1, low, host].into()
+            },
+            ..backend(&format!("b{host}"), host, 80)
+        });
+        Service {
+            vip: [203, 0, high, low].into(),
+            ..service(&format!("s{number}"), 10, &[80], backends.collect())
+        }
+    });
+    let mut model = model(services.collect()).all_up();
+    let sizes = Sizes {
+        services: 16_383,
+        backends: 262_143,
+        ..Sizes::default()
+    };
+    model.sizes = sizes;
+    let mut datapath = MemoryDatapath {
+        sizes,
+        ..MemoryDatapath::default()
+    };
+    let mut tables = SlotTables::default();
+    let compiled = compile(&mut tables, &model, &Contents::default()).unwrap();
+    assert_eq!(compiled.directory.backends.len(), 100_000);
+    for operation in plan(&Contents::default(), &compiled.contents) {
+        datapath.apply(&operation).unwrap();
+    }
+    assert!(datapath.contents == compiled.contents);
+    let distinct: BTreeSet<u64> = (compiled.contents.pools.values())
+        .filter_map(|pool| Some(pool.table.as_ref()?.digest))
+        .collect();
+    assert_eq!(distinct.len(), 5001);
+
+    // One goes down: its entry and the pool of its service change, nothing else.
+    model.set_health("s5000", "b3", Health::Down);
+    let next = compile(&mut tables, &model, &datapath.contents).unwrap().contents;
+    assert_eq!(plan(&datapath.contents, &next).len(), 2);
 }
 
 #[test]
@@ -637,7 +883,7 @@ fn a_restarted_daemon_reads_back_health_and_administrative_state() {
     model.config.services[0]
         .backends
         .retain(|backend| backend.name != "b");
-    let restored = restore(&model.config, &actual, now);
+    let restored = restore(&model.config, &actual, &model.sizes, now);
     let name = |backend: &str| (WEB.to_owned(), backend.to_owned());
     assert_eq!(
         restored.health,
@@ -673,7 +919,7 @@ fn contents_that_make_no_sense_are_mended() {
     );
     bad.backends.insert(u32::MAX, bad.backends[&1]);
     bad.services.insert(u32::MAX, abi::Service::default());
-    bad.slots.insert(7, vec![3, 4].into());
+    bad.pools.insert(7, Pool::of([3, 4]));
     for id in bad.service_keys.values_mut() {
         *id = u32::MAX;
     }
@@ -707,10 +953,59 @@ proptest! {
                 );
             }
         }
+        let protocol = |contents: &Contents, id: u32| {
+            let of_service = contents.service_keys.iter().find(|(_, found)| **found == id);
+            of_service.map(|(key, _)| key.protocol)
+        };
+        for (id, new) in &desired.services {
+            if let Some(old) = actual.services.get(id) {
+                prop_assert_eq!(old.vip, new.vip);
+                let (old, new) = (protocol(&actual, *id), protocol(&desired, *id));
+                prop_assert!(old == new || new.is_none());
+            }
+        }
     }
 }
 
 proptest! {
+    #[test]
+    fn following_the_states_of_a_service_leads_where_compiling_all_does(
+        mut model in any_model(),
+        chosen in any::<(prop::sample::Index, prop::sample::Index)>(),
+        health in prop::sample::select(vec![Health::Up, Health::Down]),
+        is_disabled: bool,
+        ramp in prop::option::of(10_u32..100),
+    ) {
+        prop_assume!(!model.config.services.is_empty());
+        let first = compiled(&model, &Contents::default());
+        // What was found out about backends that leave is not of interest here.
+        model.live_flows.clear();
+        let service = chosen.0.get(&model.config.services).clone();
+        prop_assume!(!service.backends.is_empty());
+        let backend = &chosen.1.get(&service.backends).name;
+        model.set_health(&service.name, backend, health);
+        let name = (service.name.clone(), backend.clone());
+        match ramp {
+            Some(percent) => drop(model.ramps.insert(name, percent)),
+            None => drop(model.ramps.remove(&name)),
+        }
+        if is_disabled {
+            model.set_administrative(&service.name, backend, Administrative::Disabled);
+        }
+        let mut followed = first.contents.clone();
+        let operations = follow_states(
+            &mut SlotTables::default(),
+            &model,
+            &service,
+            &first.directory,
+            &first.contents,
+        );
+        for operation in operations.unwrap() {
+            followed.record(&operation);
+        }
+        prop_assert_eq!(followed, compiled(&model, &first.contents).contents);
+    }
+
     #[test]
     fn remembered_slot_tables_change_no_result(models in proptest::collection::vec(any_model(), 1..5)) {
         let mut tables = SlotTables::default();

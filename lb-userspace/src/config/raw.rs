@@ -15,7 +15,7 @@ use super::{
     diagnostic::{Diagnostic, Span},
     trust::Trust,
     validated::{Command, Forward, PortRange, Protocol, Strategy, WhenAllDown, XdpMode},
-    values::{self, BackendAddress, FlowTableSize, Parsed, ProbeType, kind, nearest, quoted},
+    values::{self, BackendAddress, Parsed, ProbeType, Size, kind, nearest, quoted},
 };
 
 /// A table of the file and the keys that it may have.
@@ -27,7 +27,17 @@ pub struct TableKeys {
 }
 
 /// Every table and key that there is, also those that are not built yet.
-pub const KEYS: &[&TableKeys] = &[&TOP, &FLOW_TABLE, &HASH, &IPIP, &API, &SERVICE, &HEALTH, &BACKEND];
+pub const KEYS: &[&TableKeys] = &[
+    &TOP,
+    &FLOW_TABLE,
+    &LIMITS,
+    &HASH,
+    &IPIP,
+    &API,
+    &SERVICE,
+    &HEALTH,
+    &BACKEND,
+];
 
 const TOP: TableKeys = TableKeys {
     header: "",
@@ -35,6 +45,7 @@ const TOP: TableKeys = TableKeys {
         "interfaces",
         "xdp-mode",
         "flow-table",
+        "limits",
         "hash",
         "ipip",
         "api",
@@ -44,6 +55,10 @@ const TOP: TableKeys = TableKeys {
 const FLOW_TABLE: TableKeys = TableKeys {
     header: "[flow-table]",
     keys: &["size", "tcp-idle-timeout", "udp-idle-timeout"],
+};
+const LIMITS: TableKeys = TableKeys {
+    header: "[limits]",
+    keys: &["services", "backends"],
 };
 const HASH: TableKeys = TableKeys {
     header: "[hash]",
@@ -164,9 +179,11 @@ impl<T: Clone> Field<T> {
 pub(super) struct RawConfig {
     pub(super) interfaces: Field<Vec<Spanned<String>>>,
     pub(super) xdp_mode: Field<XdpMode>,
-    pub(super) flow_table_size: Field<FlowTableSize>,
+    pub(super) flow_table_size: Field<Size>,
     pub(super) tcp_idle_timeout: Field<Duration>,
     pub(super) udp_idle_timeout: Field<Duration>,
+    pub(super) services_limit: Field<Size>,
+    pub(super) backends_limit: Field<Size>,
     pub(super) seed_file: Field<PathBuf>,
     pub(super) ipip_source_v4: Field<Ipv4Net>,
     pub(super) ipip_source_v6: Field<Ipv6Net>,
@@ -247,6 +264,11 @@ pub(super) fn read(document: &Spanned<DeTable<'_>>, found: &mut Vec<Diagnostic>)
         tcp_idle_timeout = table.field("tcp-idle-timeout", values::duration(SHORTEST_IDLE_TIMEOUT));
         udp_idle_timeout = table.field("udp-idle-timeout", values::duration(SHORTEST_IDLE_TIMEOUT));
     }
+    let (mut services_limit, mut backends_limit) = (Field::Absent, Field::Absent);
+    if let Some(mut table) = top.table("limits", &LIMITS) {
+        services_limit = table.field("services", values::services_limit);
+        backends_limit = table.field("backends", values::backends_limit);
+    }
     let mut seed_file = Field::Absent;
     if let Some(mut table) = top.table("hash", &HASH) {
         seed_file = table.field("seed-file", |value| values::file(value, "/etc/xlb/seed"));
@@ -268,6 +290,8 @@ pub(super) fn read(document: &Spanned<DeTable<'_>>, found: &mut Vec<Diagnostic>)
         flow_table_size,
         tcp_idle_timeout,
         udp_idle_timeout,
+        services_limit,
+        backends_limit,
         seed_file,
         ipip_source_v4,
         ipip_source_v6,
@@ -390,9 +414,10 @@ impl<'a, 'f> Table<'a, 'f> {
         entries: &'a DeTable<'a>,
         found: &'f mut Vec<Diagnostic>,
     ) -> Self {
-        for key in entries.keys() {
+        for (key, value) in entries {
             if !keys.keys.contains(&key.get_ref().as_ref()) {
-                found.push(unknown_key(keys, key.get_ref(), key.span()));
+                let is_value = !matches!(value.get_ref(), DeValue::Table(_) | DeValue::Array(_));
+                found.push(unknown_key(keys, key.get_ref(), is_value, key.span()));
             }
         }
         Self {
@@ -543,7 +568,7 @@ impl<'a, 'f> Table<'a, 'f> {
     }
 }
 
-fn unknown_key(table: &TableKeys, key: &str, span: Span) -> Diagnostic {
+fn unknown_key(table: &TableKeys, key: &str, is_value: bool, span: Span) -> Diagnostic {
     let place = match table.header {
         "" => "at the top of the file".to_owned(),
         header => format!("in {header}"),
@@ -554,6 +579,10 @@ fn unknown_key(table: &TableKeys, key: &str, span: Span) -> Diagnostic {
             "write the port with the address, such as address = \"10.0.0.11:8080\"".to_owned()
         }
         (Some(_), _) if header_of(key).is_some() => format!("write {}", as_written(key)),
+        // `[services]` is no limit.
+        (Some(_), Some(known)) if !is_value && header_of(known).is_some() => {
+            format!("write {}", as_written(known))
+        }
         (Some(other), _) if other.header.is_empty() => {
             format!("write `{key}` at the top of the file, above the first line in brackets")
         }

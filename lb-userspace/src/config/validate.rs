@@ -16,10 +16,10 @@ use super::{
     raw::{Field, RawConfig, RawHealth, RawService},
     trust::Trust,
     validated::{
-        Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, IpipSource, PortRange, Probe,
+        Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, IpipSource, Limits, PortRange, Probe,
         Protocol, Service, Strategy, WhenAllDown,
     },
-    values::{self, FlowTableSize, ProbeType},
+    values::{self, ProbeType, Size},
 };
 
 const TCP_IDLE_TIMEOUT: Duration = Duration::from_secs(60 * 60);
@@ -40,7 +40,7 @@ pub(super) fn validate(raw: &RawConfig, found: &mut Vec<Diagnostic>) -> Option<C
     ports::each_given_once(&raw.services, found);
     ports::services_apart(&raw.services, found);
     forwards::vips_are_no_backends(&raw.services, found);
-    if !capacity::suffices(&raw.services, found) {
+    if !capacity::suffices(raw, found) {
         return None;
     }
     let services: Vec<Option<Service>> = {
@@ -54,12 +54,13 @@ pub(super) fn validate(raw: &RawConfig, found: &mut Vec<Diagnostic>) -> Option<C
         interfaces: unspanned(raw.interfaces.value()?),
         xdp_mode: raw.xdp_mode.or(Default::default())?,
         flow_table: FlowTable {
-            size: match raw.flow_table_size.or(FlowTableSize::Auto)? {
-                FlowTableSize::Auto => None,
-                FlowTableSize::Entries(entries) => Some(entries),
-            },
+            size: raw.flow_table_size.or(Size::Auto)?.entries(),
             tcp_idle_timeout: raw.tcp_idle_timeout.or(TCP_IDLE_TIMEOUT)?,
             udp_idle_timeout: raw.udp_idle_timeout.or(UDP_IDLE_TIMEOUT)?,
+        },
+        limits: Limits {
+            services: raw.services_limit.or(Size::Auto)?.entries(),
+            backends: raw.backends_limit.or(Size::Auto)?.entries(),
         },
         seed_file: raw.seed_file.or(PathBuf::from(SEED_FILE))?,
         socket: raw.socket.optional()?,

@@ -20,6 +20,7 @@ pub struct Config {
     pub interfaces: Vec<String>,
     pub xdp_mode: XdpMode,
     pub flow_table: FlowTable,
+    pub limits: Limits,
     /// File with the key of the hash.
     pub seed_file: PathBuf,
     /// Path of the control socket; `None` stands for the instance's own under `/run/xlb`.
@@ -61,6 +62,13 @@ pub struct FlowTable {
     pub size: Option<u32>,
     pub tcp_idle_timeout: Duration,
     pub udp_idle_timeout: Duration,
+}
+
+/// How many services and backends the maps are made for; `None` derives it from how many there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    pub services: Option<u32>,
+    pub backends: Option<u32>,
 }
 
 /// A service and its backends.

@@ -5,6 +5,7 @@ mod ports;
 
 use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
+use lb_common::abi::{MAX_BACKENDS, MAX_SERVICES};
 use rustls::pki_types::ServerName;
 use toml::de::DeValue;
 
@@ -75,11 +76,21 @@ impl ProbeType {
     }
 }
 
-/// Entries of the flow table.
+/// The size of something in the kernel's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum FlowTableSize {
+pub(super) enum Size {
     Auto,
     Entries(u32),
+}
+
+impl Size {
+    /// `None` for what is left to us.
+    pub(super) fn entries(self) -> Option<u32> {
+        match self {
+            Self::Auto => None,
+            Self::Entries(entries) => Some(entries),
+        }
+    }
 }
 
 /// Longest duration that is accepted anywhere: no idle timeout or interval is longer for a purpose.
@@ -132,17 +143,32 @@ pub(super) fn xdp_mode(value: &DeValue<'_>) -> Parsed<XdpMode> {
     choice(value, "xdp-mode", &modes)
 }
 
-pub(super) fn flow_table_size(value: &DeValue<'_>) -> Parsed<FlowTableSize> {
+pub(super) fn flow_table_size(value: &DeValue<'_>) -> Parsed<Size> {
+    size(value, "entries", "the size of the flow table", 1024..=16_777_216)
+}
+
+pub(super) fn services_limit(value: &DeValue<'_>) -> Parsed<Size> {
+    size(value, "services", "the limit of services", 1..=MAX_SERVICES)
+}
+
+pub(super) fn backends_limit(value: &DeValue<'_>) -> Parsed<Size> {
+    size(value, "backends", "the limit of backends", 1..=MAX_BACKENDS)
+}
+
+fn size(value: &DeValue<'_>, objects: &str, what: &str, range: RangeInclusive<u32>) -> Parsed<Size> {
     match value {
-        DeValue::String(text) if text == "auto" => Ok(FlowTableSize::Auto),
-        DeValue::Integer(_) => Ok(FlowTableSize::Entries(number(
-            value,
-            "the size of the flow table",
-            1024..=16_777_216,
-        )?)),
+        DeValue::String(text) if text == "auto" => Ok(Size::Auto),
+        DeValue::Integer(_) => Ok(Size::Entries(number(value, what, range)?)),
         other => Err(Problem::new(
-            format!("expected a number of entries or \"auto\", found {}", shown(other)),
-            "write \"auto\" or a number from 1024 to 16777216, without quotes",
+            format!(
+                "expected a number of {objects} or \"auto\", found {}",
+                shown(other)
+            ),
+            format!(
+                "write \"auto\" or a number from {} to {}, without quotes",
+                range.start(),
+                range.end()
+            ),
         )),
     }
 }

@@ -51,15 +51,22 @@ impl Controller {
         let former = self.probes.take();
         let follow = || {
             let mut probes = former.map_or_else(|| Probes::load(LinkKind::of_this_kernel(), pins), Ok)?;
-            probes.set_paths(&paths)?;
+            let left_out = probes.set_paths(&paths)?;
             probes.attach(&config.interfaces)?;
-            Ok(probes)
+            Ok((probes, left_out))
         };
         let followed: Result<_, DatapathError> = follow();
-        self.probes = Some(followed.context(
+        let (probes, left_out) = followed.context(
             "health checks of dsr, ipip and gue ask the backends' own addresses and do not find out whether the \
              backends have the VIPs",
-        )?);
+        )?;
+        self.probes = Some(probes);
+        anyhow::ensure!(
+            left_out == 0,
+            "health checks of {left_out} backends of dsr, ipip and gue ask the backends' own addresses, since only {} have \
+             marks: divide the services among instances",
+            paths.len() - left_out,
+        );
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use super::{Controller, servers};
 use crate::{
-    config::{Config, Probe},
+    config::{Config, Probe, Service},
     model::{BackendName, Health, Model, slow_start::SlowStarts},
 };
 
@@ -24,18 +24,26 @@ impl Rising {
         self.starts.percents(config, Instant::now())
     }
 
+    pub(super) fn percents_of(&self, service: &Service) -> BTreeMap<BackendName, u32> {
+        self.starts.percents_of(service, Instant::now())
+    }
+
     /// Takes in how health has changed. Health that is known from before the daemon began is no change.
     fn follow(&mut self, before: &BTreeMap<BackendName, Health>, after: &BTreeMap<BackendName, Health>) {
         for (name, health) in after {
-            match (before.get(name), health) {
-                (Some(Health::Up), Health::Up) | (_, Health::Unknown) => {}
-                (before, Health::Up) => {
-                    if self.added.remove(name) || before == Some(&Health::Down) {
-                        self.starts.begin(name.clone(), Instant::now());
-                    }
+            self.follow_one(name, before.get(name).copied(), *health);
+        }
+    }
+
+    fn follow_one(&mut self, name: &BackendName, before: Option<Health>, after: Health) {
+        match (before, after) {
+            (Some(Health::Up), Health::Up) | (_, Health::Unknown) => {}
+            (before, Health::Up) => {
+                if self.added.remove(name) || before == Some(Health::Down) {
+                    self.starts.begin(name.clone(), Instant::now());
                 }
-                (_, Health::Down) => self.starts.forget(name),
             }
+            (_, Health::Down) => self.starts.forget(name),
         }
     }
 
@@ -79,6 +87,15 @@ impl Controller {
         let health = self.driver.health();
         self.rising.follow(&self.model.health, &health);
         self.model.health = health;
+    }
+
+    /// Takes over what the probes say of one backend.
+    pub(super) fn follow_health_of(&mut self, name: &BackendName) {
+        let Some(health) = self.driver.health_of(name) else {
+            return;
+        };
+        let before = self.model.health.insert(name.clone(), health);
+        self.rising.follow_one(name, before, health);
     }
 
     /// Has the backends start slowly that the former model does not know.

@@ -1,33 +1,36 @@
 //! Passes over the flow table, in steps: a table of a million flows takes seconds, and nothing else is to wait for it.
 
-use std::{collections::BTreeSet, mem, net::SocketAddr, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    net::SocketAddr,
+    time::SystemTime,
+};
 
 use lb_common::abi::{Address, BackendFlags, FlowKey};
 use tokio::sync::oneshot;
 use tracing::warn;
 
-use super::{Controller, chain, monotonic_now};
+use super::{Controller, chain};
 use crate::{
     api::{Done, Refused},
-    datapath::{Contents, Datapath, DatapathError, Position},
+    datapath::{Contents, DatapathError, kernel::monotonic_now},
     net::{
         close::{Connection, close},
         poke::{Poke, Segment},
     },
-    reconcile::{Reset, Scope, Step, Sweep, drained},
+    reconcile::{Reset, Scope, Step, Sweep, Swept, drained},
 };
 
 /// What is under way, and what is to begin after it.
 #[derive(Debug, Default)]
 pub(super) struct Sweeps {
     running: Option<Sweep>,
-    /// Whether keys of replies that lead nowhere are looked for after it.
-    orphans_follow: bool,
-    /// Where that search is.
-    orphans: Option<Option<Position>>,
-    /// To send when all that has ended.
+    /// To send when it has ended.
     answers: Vec<Answer>,
     next: Next,
+    /// What the last one has left: see [`Scope::drift`].
+    drift: BTreeMap<u32, i64>,
 }
 
 /// The sweep to begin next.
@@ -38,7 +41,6 @@ struct Next {
     judges_sources: bool,
     /// Backends by id whose flows are to be reset from now on.
     resetting: BTreeSet<u32>,
-    removes_orphans: bool,
 }
 
 #[derive(Debug)]
@@ -56,6 +58,12 @@ impl Sweeps {
         };
         if before.source_filters != after.source_filters || filters(before) != filters(after) {
             self.next.judges_sources = true;
+            self.next.is_wanted = true;
+        }
+        if before.settings.tick_shifts != after.settings.tick_shifts {
+            if let Some(sweep) = &mut self.running {
+                sweep.ticks_have_changed();
+            }
             self.next.is_wanted = true;
         }
         let resets = |contents: &Contents, id: &u32| {
@@ -83,16 +91,35 @@ impl Sweeps {
 }
 
 impl Controller {
+    /// Ends the flows that are there without a backend or a service: their ids may be given away from now on.
+    ///
+    /// # Errors
+    /// The flow table cannot be read.
+    pub(super) fn sweep_what_is_found(&mut self) -> Result<(), DatapathError> {
+        let scope = Scope {
+            now: monotonic_now(),
+            ..Scope::default()
+        };
+        let mut sweep = self.reconciler.begin_sweep(&scope)?;
+        loop {
+            if let Some(swept) = self.reconciler.sweep(&mut sweep)?.swept {
+                self.take_over(swept);
+                return Ok(());
+            }
+        }
+    }
+
+    /// What was found is what the model says from now on.
+    fn take_over(&mut self, swept: Swept) {
+        self.sweeps.drift = swept.drift;
+        self.model.live_flows = swept.live;
+        self.model.left_services = swept.left_services;
+        self.model.ages_are_renewed = swept.are_ages_renewed;
+    }
+
     /// Has flows that are over end soon, the others counted, and removed backends without flows gone.
     pub fn sweep_soon(&mut self) {
         self.sweeps.next.is_wanted = true;
-    }
-
-    /// As [`Self::sweep_soon`], and then has the keys of replies removed that flows have left behind: where their backend
-    /// is gone, or that went to another.
-    pub fn sweep_and_remove_orphan_replies_soon(&mut self) {
-        self.sweeps.next.is_wanted = true;
-        self.sweeps.next.removes_orphans = true;
     }
 
     /// Answers once the flows that are over by now have ended.
@@ -103,23 +130,17 @@ impl Controller {
 
     /// Tells whether there is something to do for [`Self::step`].
     pub fn has_steps(&self) -> bool {
-        self.sweeps.running.is_some() || self.sweeps.orphans.is_some() || self.sweeps.next.is_wanted
+        self.sweeps.running.is_some() || self.sweeps.next.is_wanted
     }
 
     /// Goes on with what is under way, by some thousand flows: milliseconds.
     pub fn step(&mut self) {
         if let Some(sweep) = self.sweeps.running.take() {
             self.step_sweep(sweep);
-        } else if let Some(position) = self.sweeps.orphans.take() {
-            let datapath = self.reconciler.datapath_mut();
-            match datapath.remove_some_orphan_replies(position) {
-                Ok((_, next)) => self.sweeps.orphans = next.map(Some),
-                Err(error) => warn!("keys of replies that lead nowhere stay for now: {}", chain(error)),
-            }
         } else if self.sweeps.next.is_wanted {
             self.begin_sweep();
         }
-        if self.sweeps.running.is_none() && self.sweeps.orphans.is_none() {
+        if self.sweeps.running.is_none() {
             for Answer { to, done } in mem::take(&mut self.sweeps.answers) {
                 // Who asked may have gone away meanwhile.
                 drop(to.send(Ok(done)));
@@ -134,9 +155,9 @@ impl Controller {
             ending: drained(&self.model, &self.directory, SystemTime::now()),
             judges_sources: next.judges_sources,
             resetting: next.resetting,
+            drift: mem::take(&mut self.sweeps.drift),
         };
         self.sweeps.answers = next.answers;
-        self.sweeps.orphans_follow = next.removes_orphans;
         match self.reconciler.begin_sweep(&scope) {
             Ok(sweep) => self.sweeps.running = Some(sweep),
             Err(error) => self.sweep_failed(&scope, error),
@@ -168,9 +189,10 @@ impl Controller {
             return;
         };
         self.problems.remove("sweep");
-        self.model.live_flows = swept.live;
+        self.take_over(swept);
         self.converge_or_retry();
-        self.sweeps.orphans = self.sweeps.orphans_follow.then_some(None);
+        // If that has failed the next sweep does it again.
+        self.model.ages_are_renewed = false;
     }
 
     /// Leaves what was to be done to the next sweep.
@@ -181,7 +203,6 @@ impl Controller {
         );
         let next = &mut self.sweeps.next;
         next.judges_sources |= scope.judges_sources;
-        next.removes_orphans |= self.sweeps.orphans_follow;
         next.resetting.extend(&scope.resetting);
         for answer in &mut self.sweeps.answers {
             answer.done.warnings.push(warning.clone());
@@ -219,8 +240,6 @@ fn end(address: Address, port: u16) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use lb_common::abi::{Backend, FILTER_DENY, FilterKey, Service};
 
     use super::*;

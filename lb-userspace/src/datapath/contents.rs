@@ -7,11 +7,11 @@ use std::{
 };
 
 use lb_common::abi::{
-    Backend, BackendFlags, FILTER_ALLOW, FILTER_DENY, FilterKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP,
-    Service, ServiceFlags, ServiceKey, Settings, SettingsFlags, Strategy, TCP, UDP,
+    Backend, BackendFlags, FILTER_ALLOW, FILTER_DENY, FilterKey, ROLE_BACKEND, ROLE_VIP, Service,
+    ServiceFlags, ServiceKey, Settings, SettingsFlags, TCP, UDP,
 };
 
-use super::{Contents, Operation};
+use super::{Contents, Operation, Pool};
 
 impl Contents {
     /// Does to the contents what the operation does to the maps; removing what is absent changes nothing.
@@ -22,8 +22,8 @@ impl Contents {
             Operation::RemoveAddress(address) => drop(self.addresses.remove(address)),
             Operation::PutBackend(id, backend) => drop(self.backends.insert(*id, *backend)),
             Operation::RemoveBackend(id) => drop(self.backends.remove(id)),
-            Operation::PutSlots(id, table) => drop(self.slots.insert(*id, table.clone())),
-            Operation::RemoveSlots(id) => drop(self.slots.remove(id)),
+            Operation::PutPool(id, pool) => drop(self.pools.insert(*id, pool.clone())),
+            Operation::RemovePool(id) => drop(self.pools.remove(id)),
             Operation::PutService(id, service) => drop(self.services.insert(*id, *service)),
             Operation::RemoveService(id) => drop(self.services.remove(id)),
             Operation::PutServiceKey(key, id) => drop(self.service_keys.insert(*key, *id)),
@@ -36,23 +36,9 @@ impl Contents {
     }
 }
 
-impl Contents {
-    /// The slots of a service that name backends: all of a table by hash, and those of a sequence that are in use.
-    pub fn slots_in_use(&self, service: u32) -> &[u32] {
-        let slots = self.slots.get(&service).map_or(&[][..], |table| table);
-        let entry = self.services.get(&service);
-        if !entry.is_some_and(|entry| Strategy::is_sequence(entry.strategy)) {
-            return slots;
-        }
-        let length = slots.get(LENGTH_SLOT as usize).copied().unwrap_or(0);
-        let after = LENGTH_SLOT as usize + 1;
-        slots.get(after..after + length as usize).unwrap_or_default()
-    }
-}
-
 /// Writes the contents as one line for each entry, sorted by map and key; the same contents give the same lines.
 ///
-/// A slot table is the number of slots in use by backend id. The seed is secret and not written.
+/// A pool is its members and what its slot table is known by. The seed is secret and not written.
 pub fn contents_dump(contents: &Contents) -> Vec<String> {
     let mut lines = Vec::new();
     // In the order that people expect rather than that of the words in the maps.
@@ -79,16 +65,8 @@ pub fn contents_dump(contents: &Contents) -> Vec<String> {
     if contents.settings != Settings::default() {
         lines.push(format!("settings {}", DisplaySettings(&contents.settings)));
     }
-    for id in contents.slots.keys() {
-        let mut counts = BTreeMap::<u32, u32>::new();
-        for backend in contents.slots_in_use(*id) {
-            *counts.entry(*backend).or_default() += 1;
-        }
-        let counts: Vec<_> = counts
-            .iter()
-            .map(|(backend, count)| format!("{backend}={count}"))
-            .collect();
-        lines.push(format!("slots {id} {}", counts.join(" ")));
+    for (id, pool) in &contents.pools {
+        lines.push(format!("pool {id} {}", DisplayPool(pool)));
     }
     for ((key, length), value) in &contents.source_filters {
         lines.push(format!("source-filter {}", DisplayFilter(key, *length, *value)));
@@ -186,7 +164,31 @@ impl Display for DisplayService<'_> {
 const SERVICE_FLAGS: &[(u16, &str)] = &[
     (ServiceFlags::HAS_FILTERS, "has-filters"),
     (ServiceFlags::DENIES_OTHERS, "denies-others"),
+    (ServiceFlags::REMOVED, "removed"),
+    (ServiceFlags::HAS_FULL, "has-full"),
 ];
+
+struct DisplayPool<'a>(&'a Pool);
+
+impl Display for DisplayPool<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Pool { members, table } = self.0;
+        let members: Vec<String> = members.iter().map(ToString::to_string).collect();
+        write!(
+            f,
+            "members {}",
+            if members.is_empty() {
+                "-".to_owned()
+            } else {
+                members.join(",")
+            }
+        )?;
+        match table {
+            Some(table) => write!(f, " slots {} table {:016x}", table.slots, table.digest),
+            None => Ok(()),
+        }
+    }
+}
 
 struct DisplayKey<'a>(&'a ServiceKey);
 
@@ -230,7 +232,7 @@ impl Display for DisplaySettings<'_> {
         } = self.0;
         write!(
             f,
-            "{}{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
+            "{}{}{}{}tcp-idle {} ms, tcp-opening {} ms, tcp-closing {} ms, udp-idle {} ms, {count} source ports from {first}",
             if flags & SettingsFlags::ANY_PORT == 0 {
                 ""
             } else {
@@ -240,6 +242,16 @@ impl Display for DisplaySettings<'_> {
                 ""
             } else {
                 "local, "
+            },
+            if flags & SettingsFlags::AGELESS == 0 {
+                ""
+            } else {
+                "ageless, "
+            },
+            if flags & SettingsFlags::ON_LOOPBACK == 0 {
+                ""
+            } else {
+                "on loopback, "
             },
             milliseconds(self.0.tcp_idle),
             milliseconds(self.0.tcp_opening),

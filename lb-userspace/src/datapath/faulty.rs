@@ -3,11 +3,11 @@
 use std::{cell::Cell, collections::BTreeMap, io};
 
 use lb_common::{
-    abi::{Flow, FlowKey},
+    abi::{FlowKey, LiveCount},
     logic::hash::siphash13,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Live, Operation, Position};
+use super::{Contents, Counters, Datapath, DatapathError, Flow, Operation, Position};
 
 /// Which calls fail, counted from 0 over all methods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,22 +97,19 @@ impl<D: Datapath> Datapath for FaultyDatapath<D> {
         self.inner.remove_flows(keys, unless_seen_since)
     }
 
-    fn remove_some_orphan_replies(
-        &mut self,
-        position: Option<Position>,
-    ) -> Result<(u64, Option<Position>), DatapathError> {
-        self.call("delete", || "replies".to_owned())?;
-        self.inner.remove_some_orphan_replies(position)
+    fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
+        self.call("delete", || "what flows have left".to_owned())?;
+        self.inner.tidy_flows(position)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
         self.call("read", || "live flows".to_owned())?;
         self.inner.live_counts(backends)
     }
 
-    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
+    fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
         self.call("update", || "live flows".to_owned())?;
-        self.inner.set_live_base(backend, base)
+        self.inner.adjust_live(backend, by)
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {

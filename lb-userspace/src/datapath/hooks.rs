@@ -186,7 +186,9 @@ pub(super) fn attach_filter(
             if error.source.raw_os_error() != Some(libc::EEXIST) {
                 return Err(error);
             }
-            if let (Some(pinned), Ok(own)) = (pinned, program.info())
+            // A barrier has its end among its constants.
+            if hook != Hook::Barrier
+                && let (Some(pinned), Ok(own)) = (pinned, program.info())
                 && same_program(&pinned, &own)
             {
                 return Ok(());

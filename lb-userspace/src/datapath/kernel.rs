@@ -1,11 +1,17 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
-use std::{collections::BTreeMap, fmt, fs, io, os::fd::AsFd, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap as Seen},
+    fmt, fs, io,
+    os::fd::AsFd,
+    path::Path,
+};
 
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
     maps::{
         Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapType, PerCpuArray, PerCpuValues,
+        loaded_maps,
         lpm_trie::{self, LpmTrie},
     },
     programs::{
@@ -13,21 +19,28 @@ use aya::{
         links::{FdLink, LinkError, PinnedLink},
         xdp::XdpLink,
     },
-    util::{KernelVersion, nr_cpus},
+    util::nr_cpus,
 };
 use lb_common::abi::{
-    Address, Backend, BackendCounters, Count, FilterKey, Flow, FlowKey, LiveCount, MAX_ADDRESSES,
-    MAX_BACKENDS, MAX_SERVICE_KEYS, MAX_SERVICES, MAX_SOURCE_FILTERS, REASON_COUNT, SLOT_COUNT, Service,
-    ServiceKey, Settings, Totals,
+    ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey,
+    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, PerCpu, REASON_COUNT, SERVICE_BUCKETS,
+    Service, Settings, SettingsFlags, buckets, flows,
 };
+use nix::time::{ClockId, clock_gettime};
 use tracing::warn;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{
-    AttachMode, Contents, Counters, Datapath, DatapathError, LinkKind, Live, Operation, Pins, Position,
-    SlotTable,
+    AttachMode, Contents, Counters, Datapath, DatapathError, Flow, LinkKind, Operation, Pins, Position,
+    Sizes,
     barrier::{self, Barrier},
-    counters, local, packet_log, reply_key, syscall,
+    counters,
+    flow_table::{Context, FlowTable, MapOf},
+    local,
+    lookup::{AddressFilter, ServiceKeys},
+    packet_log,
+    pools::Pools,
+    syscall,
 };
 
 /// The object that lb-userspace/build.rs has built.
@@ -44,13 +57,9 @@ pub struct Raw<T>(pub T);
 // SAFETY: zerocopy's traits hold for T: any bytes are a value of it, it has no padding, and it is Copy.
 unsafe impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> Pod for Raw<T> {}
 
-/// Memory of a flow table with room for `flows` flows: keys and values of both maps, and what the kernel adds to
-/// each entry of an LRU hash (`struct htab_elem` with its node, and a bucket).
+/// Memory of a flow table with room for `flows` flows.
 pub const fn flow_table_memory(flows: u32) -> u64 {
-    const OVERHEAD: u64 = 48 + 16;
-    let flow = (size_of::<FlowKey>() + size_of::<Flow>()) as u64 + OVERHEAD;
-    let reply = 2 * size_of::<FlowKey>() as u64 + OVERHEAD;
-    (flow + reply) * flows as u64
+    buckets(flows) as u64 * size_of::<Bucket>() as u64
 }
 
 /// An interface that the program is attached to.
@@ -65,21 +74,19 @@ pub struct Attachment {
 /// The maps and the program of one instance.
 pub struct KernelDatapath {
     pins: Pins,
+    sizes: Sizes,
     /// Holds the program; the maps are taken out of it.
     ebpf: Ebpf,
     settings: Array<MapData, Raw<Settings>>,
     addresses: HashMap<MapData, Raw<Address>, u32>,
-    service_keys: HashMap<MapData, Raw<ServiceKey>, u32>,
+    address_filter: AddressFilter,
+    service_keys: ServiceKeys,
     services: Array<MapData, Raw<Service>>,
-    slot_tables: ArrayOfMaps<MapData, Array<MapData, u32>>,
-    slot_tables_data: MapData,
+    pools: Pools,
     backends: Array<MapData, Raw<Backend>>,
     source_filters: LpmTrie<MapData, Raw<FilterKey>, u32>,
-    live: Array<MapData, Raw<LiveCount>>,
-    live_base: Array<MapData, u64>,
-    flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
-    replies: HashMap<MapData, Raw<FlowKey>, Raw<FlowKey>>,
-    totals: PerCpuArray<MapData, Raw<Totals>>,
+    flow_table: FlowTable,
+    per_cpu: PerCpuArray<MapData, Raw<PerCpu>>,
     reasons: PerCpuArray<MapData, Raw<Count>>,
     service_counters: PerCpuArray<MapData, Raw<Count>>,
     backend_counters: PerCpuArray<MapData, Raw<BackendCounters>>,
@@ -93,34 +100,13 @@ impl fmt::Debug for KernelDatapath {
     }
 }
 
-/// What a pinned map must be for the program to run on it.
+/// What a map must be for the program to run on it.
 struct Layout {
     name: &'static str,
     kind: MapType,
     key: usize,
     value: usize,
-    /// `None` where the daemon chooses.
-    entries: Option<u32>,
-}
-
-const fn layout(name: &'static str, kind: MapType, key: usize, value: usize, entries: u32) -> Layout {
-    Layout {
-        name,
-        kind,
-        key,
-        value,
-        entries: Some(entries),
-    }
-}
-
-const fn flow_layout(name: &'static str, value: usize) -> Layout {
-    Layout {
-        name,
-        kind: MapType::LruHash,
-        key: size_of::<FlowKey>(),
-        value,
-        entries: None,
-    }
+    entries: u32,
 }
 
 /// The key of a source filter as the kernel has it (`struct bpf_lpm_trie_key_u8`).
@@ -131,75 +117,136 @@ struct FilterEntry {
     key: FilterKey,
 }
 
-/// Every map of the object that is pinned.
-const MAPS: &[Layout] = &[
-    layout("SETTINGS", MapType::Array, 4, size_of::<Settings>(), 1),
-    layout("ADDRESSES", MapType::Hash, size_of::<Address>(), 4, MAX_ADDRESSES),
-    layout(
-        "SERVICE_KEYS",
-        MapType::Hash,
-        size_of::<ServiceKey>(),
-        4,
-        MAX_SERVICE_KEYS,
-    ),
-    layout("SERVICES", MapType::Array, 4, size_of::<Service>(), MAX_SERVICES),
-    layout("SLOT_TABLES", MapType::ArrayOfMaps, 4, 4, MAX_SERVICES),
-    layout("BACKENDS", MapType::Array, 4, size_of::<Backend>(), MAX_BACKENDS),
-    layout(
-        SOURCE_FILTERS,
-        MapType::LpmTrie,
-        size_of::<FilterEntry>(),
-        4,
-        MAX_SOURCE_FILTERS,
-    ),
-    layout("LIVE", MapType::Array, 4, size_of::<LiveCount>(), MAX_BACKENDS),
-    layout("LIVE_BASE", MapType::Array, 4, 8, MAX_BACKENDS),
-    flow_layout(FLOWS, size_of::<Flow>()),
-    flow_layout(REPLIES, size_of::<FlowKey>()),
-    layout("TOTALS", MapType::PerCpuArray, 4, size_of::<Totals>(), 1),
-    layout(
-        "COUNTERS",
-        MapType::PerCpuArray,
-        4,
-        size_of::<Count>(),
-        REASON_COUNT,
-    ),
-    layout(
-        "SERVICE_COUNTERS",
-        MapType::PerCpuArray,
-        4,
-        size_of::<Count>(),
-        MAX_SERVICES * REASON_COUNT,
-    ),
-    layout(
-        "BACKEND_COUNTERS",
-        MapType::PerCpuArray,
-        4,
-        size_of::<BackendCounters>(),
-        MAX_BACKENDS,
-    ),
-];
+/// Every map of the object that is pinned, for such sizes.
+fn maps(sizes: &Sizes) -> [Layout; 16] {
+    use MapType::{Array, ArrayOfMaps, Hash, LpmTrie, PerCpuArray};
+    let Sizes {
+        flows,
+        services,
+        backends,
+    } = *sizes;
+    let layout = |name, kind, key, value, entries| Layout {
+        name,
+        kind,
+        key,
+        value,
+        entries,
+    };
+    // Id 0 means "none".
+    let backend_entries = backends + 1;
+    let filter = 8 * ADDRESS_FILTER_WORDS as usize;
+    let service_counters = services * REASON_COUNT;
+    [
+        layout("SETTINGS", Array, 4, size_of::<Settings>(), 1),
+        layout(ADDRESSES, Hash, size_of::<Address>(), 4, services + backends),
+        layout(ADDRESS_FILTER, Array, 4, filter, 1),
+        layout(SERVICE_KEYS, Array, 4, size_of::<Bucket>(), SERVICE_BUCKETS),
+        layout(SERVICES, Array, 4, size_of::<Service>(), services),
+        layout(POOLS, Array, 4, 8, services),
+        layout(POOL_CHUNKS, ArrayOfMaps, 4, 4, MAX_CHUNKS),
+        layout(BACKENDS, Array, 4, size_of::<Backend>(), backend_entries),
+        layout(
+            SOURCE_FILTERS,
+            LpmTrie,
+            size_of::<FilterEntry>(),
+            4,
+            MAX_SOURCE_FILTERS,
+        ),
+        layout(LIVE, Array, 4, size_of::<LiveCount>(), backend_entries),
+        layout(FLOWS, Array, 4, size_of::<Bucket>(), buckets(flows)),
+        layout(CLIENT_LINKS, Array, 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
+        layout("PER_CPU", PerCpuArray, 4, size_of::<PerCpu>(), 1),
+        layout("COUNTERS", PerCpuArray, 4, size_of::<Count>(), REASON_COUNT),
+        layout(
+            SERVICE_COUNTERS,
+            PerCpuArray,
+            4,
+            size_of::<Count>(),
+            service_counters,
+        ),
+        layout(
+            BACKEND_COUNTERS,
+            PerCpuArray,
+            4,
+            size_of::<BackendCounters>(),
+            backend_entries,
+        ),
+    ]
+}
 
+impl Layout {
+    /// What the kernel takes for it: values by eight bytes, those of every CPU, and what leads to them.
+    fn memory(&self) -> u64 {
+        let entries = u64::from(self.entries);
+        let value = self.value.next_multiple_of(8) as u64;
+        match self.kind {
+            MapType::PerCpuArray => entries * (8 + value * nr_cpus().unwrap_or(1) as u64),
+            // `struct htab_elem`, and twice as many buckets as the next power of two.
+            MapType::Hash => {
+                entries * (48 + self.key.next_multiple_of(8) as u64 + value)
+                    + 16 * entries.next_power_of_two()
+            }
+            // It grows with its entries.
+            MapType::LpmTrie => 0,
+            _ => entries * value,
+        }
+    }
+}
+
+/// Bytes of memory in the kernel, by what they are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapMemory {
+    pub flow_table: u64,
+    /// With their counters and keys.
+    pub services: u64,
+    /// With their counters and addresses.
+    pub backends: u64,
+    /// Pools and slot tables: as much as there was need for.
+    pub slot_tables: u64,
+}
+
+impl MapMemory {
+    pub fn total(&self) -> u64 {
+        self.flow_table + self.services + self.backends + self.slot_tables
+    }
+}
+
+const ADDRESSES: &str = "ADDRESSES";
+const ADDRESS_FILTER: &str = "ADDRESS_FILTER";
+const SERVICE_KEYS: &str = "SERVICE_KEYS";
+const SERVICES: &str = "SERVICES";
+const SERVICE_COUNTERS: &str = "SERVICE_COUNTERS";
+const ROUND_ROBIN: &str = "ROUND_ROBIN";
+const POOLS: &str = "POOLS";
+const POOL_CHUNKS: &str = "POOL_CHUNKS";
+const BACKENDS: &str = "BACKENDS";
+const BACKEND_COUNTERS: &str = "BACKEND_COUNTERS";
 const SOURCE_FILTERS: &str = "SOURCE_FILTERS";
 const FLOWS: &str = "FLOWS";
-const REPLIES: &str = "REPLIES";
+const LIVE: &str = "LIVE";
+const CLIENT_LINKS: &str = "CLIENT_LINKS";
+/// The program's own word for how many entries [`FLOWS`] has.
+const FLOW_BUCKETS: &str = "FLOW_BUCKETS";
 
 impl KernelDatapath {
-    /// Loads the program on the maps that an earlier daemon has pinned, or on new ones with room for
-    /// `flow_table_size` flows.
+    /// Loads the program on the maps that an earlier daemon has pinned, or on new ones of such sizes.
     ///
     /// # Errors
     /// bpffs is not mounted, a permission is missing, the kernel refuses the program, or the pinned maps are of
     /// another build.
-    pub fn open(pins: Pins, flow_table_size: u32) -> Result<Self, DatapathError> {
+    pub fn open(pins: Pins, sizes: Sizes) -> Result<Self, DatapathError> {
         pins.create()?;
+        let sizes = pinned_sizes(&pins, sizes)?;
+        let flow_buckets = buckets(sizes.flows);
         let mut loader = EbpfLoader::new();
         loader
-            .map_max_entries(FLOWS, flow_table_size)
-            .map_max_entries(REPLIES, flow_table_size);
-        for layout in MAPS {
-            check_pinned(&pins, layout)?;
-            loader.map_pin_path(layout.name, pins.map(layout.name));
+            .override_global(FLOW_BUCKETS, &flow_buckets, true)
+            .map_max_entries(ROUND_ROBIN, sizes.services);
+        for layout in maps(&sizes) {
+            check_pinned(&pins, &layout)?;
+            loader
+                .map_max_entries(layout.name, layout.entries)
+                .map_pin_path(layout.name, pins.map(layout.name));
         }
         let mut ebpf = loader
             .load(OBJECT)
@@ -208,25 +255,40 @@ impl KernelDatapath {
         load_despite_signals(|| program.load()).map_err(|error| failed("load", "the program", error))?;
         pin_program(&mut ebpf, PROGRAM, &pins.program(PROGRAM))?;
 
-        let data =
-            |name: &str| MapData::from_pin(pins.map(name)).map_err(|error| failed("open", name, error));
+        let data = |name: &str| pinned(&pins.map(name), name);
         let converted = |name: &str, error: MapError| failed("open", name, error);
+        let mapped = |name: &str, source: io::Error| DatapathError::new("map the memory of", name, source);
+        let addresses: HashMap<MapData, Raw<Address>, u32> =
+            hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?;
+        let mut present = Vec::new();
+        syscall::for_each(addresses.map().fd().as_fd(), |address: &Address, roles: &u32| {
+            present.push((*address, *roles));
+        })
+        .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
         Ok(Self {
+            address_filter: AddressFilter::new(data(ADDRESS_FILTER)?.fd().as_fd(), present)
+                .map_err(|source| mapped(ADDRESS_FILTER, source))?,
+            addresses,
             settings: array(data("SETTINGS")?).map_err(|error| converted("SETTINGS", error))?,
-            addresses: hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?,
-            service_keys: hash(data("SERVICE_KEYS")?).map_err(|error| converted("SERVICE_KEYS", error))?,
-            services: array(data("SERVICES")?).map_err(|error| converted("SERVICES", error))?,
-            slot_tables: ArrayOfMaps::try_from(Map::ArrayOfMaps(data("SLOT_TABLES")?))
-                .map_err(|error| converted("SLOT_TABLES", error))?,
-            slot_tables_data: data("SLOT_TABLES")?,
+            service_keys: ServiceKeys::new(data(SERVICE_KEYS)?.fd().as_fd())
+                .map_err(|source| mapped(SERVICE_KEYS, source))?,
+            services: array(data(SERVICES)?).map_err(|error| converted(SERVICES, error))?,
+            pools: Pools::open(
+                &MapOf(data(POOLS)?.fd().as_fd(), sizes.services),
+                ArrayOfMaps::try_from(Map::ArrayOfMaps(data(POOL_CHUNKS)?))
+                    .map_err(|error| converted(POOL_CHUNKS, error))?,
+                data(POOL_CHUNKS)?,
+            )?,
             backends: array(data("BACKENDS")?).map_err(|error| converted("BACKENDS", error))?,
             source_filters: LpmTrie::try_from(Map::LpmTrie(data(SOURCE_FILTERS)?))
                 .map_err(|error| converted(SOURCE_FILTERS, error))?,
-            live: array(data("LIVE")?).map_err(|error| converted("LIVE", error))?,
-            live_base: array(data("LIVE_BASE")?).map_err(|error| converted("LIVE_BASE", error))?,
-            flows: lru_hash(data(FLOWS)?).map_err(|error| converted(FLOWS, error))?,
-            replies: lru_hash(data(REPLIES)?).map_err(|error| converted(REPLIES, error))?,
-            totals: per_cpu(data("TOTALS")?).map_err(|error| converted("TOTALS", error))?,
+            flow_table: FlowTable::new(
+                &MapOf(data(FLOWS)?.fd().as_fd(), flow_buckets),
+                &MapOf(data(LIVE)?.fd().as_fd(), sizes.backends + 1),
+                &MapOf(data(CLIENT_LINKS)?.fd().as_fd(), MAX_CLIENT_LINKS),
+            )
+            .map_err(|source| DatapathError::new("map the memory of", FLOWS, source))?,
+            per_cpu: per_cpu(data("PER_CPU")?).map_err(|error| converted("PER_CPU", error))?,
             reasons: per_cpu(data("COUNTERS")?).map_err(|error| converted("COUNTERS", error))?,
             service_counters: per_cpu(data("SERVICE_COUNTERS")?)
                 .map_err(|error| converted("SERVICE_COUNTERS", error))?,
@@ -234,6 +296,7 @@ impl KernelDatapath {
                 .map_err(|error| converted("BACKEND_COUNTERS", error))?,
             ebpf,
             pins,
+            sizes,
         })
     }
 
@@ -254,17 +317,32 @@ impl KernelDatapath {
         }
     }
 
-    /// Flows that the table has room for: that of the pinned one, whatever was asked for.
+    /// What the maps are made for: the pinned ones, whatever was asked for.
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// What the maps take.
+    pub fn memory(&self) -> MapMemory {
+        let maps = maps(&self.sizes);
+        let of = |names: &[&str]| {
+            let named = maps.iter().filter(|layout| names.contains(&layout.name));
+            named.map(Layout::memory).sum()
+        };
+        MapMemory {
+            flow_table: of(&[FLOWS]),
+            services: of(&[SERVICES, SERVICE_KEYS, SERVICE_COUNTERS]),
+            backends: of(&[BACKENDS, BACKEND_COUNTERS, LIVE, ADDRESSES, ADDRESS_FILTER]),
+            slot_tables: of(&[POOLS, POOL_CHUNKS]) + self.pools.memory(),
+        }
+    }
+
+    /// Backend ids by slot of a service's pool, as the program finds them; nothing where it has no pool.
     ///
     /// # Errors
-    /// The kernel does not tell.
-    pub fn flow_table_size(&self) -> Result<u32, DatapathError> {
-        let info = self
-            .flows
-            .map()
-            .info()
-            .map_err(|error| failed("read", FLOWS, error))?;
-        Ok(info.max_entries())
+    /// The memory cannot be read.
+    pub fn by_slot(&self, service: u32) -> Result<Option<Vec<u32>>, DatapathError> {
+        self.pools.by_slot(service)
     }
 
     /// Attaches the program to exactly these interfaces: a pinned link of one of them is kept and given this
@@ -384,13 +462,9 @@ impl KernelDatapath {
         Ok(())
     }
 
-    fn read_all_but_slots(&self) -> Result<Contents, DatapathError> {
+    fn read_all_but_pools(&self) -> Result<Contents, DatapathError> {
         let mut contents = Contents {
-            settings: self
-                .settings
-                .get(&0, 0)
-                .map_err(|error| failed("read", "SETTINGS", error))?
-                .0,
+            settings: self.read_settings()?,
             ..Contents::default()
         };
         syscall::for_each(
@@ -400,13 +474,7 @@ impl KernelDatapath {
             },
         )
         .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
-        syscall::for_each(
-            self.service_keys.map().fd().as_fd(),
-            |key: &ServiceKey, id: &u32| {
-                contents.service_keys.insert(*key, *id);
-            },
-        )
-        .map_err(|source| DatapathError::new("read", "SERVICE_KEYS", source))?;
+        contents.service_keys.extend(self.service_keys.iter());
         syscall::for_each(self.services.map().fd().as_fd(), |id: &u32, service: &Service| {
             if service.in_use != 0 {
                 contents.services.insert(*id, *service);
@@ -429,47 +497,28 @@ impl KernelDatapath {
         Ok(contents)
     }
 
-    /// Reads the slot tables of services alone: a table that an interrupted change has left under an id without a
-    /// service is replaced when the id is given to one.
-    fn read_slots(&self, contents: &Contents) -> Result<BTreeMap<u32, SlotTable>, DatapathError> {
-        let mut tables = BTreeMap::new();
-        for &id in contents.services.keys() {
-            let table = match self.slot_tables.get(&id, 0) {
-                Ok(table) => table,
-                Err(MapError::KeyNotFound) => continue,
-                Err(error) => return Err(failed("read", format!("SLOT_TABLES[{id}]"), error)),
-            };
-            let mut slots = vec![0; SLOT_COUNT as usize];
-            syscall::for_each(table.map().fd().as_fd(), |slot: &u32, backend: &u32| {
-                if let Some(entry) = slots.get_mut(*slot as usize) {
-                    *entry = *backend;
-                }
-            })
-            .map_err(|source| DatapathError::new("read", format!("SLOT_TABLES[{id}]"), source))?;
-            tables.insert(id, slots.into());
-        }
-        Ok(tables)
+    fn read_settings(&self) -> Result<Settings, DatapathError> {
+        let Raw(settings) = (self.settings.get(&0, 0)).map_err(|error| failed("read", "SETTINGS", error))?;
+        Ok(settings)
     }
 
-    fn put_slots(&mut self, service: u32, slots: &[u32]) -> Result<(), DatapathError> {
-        let object = format!("SLOT_TABLES[{service}]");
-        let table: Array<MapData, u32> =
-            Array::create(SLOT_COUNT, 0).map_err(|error| failed("create", &object, error))?;
-        syscall::fill(table.map().fd().as_fd(), slots)
-            .map_err(|source| DatapathError::new("fill", &object, source))?;
-        self.slot_tables
-            .set(service, &table, 0)
-            .map_err(|error| failed("update", &object, error))
-    }
-
-    /// Tells whether a key of replies is that of the flow that it leads to, which may have gone elsewhere since.
-    fn leads_to_flow(&self, reply: &FlowKey, client: &FlowKey) -> bool {
-        let Ok(Raw(flow)) = self.flows.get(&Raw(*client), 0) else {
-            return false;
+    /// Does something with the flow table and what has to be known to read it.
+    fn with_context<T>(
+        &self,
+        with: impl FnOnce(&FlowTable, &mut Context<'_>) -> T,
+    ) -> Result<T, DatapathError> {
+        let (mut known, mut problem) = (BTreeMap::new(), None);
+        let mut vip = |id: u32| {
+            let read = || read_entry(&self.services, id, "SERVICES", &mut problem).vip;
+            *known.entry(id).or_insert_with(read)
         };
-        self.backends
-            .get(&flow.backend, 0)
-            .is_ok_and(|Raw(backend)| reply_key(client, &flow, &backend) == *reply)
+        let mut context = Context {
+            settings: self.read_settings()?,
+            now: monotonic_now(),
+            vip: &mut vip,
+        };
+        let result = with(&self.flow_table, &mut context);
+        problem.map_or(Ok(result), Err)
     }
 
     fn clear_service_counters(&mut self, service: u32) -> Result<(), DatapathError> {
@@ -505,37 +554,42 @@ impl Mode {
 
 impl Datapath for KernelDatapath {
     fn read(&self) -> Result<Contents, DatapathError> {
-        let mut contents = self.read_all_but_slots()?;
-        contents.slots = self.read_slots(&contents)?;
-        Ok(contents)
-    }
-
-    fn refresh(&self, known: &Contents) -> Result<Contents, DatapathError> {
-        // Before 6.8 the kernel waits for a grace period of RCU, some 20 ms, with each look into a map of maps
-        // (`maybe_wait_bpf_programs`): too long to do for every service time and again.
-        if KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 8, 0)) {
-            return self.read();
+        let mut contents = self.read_all_but_pools()?;
+        let mut seen = Seen::new();
+        // Those of services alone: without one no packet finds a pool, and it is replaced when the id is given to one.
+        for id in contents.services.keys() {
+            if let Some(pool) = self.pools.get(*id, &mut seen)? {
+                contents.pools.insert(*id, pool);
+            }
         }
-        let mut contents = self.read_all_but_slots()?;
-        contents.slots = known.slots.clone();
-        contents.slots.retain(|id, _| contents.services.contains_key(id));
         Ok(contents)
     }
 
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError> {
         match operation {
-            Operation::PutSettings(settings) => self
-                .settings
-                .set(0, Raw(*settings), 0)
-                .map_err(|error| failed("update", "SETTINGS", error)),
-            Operation::PutAddress(address, roles) => self
-                .addresses
-                .insert(Raw(*address), roles, 0)
-                .map_err(|error| failed("update", format!("ADDRESSES[{address}]"), error)),
-            Operation::RemoveAddress(address) => self
-                .addresses
-                .remove(&Raw(*address))
-                .map_err(|error| failed("delete", format!("ADDRESSES[{address}]"), error)),
+            Operation::PutSettings(settings) => {
+                (self.settings.set(0, Raw(*settings), 0))
+                    .map_err(|error| failed("update", "SETTINGS", error))?;
+                if settings.flags & SettingsFlags::AGELESS != 0 {
+                    // So that no flow is aged by the ticks before and a timeout after, or the other way round.
+                    syscall::wait_for_programs();
+                }
+                Ok(())
+            }
+            Operation::PutAddress(address, roles) => {
+                let before = self.addresses.get(&Raw(*address), 0).unwrap_or(0);
+                (self.addresses.insert(Raw(*address), roles, 0))
+                    .map_err(|error| failed("update", format!("ADDRESSES[{address}]"), error))?;
+                self.address_filter.change(address, before, *roles);
+                Ok(())
+            }
+            Operation::RemoveAddress(address) => {
+                let before = self.addresses.get(&Raw(*address), 0).unwrap_or(0);
+                (self.addresses.remove(&Raw(*address)))
+                    .map_err(|error| failed("delete", format!("ADDRESSES[{address}]"), error))?;
+                self.address_filter.change(address, before, 0);
+                Ok(())
+            }
             Operation::PutBackend(id, backend) => self
                 .backends
                 .set(*id, Raw(*backend), 0)
@@ -545,12 +599,12 @@ impl Datapath for KernelDatapath {
                 self.backends
                     .set(*id, Raw(Backend::default()), 0)
                     .map_err(|error| failed("delete", &object, error))?;
+                self.flow_table.clear_live(*id);
                 zero(&mut self.backend_counters, *id, BackendCounters::default())
                     .map_err(|error| failed("clear", &object, error))
             }
-            Operation::PutSlots(service, slots) => self.put_slots(*service, slots),
-            Operation::RemoveSlots(service) => syscall::delete(self.slot_tables_data.fd().as_fd(), *service)
-                .map_err(|source| DatapathError::new("delete", format!("SLOT_TABLES[{service}]"), source)),
+            Operation::PutPool(service, pool) => self.pools.put(*service, pool),
+            Operation::RemovePool(service) => self.pools.remove(*service),
             Operation::PutService(id, service) => self
                 .services
                 .set(*id, Raw(*service), 0)
@@ -561,14 +615,12 @@ impl Datapath for KernelDatapath {
                     .map_err(|error| failed("delete", format!("SERVICES[{id}]"), error))?;
                 self.clear_service_counters(*id)
             }
-            Operation::PutServiceKey(key, id) => self
-                .service_keys
-                .insert(Raw(*key), id, 0)
-                .map_err(|error| failed("update", format!("SERVICE_KEYS[{}]", key.vip), error)),
-            Operation::RemoveServiceKey(key) => self
-                .service_keys
-                .remove(&Raw(*key))
-                .map_err(|error| failed("delete", format!("SERVICE_KEYS[{}]", key.vip), error)),
+            Operation::PutServiceKey(key, id) => self.service_keys.insert(key, *id).map_err(|source| {
+                DatapathError::new("update", format!("{SERVICE_KEYS}[{}]", key.vip), source)
+            }),
+            Operation::RemoveServiceKey(key) => self.service_keys.remove(key).map_err(|source| {
+                DatapathError::new("delete", format!("{SERVICE_KEYS}[{}]", key.vip), source)
+            }),
             Operation::PutFilter(key, length, value) => self
                 .source_filters
                 .insert(&lpm_trie::Key::new(*length, Raw(*key)), value, 0)
@@ -585,97 +637,55 @@ impl Datapath for KernelDatapath {
         position: Option<Position>,
         visit: &mut dyn FnMut(&FlowKey, &Flow),
     ) -> Result<Option<Position>, DatapathError> {
-        let position = position.map(|Position(position)| position);
-        syscall::some(self.flows.map().fd().as_fd(), position, |key, flow| {
-            visit(key, flow);
-        })
-        .map(|next| next.map(Position))
-        .map_err(|source| DatapathError::new("read", FLOWS, source))
+        self.with_context(|table, context| table.some_flows(context, position, visit))
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
-        let mut removed = 0;
-        for key in keys {
-            let flow = match self.flows.get(&Raw(*key), 0) {
-                Ok(Raw(flow)) => flow,
-                Err(MapError::KeyNotFound) => continue,
-                Err(error) => return Err(failed("read", FLOWS, error)),
-            };
-            if flow.last_seen >= unless_seen_since {
-                continue;
-            }
-            let backend = self
-                .backends
-                .get(&flow.backend, 0)
-                .map_err(|error| failed("read", "BACKENDS", error))?
-                .0;
-            remove_present(&mut self.flows, key, FLOWS)?;
-            removed += 1;
-            // Where the backend is gone, what its replies lead to nowhere is found by `remove_some_orphan_replies`.
-            let reply = reply_key(key, &flow, &backend);
-            if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
-                && client == *key
-            {
-                remove_present(&mut self.replies, &reply, REPLIES)?;
-            }
+        if keys.is_empty() {
+            return Ok(0);
         }
-        Ok(removed)
+        self.with_context(|table, context| {
+            keys.iter()
+                .map(|key| table.remove(context, key, unless_seen_since))
+                .sum()
+        })
     }
 
-    fn remove_some_orphan_replies(
-        &mut self,
-        position: Option<Position>,
-    ) -> Result<(u64, Option<Position>), DatapathError> {
-        let mut suspects = Vec::new();
-        let next = syscall::some(
-            self.replies.map().fd().as_fd(),
-            position.map(|Position(position)| position),
-            |reply: &FlowKey, client: &FlowKey| {
-                if !self.leads_to_flow(reply, client) {
-                    suspects.push(*reply);
-                }
-            },
-        )
-        .map_err(|source| DatapathError::new("read", REPLIES, source))?;
-        let mut removed = 0;
-        for reply in suspects {
-            // The program writes the reply's key just before the flow, and may have given it to another: look once
-            // more.
-            if let Ok(Raw(client)) = self.replies.get(&Raw(reply), 0)
-                && !self.leads_to_flow(&reply, &client)
-            {
-                remove_present(&mut self.replies, &reply, REPLIES)?;
-                removed += 1;
-            }
-        }
-        Ok((removed, next.map(Position)))
+    fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
+        let settings = self.read_settings()?;
+        let (backends, mut known, mut problem) = (&self.backends, BTreeMap::new(), None);
+        let mut backend = |id: u32| {
+            *known
+                .entry(id)
+                .or_insert_with(|| read_entry(backends, id, "BACKENDS", &mut problem))
+        };
+        let next = (self.flow_table).tidy(&settings, monotonic_now(), &mut backend, position);
+        problem.map_or(Ok(next), Err)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
-        let mut counts = BTreeMap::new();
-        for id in backends {
-            let Raw(count) =
-                (self.live.get(id, 0)).map_err(|error| failed("read", format!("LIVE[{id}]"), error))?;
-            let base = (self.live_base.get(id, 0))
-                .map_err(|error| failed("read", format!("LIVE_BASE[{id}]"), error))?;
-            counts.insert(*id, Live { count, base });
-        }
-        Ok(counts)
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
+        let live = |id: &u32| {
+            let count = self.flow_table.live(*id).ok_or_else(|| no_backend("read", *id))?;
+            Ok((*id, count))
+        };
+        backends.iter().map(live).collect()
     }
 
-    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
-        self.live_base
-            .set(backend, base, 0)
-            .map_err(|error| failed("update", format!("LIVE_BASE[{backend}]"), error))
+    fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
+        if self.flow_table.adjust_live(backend, by) {
+            Ok(())
+        } else {
+            Err(no_backend("update", backend))
+        }
     }
 
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError> {
-        let totals = self
-            .totals
+        let per_cpu = self
+            .per_cpu
             .get(&0, 0)
-            .map_err(|error| failed("read", "TOTALS", error))?;
+            .map_err(|error| failed("read", "PER_CPU", error))?;
         let mut result = Counters {
-            totals: totals.iter().map(|Raw(totals)| *totals).collect(),
+            totals: per_cpu.iter().map(|Raw(per_cpu)| per_cpu.totals).collect(),
             ..Counters::default()
         };
         result.reasons =
@@ -685,21 +695,18 @@ impl Datapath for KernelDatapath {
                 .map_err(|error| DatapathError::new("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
             result.services.insert(*service, counts);
         }
-        for backend in backends {
-            let cpus = self
-                .backend_counters
-                .get(backend, 0)
-                .map_err(|error| failed("read", format!("BACKEND_COUNTERS[{backend}]"), error))?;
-            let mut total = BackendCounters::default();
-            for Raw(cpu) in cpus.iter() {
-                counters::add(&mut total.forwarded, &cpu.forwarded);
-                counters::add(&mut total.returned, &cpu.returned);
-                total.flows += cpu.flows;
-            }
-            result.backends.insert(*backend, total);
-        }
+        result.backends = by_backend(&self.backend_counters, backends, self.sizes.backends + 1)
+            .map_err(|error| DatapathError::new("read", BACKEND_COUNTERS, error))?;
         Ok(result)
     }
+}
+
+fn no_backend(operation: &'static str, id: u32) -> DatapathError {
+    DatapathError::new(
+        operation,
+        format!("{LIVE}[{id}]"),
+        io::Error::from_raw_os_error(libc::E2BIG),
+    )
 }
 
 /// Loads a program. The kernel gives up on it when a signal comes, as that of a probe's process which has ended, and
@@ -718,17 +725,30 @@ pub(super) fn load_despite_signals(
     load()
 }
 
-/// Removes an entry that the data path may have removed meanwhile.
-fn remove_present<V: Pod>(
-    map: &mut HashMap<MapData, Raw<FlowKey>, V>,
-    key: &FlowKey,
+/// An entry of an array; an unused one beyond its end, and where it cannot be read, which is left as the problem.
+fn read_entry<T: Default + Copy>(
+    map: &Array<MapData, Raw<T>>,
+    id: u32,
     name: &str,
-) -> Result<(), DatapathError> {
-    match map.remove(&Raw(*key)) {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-        Err(error) => Err(failed("delete", name, error)),
+    problem: &mut Option<DatapathError>,
+) -> T
+where
+    Raw<T>: Pod,
+{
+    match map.get(&id, 0) {
+        Ok(Raw(entry)) => return entry,
+        Err(MapError::OutOfBounds { .. } | MapError::KeyNotFound) => {}
+        Err(error) => *problem = Some(failed("read", format!("{name}[{id}]"), error)),
     }
+    T::default()
+}
+
+/// Now on the clock of the flow table, in nanoseconds.
+pub fn monotonic_now() -> u64 {
+    // The clock exists on every Linux; without it no flow would be found idle.
+    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
+        .map(|now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+        .unwrap_or(0)
 }
 
 /// The counters of all reasons from an index on, those of all CPUs together.
@@ -743,6 +763,44 @@ fn by_reason(map: &PerCpuArray<MapData, Raw<Count>>, first: u32) -> io::Result<V
             total
         })
         .collect())
+}
+
+/// The counters of backends by id, those of all CPUs together; ids beyond the end have none.
+fn by_backend(
+    map: &PerCpuArray<MapData, Raw<BackendCounters>>,
+    ids: &[u32],
+    entries: u32,
+) -> io::Result<BTreeMap<u32, BackendCounters>> {
+    /// Read at once: with an entry each, ten thousand backends would be as many system calls every second.
+    const AT_ONCE: u32 = 1024;
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    let mut totals = Vec::with_capacity(ids.len());
+    let mut sorted: Vec<u32> = ids.iter().copied().filter(|id| *id < entries).collect();
+    sorted.sort_unstable();
+    let mut rest = &sorted[..];
+    while let Some(first) = rest.first().copied() {
+        let (these, others) = rest.split_at(rest.partition_point(|id| *id - first < AT_ONCE));
+        rest = others;
+        let last = these.last().copied().unwrap_or(first);
+        let count = (last - first + 1) as usize;
+        let values: Vec<BackendCounters> = syscall::some_per_cpu(map.map().fd().as_fd(), first, count, cpus)?;
+        for id in these {
+            let mut total = BackendCounters::default();
+            for cpu in values
+                .chunks(cpus)
+                .nth((id - first) as usize)
+                .into_iter()
+                .flatten()
+            {
+                counters::add(&mut total.forwarded, &cpu.forwarded);
+                counters::add(&mut total.returned, &cpu.returned);
+                total.flows += cpu.flows;
+            }
+            totals.push((*id, total));
+        }
+    }
+    // All at once, since they are in order.
+    Ok(totals.into_iter().collect())
 }
 
 /// A counter of all CPUs together.
@@ -864,11 +922,11 @@ fn check_pinned(pins: &Pins, layout: &Layout) -> Result<(), DatapathError> {
     if !path.exists() {
         return Ok(());
     }
-    let data = MapData::from_pin(path).map_err(|error| failed("open", layout.name, error))?;
+    let data = pinned(&path, layout.name)?;
     let info = data.info().map_err(|error| failed("read", layout.name, error))?;
     let fits = info.map_type().is_ok_and(|kind| kind == layout.kind)
         && (info.key_size() as usize, info.value_size() as usize) == (layout.key, layout.value)
-        && layout.entries.is_none_or(|entries| entries == info.max_entries());
+        && layout.entries == info.max_entries();
     if fits {
         return Ok(());
     }
@@ -877,16 +935,34 @@ fn check_pinned(pins: &Pins, layout: &Layout) -> Result<(), DatapathError> {
     Err(DatapathError::new("open", layout.name, source))
 }
 
+/// The sizes of the pinned maps, and where there are none those that are wanted.
+fn pinned_sizes(pins: &Pins, wanted: Sizes) -> Result<Sizes, DatapathError> {
+    let pinned = |name: &str, wanted: u32| match pins.map(name) {
+        path if path.exists() => entries(name, &pinned(&path, name)?),
+        _ => Ok(wanted),
+    };
+    Ok(Sizes {
+        flows: flows(pinned(FLOWS, buckets(wanted.flows))?),
+        services: pinned(SERVICES, wanted.services)?,
+        backends: pinned(BACKENDS, wanted.backends + 1)?.saturating_sub(1),
+    })
+}
+
+fn pinned(path: &Path, name: &str) -> Result<MapData, DatapathError> {
+    MapData::from_pin(path).map_err(|error| failed("open", name, error))
+}
+
+fn entries(name: &str, map: &MapData) -> Result<u32, DatapathError> {
+    let info = map.info().map_err(|error| failed("read", name, error))?;
+    Ok(info.max_entries())
+}
+
 fn array<T: Pod>(data: MapData) -> Result<Array<MapData, T>, MapError> {
     Array::try_from(Map::Array(data))
 }
 
 fn hash<K: Pod, V: Pod>(data: MapData) -> Result<HashMap<MapData, K, V>, MapError> {
     HashMap::try_from(Map::HashMap(data))
-}
-
-fn lru_hash<K: Pod, V: Pod>(data: MapData) -> Result<HashMap<MapData, K, V>, MapError> {
-    HashMap::try_from(Map::LruHashMap(data))
 }
 
 fn per_cpu<T: Pod>(data: MapData) -> Result<PerCpuArray<MapData, T>, MapError> {
@@ -921,9 +997,18 @@ pub(super) fn runs(link: &FdLink, own: &ProgramInfo) -> bool {
 }
 
 /// Tells whether two programs have the same instructions on the same maps, so that one need not replace the other.
+///
+/// Each has a map of its own for its constants. They are not compared: but for a barrier all that is there is
+/// [`FLOW_BUCKETS`], which is the same for the same flow table.
 pub(super) fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
+    let constants: Vec<u32> = loaded_maps()
+        .flatten()
+        .filter(|map| map.name_as_str().is_some_and(|name| name.ends_with(".rodata")))
+        .map(|map| map.id())
+        .collect();
     let maps = |program: &ProgramInfo| {
         program.map_ids().ok().flatten().map(|mut ids| {
+            ids.retain(|id| !constants.contains(id));
             ids.sort_unstable();
             ids
         })

@@ -4,31 +4,41 @@ use std::{collections::BTreeMap, io};
 
 use lb_common::{
     abi::{
-        Address, FILTER_ALLOW, FILTER_DENY, Flow, FlowKey, MAX_ADDRESSES, MAX_BACKENDS, MAX_SERVICE_KEYS,
-        MAX_SERVICES, MAX_SOURCE_FILTERS, SLOT_COUNT,
+        Address, FILTER_ALLOW, FILTER_DENY, FlowKey, LiveCount, MAX_MEMBERS, MAX_SERVICE_KEYS,
+        MAX_SOURCE_FILTERS, SettingsFlags,
     },
     logic::hash::siphash13,
 };
 
-use super::{Contents, Counters, Datapath, DatapathError, Live, Operation, Position};
+use super::{Contents, Counters, Datapath, DatapathError, Flow, Operation, Position, Sizes};
 
 /// A data path without a kernel.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryDatapath {
     /// Change it to play somebody else who changes the maps.
     pub contents: Contents,
+    pub sizes: Sizes,
     /// The flow table, by the client's 5-tuple.
     pub flows: BTreeMap<FlowKey, Flow>,
-    /// Live flows by backend id; change `count` to play the program.
-    pub live: BTreeMap<u32, Live>,
+    /// What is the time.
+    pub now: u64,
+    /// Counts of flows by backend id; change them to play the program.
+    pub live: BTreeMap<u32, LiveCount>,
 }
 
 /// Parts that the flow table is visited in, as the kernel visits its buckets.
-const BUCKETS: u8 = 8;
+const BUCKETS: u32 = 8;
 
-fn bucket_of(key: &FlowKey) -> u8 {
+fn bucket_of(key: &FlowKey) -> u32 {
     let Address([.., address]) = key.source;
-    (siphash13([0, 0], [u64::from(address), u64::from(key.source_port)]) % u64::from(BUCKETS)) as u8
+    (siphash13([0, 0], [u64::from(address), u64::from(key.source_port)]) % u64::from(BUCKETS)) as u32
+}
+
+/// The part of the table at a position, and the position of the next.
+fn step(position: Option<Position>) -> (u32, Option<Position>) {
+    let bucket = position.map_or(0, |Position(bucket)| bucket);
+    let next = bucket.saturating_add(1);
+    (bucket, (next < BUCKETS).then_some(Position(next)))
 }
 
 impl Datapath for MemoryDatapath {
@@ -47,45 +57,49 @@ impl Datapath for MemoryDatapath {
         position: Option<Position>,
         visit: &mut dyn FnMut(&FlowKey, &Flow),
     ) -> Result<Option<Position>, DatapathError> {
-        let bucket = position.map_or(0, |Position(bytes)| bytes.first().copied().unwrap_or(BUCKETS));
+        let (bucket, next) = step(position);
         (self.flows.iter())
             .filter(|(key, _)| bucket_of(key) == bucket)
             .for_each(|(key, flow)| visit(key, flow));
-        let next = bucket + 1;
-        Ok((next < BUCKETS).then(|| Position(vec![next])))
+        Ok(next)
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
         let mut removed = 0;
         for key in keys {
-            if self
-                .flows
-                .get(key)
-                .is_some_and(|flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX)
-            {
-                self.flows.remove(key);
-                removed += 1;
+            let is_due = |flow: &&Flow| flow.last_seen < unless_seen_since || unless_seen_since == u64::MAX;
+            let Some(flow) = self.flows.get(key).filter(is_due).copied() else {
+                continue;
+            };
+            self.flows.remove(key);
+            removed += 1;
+            if flow.is_live() {
+                self.adjust_live(flow.backend, -1)?;
             }
         }
         Ok(removed)
     }
 
-    /// Replies are found without keys here.
-    fn remove_some_orphan_replies(
-        &mut self,
-        _position: Option<Position>,
-    ) -> Result<(u64, Option<Position>), DatapathError> {
-        Ok((0, None))
+    /// Nothing is left behind here.
+    fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
+        let (bucket, next) = step(position);
+        if self.contents.settings.flags & SettingsFlags::AGELESS != 0 {
+            (self.flows.iter_mut())
+                .filter(|(key, _)| bucket_of(key) == bucket)
+                .for_each(|(_, flow)| flow.last_seen = self.now);
+        }
+        Ok(next)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError> {
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
         let of = |id: &u32| (*id, self.live.get(id).copied().unwrap_or_default());
         Ok(backends.iter().map(of).collect())
     }
 
-    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError> {
-        check_index(backend, MAX_BACKENDS, "live-base")?;
-        self.live.entry(backend).or_default().base = base;
+    fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
+        let live = self.live.entry(backend).or_default();
+        let count = if by < 0 { &mut live.ended } else { &mut live.opened };
+        *count = count.wrapping_add(by.unsigned_abs());
         Ok(())
     }
 
@@ -100,24 +114,29 @@ impl MemoryDatapath {
     /// size, and removing what is not there.
     fn check(&self, operation: &Operation) -> Result<(), DatapathError> {
         let contents = &self.contents;
+        let Sizes {
+            services, backends, ..
+        } = self.sizes;
         match operation {
             Operation::PutSettings(_) => Ok(()),
-            Operation::PutAddress(key, _) => check_room(&contents.addresses, key, MAX_ADDRESSES, "addresses"),
+            Operation::PutAddress(key, _) => {
+                check_room(&contents.addresses, key, services + backends, "addresses")
+            }
             Operation::PutServiceKey(key, id) => {
-                check_index(*id, MAX_SERVICES, "service-keys")?;
+                check_index(*id, services, "service-keys")?;
                 check_room(&contents.service_keys, key, MAX_SERVICE_KEYS, "service-keys")
             }
-            Operation::PutService(id, _) => check_index(*id, MAX_SERVICES, "services"),
-            Operation::PutSlots(id, table) if table.len() != SLOT_COUNT as usize => {
-                Err(refusal("update", format!("slots [{id}]"), libc::EINVAL))
+            Operation::PutService(id, _) => check_index(*id, services, "services"),
+            Operation::PutPool(id, pool) if pool.members.len() > MAX_MEMBERS as usize => {
+                Err(refusal("update", format!("pools [{id}]"), libc::EINVAL))
             }
-            Operation::PutSlots(id, _) => check_index(*id, MAX_SERVICES, "slots"),
+            Operation::PutPool(id, _) => check_index(*id, services, "pools"),
             Operation::PutBackend(0, _) => Err(refusal("update", "backends [0]".to_owned(), libc::EINVAL)),
-            Operation::PutBackend(id, _) => check_index(*id, MAX_BACKENDS, "backends"),
+            Operation::PutBackend(id, _) => check_index(*id, backends + 1, "backends"),
             Operation::RemoveAddress(key) => check_present(&contents.addresses, key, "addresses"),
             Operation::RemoveServiceKey(key) => check_present(&contents.service_keys, key, "service-keys"),
             Operation::RemoveService(id) => check_present(&contents.services, id, "services"),
-            Operation::RemoveSlots(id) => check_present(&contents.slots, id, "slots"),
+            Operation::RemovePool(id) => check_present(&contents.pools, id, "pools"),
             Operation::RemoveBackend(id) => check_present(&contents.backends, id, "backends"),
             Operation::PutFilter(key, length, value) => {
                 if *length > 160 || ![FILTER_ALLOW, FILTER_DENY].contains(value) {
@@ -127,7 +146,7 @@ impl MemoryDatapath {
                         libc::EINVAL,
                     ));
                 }
-                check_index(key.service, MAX_SERVICES, "source-filters")?;
+                check_index(key.service, services, "source-filters")?;
                 let limit = MAX_SOURCE_FILTERS;
                 check_room(
                     &contents.source_filters,
@@ -186,9 +205,10 @@ fn refusal(operation: &'static str, object: String, errno: i32) -> DatapathError
 
 #[cfg(test)]
 mod tests {
-    use lb_common::abi::Backend;
+    use lb_common::abi::{Backend, DEFAULT_BACKENDS, DEFAULT_SERVICES};
 
     use super::*;
+    use crate::datapath::Pool;
 
     fn errno(result: Result<(), DatapathError>) -> Option<i32> {
         result.err().and_then(|error| error.source.raw_os_error())
@@ -200,7 +220,7 @@ mod tests {
         for operation in [
             Operation::RemoveAddress(Address::default()),
             Operation::RemoveBackend(1),
-            Operation::RemoveSlots(0),
+            Operation::RemovePool(0),
             Operation::RemoveService(0),
             Operation::RemoveServiceKey(Default::default()),
             Operation::RemoveFilter(Default::default(), 32),
@@ -222,28 +242,32 @@ mod tests {
             Some(libc::EINVAL)
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutBackend(MAX_BACKENDS, backend))),
+            errno(datapath.apply(&Operation::PutBackend(DEFAULT_BACKENDS + 1, backend))),
             Some(libc::E2BIG)
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutBackend(MAX_BACKENDS - 1, backend))),
+            errno(datapath.apply(&Operation::PutBackend(DEFAULT_BACKENDS, backend))),
             None
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutService(MAX_SERVICES, Default::default()))),
+            errno(datapath.apply(&Operation::PutService(DEFAULT_SERVICES, Default::default()))),
             Some(libc::E2BIG)
         );
         assert_eq!(
-            errno(datapath.apply(&Operation::PutSlots(0, vec![0; 7].into()))),
+            errno(datapath.apply(&Operation::PutPool(
+                0,
+                Pool::of(vec![1; MAX_MEMBERS as usize + 1])
+            ))),
             Some(libc::EINVAL)
         );
-        for number in 0..MAX_ADDRESSES {
+        let room = DEFAULT_SERVICES + DEFAULT_BACKENDS;
+        for number in 0..room {
             let operation = Operation::PutAddress(Address([number, 0, 0, 0]), 1);
             assert_eq!(errno(datapath.apply(&operation)), None);
         }
         let known = Operation::PutAddress(Address([0; 4]), 2);
         assert_eq!(errno(datapath.apply(&known)), None);
-        let one_more = Operation::PutAddress(Address([MAX_ADDRESSES, 0, 0, 0]), 1);
+        let one_more = Operation::PutAddress(Address([room, 0, 0, 0]), 1);
         assert_eq!(errno(datapath.apply(&one_more)), Some(libc::E2BIG));
     }
 

@@ -7,26 +7,34 @@ mod contents;
 mod counters;
 pub mod decap;
 pub mod faulty;
+mod flow;
+mod flow_table;
 mod hooks;
 pub mod kernel;
 mod local;
+mod lookup;
 pub mod memory;
 mod packet_log;
 pub mod pass;
 mod pins;
+mod pool;
+mod pools;
 pub mod probes;
 mod syscall;
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{collections::BTreeMap, io};
 
 use lb_common::abi::{
-    Address, Backend, FilterKey, Flow, FlowKey, Forward, LiveCount, Service, ServiceKey, Settings,
+    Address, Backend, DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FilterKey, FlowKey, LiveCount,
+    Service, ServiceKey, Settings,
 };
 
 pub use contents::contents_dump;
 pub use counters::Counters;
+pub use flow::{Flow, reply_key};
 pub use hooks::LinkKind;
 pub use pins::Pins;
+pub use pool::{Pool, RankTable};
 
 /// What the maps hold, or shall hold, as far as the daemon decides it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,16 +46,43 @@ pub struct Contents {
     pub service_keys: BTreeMap<ServiceKey, u32>,
     /// By service id; unused ids are absent.
     pub services: BTreeMap<u32, Service>,
-    /// Slot table by service id: `SLOT_COUNT` backend ids, 0 where there is none.
-    pub slots: BTreeMap<u32, SlotTable>,
+    /// Who gets new flows, by service id.
+    pub pools: BTreeMap<u32, Pool>,
     /// By backend id, from 1 on; unused ids are absent.
     pub backends: BTreeMap<u32, Backend>,
     /// `FILTER_ALLOW` or `FILTER_DENY` by key and length in bits: 32 for the service and those of the prefix.
     pub source_filters: BTreeMap<(FilterKey, u32), u32>,
 }
 
-/// Backend ids by slot.
-pub type SlotTable = Arc<[u32]>;
+/// How much the maps of an instance are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    pub flows: u32,
+    /// With those that have just left.
+    pub services: u32,
+    /// Of all services, with those that have just left.
+    pub backends: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            flows: DEFAULT_FLOWS,
+            services: DEFAULT_SERVICES,
+            backends: DEFAULT_BACKENDS,
+        }
+    }
+}
+
+impl Sizes {
+    /// Sizes for so many flows, of which nothing else is known.
+    pub fn of_flows(flows: u32) -> Self {
+        Self {
+            flows,
+            ..Self::default()
+        }
+    }
+}
 
 /// One change to one map; each takes effect at once and for itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,9 +92,9 @@ pub enum Operation {
     RemoveAddress(Address),
     PutBackend(u32, Backend),
     RemoveBackend(u32),
-    /// Swaps the whole table in one step: no packet sees a half-written one.
-    PutSlots(u32, SlotTable),
-    RemoveSlots(u32),
+    /// Swaps the whole pool in one step: no packet sees a half-written one.
+    PutPool(u32, Pool),
+    RemovePool(u32),
     PutService(u32, Service),
     RemoveService(u32),
     PutServiceKey(ServiceKey, u32),
@@ -67,27 +102,6 @@ pub enum Operation {
     /// A key, its length in bits and the value.
     PutFilter(FilterKey, u32, u32),
     RemoveFilter(FilterKey, u32),
-}
-
-/// What is known of the live flows of a backend.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Live {
-    /// By the data path.
-    pub count: LiveCount,
-    /// By the daemon; see [`Datapath::set_live_base`].
-    pub base: u64,
-}
-
-impl Live {
-    /// How many there are now; 0 where the parts were not read at one instant and contradict each other.
-    pub const fn flows(&self) -> u64 {
-        let flows = self
-            .count
-            .opened
-            .wrapping_sub(self.count.ended)
-            .wrapping_add(self.base);
-        if flows > i64::MAX as u64 { 0 } else { flows }
-    }
 }
 
 /// Why the kernel did not do what was asked.
@@ -113,32 +127,8 @@ impl DatapathError {
 }
 
 /// A place in a table of flows, of the data path that it comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Position(Vec<u8>);
-
-/// The 5-tuple of the replies of a flow that is translated; the data path builds the same.
-pub fn reply_key(client: &FlowKey, flow: &Flow, backend: &Backend) -> FlowKey {
-    FlowKey {
-        // A process on this host may answer from any of its addresses: none is in the key.
-        source: if flow.forward == Forward::Local.number() {
-            Address::default()
-        } else {
-            backend.address
-        },
-        destination: if flow.forward == Forward::FullNat.number() {
-            backend.source
-        } else {
-            client.source
-        },
-        source_port: if backend.port == 0 {
-            client.destination_port
-        } else {
-            backend.port
-        },
-        destination_port: flow.source_port,
-        protocol: client.protocol,
-    }
-}
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position(u32);
 
 /// How a program is attached to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,13 +160,6 @@ pub trait Datapath: Send {
     /// Reads back everything that the reconciler governs.
     fn read(&self) -> Result<Contents, DatapathError>;
 
-    /// Reads back the same, where `known` is what the maps held last; slot tables may be taken from that where the
-    /// kernel makes looking at them slow.
-    fn refresh(&self, known: &Contents) -> Result<Contents, DatapathError> {
-        let _ = known;
-        self.read()
-    }
-
     /// Makes one change.
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError>;
 
@@ -199,22 +182,22 @@ pub trait Datapath: Send {
         }
     }
 
-    /// Removes flows, each with the key of its replies, unless a packet of it was seen at or after `unless_seen_since`
-    /// (nanoseconds of `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
+    /// Removes flows and counts their ends, unless a packet of it was seen at or after `unless_seen_since` (nanoseconds of
+    /// `CLOCK_MONOTONIC`; `u64::MAX` removes in any case). Tells how many were removed.
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError>;
 
-    /// Of some thousand keys of replies, the first ones or those from a position on, removes those that lead to no flow,
-    /// or to one that has another by now. Tells how many were removed, and the position of those that follow.
-    fn remove_some_orphan_replies(
-        &mut self,
-        position: Option<Position>,
-    ) -> Result<(u64, Option<Position>), DatapathError>;
+    /// Removes what flows have left behind, of the same part of the table as [`Self::some_flows`] visits, and after the
+    /// last part what none has used for two passes. While flows do not age ([`SettingsFlags::AGELESS`]) all of the part
+    /// count as seen now.
+    ///
+    /// [`SettingsFlags::AGELESS`]: lb_common::abi::SettingsFlags::AGELESS
+    fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError>;
 
-    /// Reads what is known of the live flows of these backends, by id.
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, Live>, DatapathError>;
+    /// Reads the counts of the flows of these backends, by id.
+    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError>;
 
-    /// Sets the number that makes live flows of what the data path counts: `opened - ended + base`, wrapping.
-    fn set_live_base(&mut self, backend: u32, base: u64) -> Result<(), DatapathError>;
+    /// Adds to the number of live flows of a backend, while the program counts on.
+    fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError>;
 
     /// Reads the counters of these services and backends, by id, and those that belong to none.
     fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Counters, DatapathError>;

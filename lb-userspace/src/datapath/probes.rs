@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt, io,
+    fmt,
 };
 
 use aya::{
@@ -76,11 +76,11 @@ impl Probes {
         &mut self.ebpf
     }
 
-    /// Sets the paths that there are. Those that stay keep their marks.
+    /// Sets the paths that there are, as many as the map takes; tells how many it does not. Those that stay keep their marks.
     ///
     /// # Errors
-    /// The kernel refuses a change, or there are more than the map takes; the next call goes on from there.
-    pub fn set_paths(&mut self, wanted: &BTreeSet<ProbePath>) -> Result<(), DatapathError> {
+    /// The kernel refuses a change; the next call goes on from there.
+    pub fn set_paths(&mut self, wanted: &BTreeSet<ProbePath>) -> Result<usize, DatapathError> {
         self.numbers.retain(|path, _| wanted.contains(path));
         let taken: BTreeSet<u32> = self.numbers.values().copied().collect();
         let mut free = (1..MAX_PROBE_PATHS).filter(|number| !taken.contains(number));
@@ -88,14 +88,15 @@ impl Probes {
             if self.numbers.contains_key(path) {
                 continue;
             }
-            let full = || DatapathError::new("update", PATHS, io::Error::other("it is full"));
-            let number = free.next().ok_or_else(full)?;
+            let Some(number) = free.next() else {
+                break;
+            };
             self.paths
                 .set(number, Raw(*path), 0)
                 .map_err(|error| failed("update", format!("{PATHS}[{number}]"), error))?;
             self.numbers.insert(*path, number);
         }
-        Ok(())
+        Ok(wanted.len() - self.numbers.len())
     }
 
     /// The mark of packets that shall travel a path, if it is one of those that were set.

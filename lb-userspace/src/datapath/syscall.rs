@@ -8,11 +8,12 @@ use std::{
         unix::ffi::OsStrExt,
     },
     path::Path,
+    thread,
+    time::Duration,
 };
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
@@ -30,17 +31,6 @@ struct BatchAttributes {
     count: u32,
     map_fd: u32,
     elem_flags: u64,
-    flags: u64,
-}
-
-/// The part of `union bpf_attr` that commands on one element read.
-#[repr(C)]
-#[derive(Default)]
-struct ElementAttributes {
-    map_fd: u32,
-    _pad: u32,
-    key: u64,
-    value: u64,
     flags: u64,
 }
 
@@ -193,33 +183,34 @@ where
     }
 }
 
-/// Writes an array map from index 0 on.
+/// Puts maps into an array of maps, from an index on.
 ///
 /// # Errors
-/// What the kernel says to `BPF_MAP_UPDATE_BATCH` (Linux 5.6).
-pub(super) fn fill(map: BorrowedFd<'_>, values: &[u32]) -> io::Result<()> {
-    let keys: Vec<u32> = (0..values.len() as u32).collect();
+/// What the kernel says to `BPF_MAP_UPDATE_BATCH` (Linux 5.19 for this type of map).
+pub(super) fn put_maps(outer: BorrowedFd<'_>, first: u32, maps: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let keys: Vec<u32> = (first..).take(maps.len()).collect();
+    let values: Vec<u32> = maps.iter().map(|map| map.as_raw_fd() as u32).collect();
     let mut attributes = BatchAttributes {
         keys: keys.as_ptr() as u64,
         values: values.as_ptr() as u64,
         count: values.len() as u32,
-        map_fd: map.as_raw_fd() as u32,
+        map_fd: outer.as_raw_fd() as u32,
         ..BatchAttributes::default()
     };
     bpf(BPF_MAP_UPDATE_BATCH, &mut attributes).map(drop)
 }
 
-/// Deletes one element, of a map type for which aya has no way to.
-///
-/// # Errors
-/// What the kernel says; `ENOENT` where there is none.
-pub(super) fn delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
-    let mut attributes = ElementAttributes {
-        map_fd: map.as_raw_fd() as u32,
-        key: (&raw const key) as u64,
-        ..ElementAttributes::default()
-    };
-    bpf(BPF_MAP_DELETE_ELEM, &mut attributes).map(drop)
+/// Waits until the programs have ended that run now on other CPUs: those that begin meanwhile see what was written
+/// before.
+pub(super) fn wait_for_programs() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
+    // A grace period of RCU (`synchronize_rcu`), within which programs run.
+    // SAFETY: the command takes no pointer.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result < 0 {
+        // The kernel has no such command, or CPUs without ticks (`nohz_full`); no program runs for so long.
+        thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// Index of the interface that a pinned XDP link is on; 0 where the interface is gone.

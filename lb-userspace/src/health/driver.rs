@@ -140,6 +140,12 @@ impl Driver {
             .collect()
     }
 
+    /// Health of a target; nothing where it is none any more.
+    pub fn health_of(&self, name: &BackendName) -> Option<Health> {
+        let table = self.shared.lock();
+        table.watched.get(name).map(|watched| watched.state.health())
+    }
+
     /// What is known of every target.
     pub fn report(&self) -> BTreeMap<BackendName, ProbeReport> {
         let table = self.shared.lock();

@@ -1,7 +1,7 @@
 //! Models to test with: short to write down, or arbitrary.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -12,9 +12,12 @@ use lb_common::abi::Tags;
 use proptest::prelude::*;
 
 use super::{Administrative, Health, Model, NextHop};
-use crate::config::{
-    Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, PortRange, Probe, Protocol, Service,
-    Strategy as ByStrategy, WhenAllDown, XdpMode,
+use crate::{
+    config::{
+        Backend, Config, FlowTable, Forward, HealthCheck, IPIP_SOURCE, Limits, PortRange, Probe, Protocol,
+        Service, Strategy as ByStrategy, WhenAllDown, XdpMode,
+    },
+    datapath::Sizes,
 };
 
 /// A model of these services in which nothing is known of any backend.
@@ -28,11 +31,13 @@ pub(crate) fn model(services: Vec<Service>) -> Model {
                 tcp_idle_timeout: Duration::from_secs(3600),
                 udp_idle_timeout: Duration::from_secs(60),
             },
+            limits: Limits::default(),
             seed_file: PathBuf::from("/etc/xlb/seed"),
             socket: None,
             ipip_source: IPIP_SOURCE,
             services,
         },
+        sizes: Sizes::default(),
         seed: [1, 2],
         source_ports: (1024, 31_744),
         health: BTreeMap::new(),
@@ -40,6 +45,8 @@ pub(crate) fn model(services: Vec<Service>) -> Model {
         ramps: BTreeMap::new(),
         next_hops: BTreeMap::new(),
         live_flows: BTreeMap::new(),
+        left_services: BTreeSet::new(),
+        ages_are_renewed: false,
     }
 }
 

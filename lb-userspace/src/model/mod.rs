@@ -1,7 +1,7 @@
 //! The desired state: configuration, health, administrative state and next hops in one; pure.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     time::{Duration, SystemTime},
 };
@@ -9,7 +9,10 @@ use std::{
 use lb_common::abi::Tags;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Backend, Config, Probe, Service};
+use crate::{
+    config::{Backend, Config, Probe, Service},
+    datapath::Sizes,
+};
 
 pub mod slow_start;
 
@@ -20,6 +23,8 @@ pub type BackendName = (String, String);
 #[derive(Clone, Debug)]
 pub struct Model {
     pub config: Config,
+    /// What the maps are made for.
+    pub sizes: Sizes,
     /// Key of the hash.
     pub seed: [u64; 2],
     /// Source ports for flows: the first and how many.
@@ -35,6 +40,10 @@ pub struct Model {
     /// Flows by backend id, as the last sweep counted them. A backend that has left the configuration goes when it
     /// has 0 here; absent means not counted since it left.
     pub live_flows: BTreeMap<u32, u64>,
+    /// Services by id that have left the configuration and of which the last sweep met no flow: they go.
+    pub left_services: BTreeSet<u32>,
+    /// Whether the last sweep has brought the ages of all flows to the ticks that the maps have now.
+    pub ages_are_renewed: bool,
 }
 
 impl Model {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::BackendName;
-use crate::config::Config;
+use crate::config::{Config, Service};
 
 /// Percent of its weight that a backend begins with.
 const FIRST: u128 = 10;
@@ -35,12 +35,33 @@ impl SlowStarts {
         self.0.is_empty()
     }
 
+    /// As [`Self::percents`], of the backends of one service; nobody is forgotten.
+    pub fn percents_of(&self, service: &Service, now: Instant) -> BTreeMap<BackendName, u32> {
+        let names = service
+            .backends
+            .iter()
+            .map(|backend| (service.name.clone(), backend.name.clone()));
+        let percent_of = |name: BackendName| {
+            let since = self.0.get(&name)?;
+            let percent = percent(now.saturating_duration_since(*since), service.slow_start)?;
+            Some((name, percent))
+        };
+        if self.is_empty() {
+            return BTreeMap::new();
+        }
+        names.filter_map(percent_of).collect()
+    }
+
     /// Percent of its weight by backend, of those that do not have the whole yet; the others are forgotten.
     pub fn percents(&mut self, config: &Config, now: Instant) -> BTreeMap<BackendName, u32> {
         let mut percents = BTreeMap::new();
+        if self.is_empty() {
+            return percents;
+        }
+        let named = config.services.iter().map(|service| (&service.name, service));
+        let services: BTreeMap<&String, &Service> = named.collect();
         self.0.retain(|name, since| {
-            let service = config.services.iter().find(|service| service.name == name.0);
-            let duration = service
+            let duration = (services.get(&name.0))
                 .filter(|service| service.backends.iter().any(|backend| backend.name == name.1))
                 .map_or(Duration::ZERO, |service| service.slow_start);
             let percent = percent(now.saturating_duration_since(*since), duration);
@@ -111,6 +132,8 @@ mod tests {
         starts.begin(name("b"), start + SECOND * 5);
         let percents = starts.percents(&config, start + SECOND * 5);
         assert_eq!(percents, BTreeMap::from([(name("a"), 55), (name("b"), 10)]));
+        let of_service = starts.percents_of(&config.services[0], start + SECOND * 5);
+        assert_eq!(of_service, percents);
         let percents = starts.percents(&config, start + SECOND * 10);
         assert_eq!(percents, BTreeMap::from([(name("b"), 55)]));
         assert!(!starts.is_empty());

@@ -16,6 +16,7 @@ pub struct Status {
     pub uptime_seconds: u64,
     pub interfaces: Vec<InterfaceStatus>,
     pub flow_table: FlowTableStatus,
+    pub maps: MapsStatus,
     /// Packets by verdict, over all CPUs.
     pub packets: PacketTotals,
     /// Packets that belong to no service, by reason; those without any are left out.
@@ -40,6 +41,16 @@ pub struct FlowTableStatus {
     /// As of the last sweep.
     pub flows: u64,
     pub memory_bytes: u64,
+}
+
+/// How many there is room for, and what that takes of the kernel's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MapsStatus {
+    pub services: u32,
+    pub services_memory_bytes: u64,
+    pub backends: u32,
+    pub backends_memory_bytes: u64,
+    pub slot_tables_memory_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -70,6 +70,14 @@ impl<D: Datapath> Reconciler<D> {
     )]
     pub fn reconcile(&mut self, desired: Contents) -> Result<Applied, ReconcileError> {
         let operations = plan(&self.actual, &desired);
+        self.apply(&operations)
+    }
+
+    /// Makes these changes, which must be in such an order.
+    ///
+    /// # Errors
+    /// As of [`Self::reconcile`].
+    pub fn apply(&mut self, operations: &[Operation]) -> Result<Applied, ReconcileError> {
         let total = operations.len();
         for (operation, number) in operations.iter().zip(1..) {
             match self.datapath.apply(operation) {
@@ -95,10 +103,7 @@ impl<D: Datapath> Reconciler<D> {
     /// # Errors
     /// When the maps cannot be read; what is known stays as it was.
     pub fn refresh(&mut self) -> Result<usize, ReconcileError> {
-        let read = self
-            .datapath
-            .refresh(&self.actual)
-            .map_err(ReconcileError::Read)?;
+        let read = self.datapath.read().map_err(ReconcileError::Read)?;
         let changes = plan(&self.actual, &read).len();
         self.actual = read;
         Ok(changes)
@@ -125,14 +130,14 @@ fn is_removal(operation: &Operation) -> bool {
     match operation {
         Operation::RemoveAddress(_)
         | Operation::RemoveBackend(_)
-        | Operation::RemoveSlots(_)
+        | Operation::RemovePool(_)
         | Operation::RemoveService(_)
         | Operation::RemoveServiceKey(_)
         | Operation::RemoveFilter(..) => true,
         Operation::PutSettings(_)
         | Operation::PutAddress(..)
         | Operation::PutBackend(..)
-        | Operation::PutSlots(..)
+        | Operation::PutPool(..)
         | Operation::PutService(..)
         | Operation::PutServiceKey(..)
         | Operation::PutFilter(..) => false,

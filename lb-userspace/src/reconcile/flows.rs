@@ -6,13 +6,13 @@ use std::{
 };
 
 use lb_common::{
-    abi::{BackendFlags, Flow, FlowKey, Forward, LiveCount, ServiceKey, TCP, TcpState},
+    abi::{BackendFlags, FlowKey, Forward, LiveCount, ServiceFlags, ServiceKey, SettingsFlags, TCP},
     logic::ageing,
 };
 
 use crate::{
     compile::{Directory, SourceFilters},
-    datapath::{Contents, Datapath, DatapathError, Live, Position, reply_key},
+    datapath::{Contents, Datapath, DatapathError, Flow, Position, reply_key},
     model::{Administrative, Model},
 };
 
@@ -27,6 +27,8 @@ pub struct Scope {
     pub judges_sources: bool,
     /// Backends whose TCP flows are to be told of: they are about to be reset.
     pub resetting: BTreeSet<u32>,
+    /// What the sweep before has left in [`Swept::drift`].
+    pub drift: BTreeMap<u32, i64>,
 }
 
 /// What a sweep has found and done.
@@ -35,8 +37,15 @@ pub struct Swept {
     /// Flows that live on, by backend id: what [`Model::live_flows`] wants. A removed backend without any is in
     /// here with 0.
     pub live: BTreeMap<u32, u64>,
+    /// Removed services that have no flow any more: what [`Model::left_services`] wants.
+    pub left_services: BTreeSet<u32>,
     /// How many flows were removed.
     pub removed: u64,
+    /// Whether the ages of all flows are by the ticks of the settings now: what [`Model::ages_are_renewed`] wants.
+    pub are_ages_renewed: bool,
+    /// By how much the counts of live flows are too high at least, by backend id; below zero, too low. What the next
+    /// sweep finds as well is corrected.
+    pub drift: BTreeMap<u32, i64>,
 }
 
 /// A TCP flow that is to be reset.
@@ -68,13 +77,20 @@ pub struct Sweep {
     scope: Scope,
     position: Option<Position>,
     /// By backend id, when the sweep began.
-    before: BTreeMap<u32, Live>,
-    /// Backends that had left their service by then: all of their flows are met.
+    before: BTreeMap<u32, LiveCount>,
+    /// Backends and services that had left by then: all of their flows are met.
     removed_before: BTreeSet<u32>,
+    left_before: BTreeSet<u32>,
+    /// Whether flows did not age then; and since then by the same ticks.
+    renews_ages: bool,
     /// See [`Swept::live`].
     live: BTreeMap<u32, u64>,
-    /// Flows by backend id that were there when the sweep began and had not been counted as ended by then.
+    /// Those of them that count as live: whose end has not been seen.
     open: BTreeMap<u32, u64>,
+    /// Whether `open` is known to be exact.
+    is_exact: bool,
+    /// Services that have flows.
+    services: BTreeSet<u32>,
     removed: u64,
 }
 
@@ -97,10 +113,19 @@ impl Sweep {
             position: None,
             before: datapath.live_counts(&backends)?,
             removed_before: removed_before.collect(),
+            left_before: removed_services(contents).collect(),
+            renews_ages: contents.settings.flags & SettingsFlags::AGELESS != 0,
             live: BTreeMap::new(),
             open: BTreeMap::new(),
+            is_exact: true,
+            services: BTreeSet::new(),
             removed: 0,
         })
+    }
+
+    /// Says that the ticks of ages have changed: those of the flows that were met are no good any more.
+    pub fn ticks_have_changed(&mut self) {
+        self.renews_ages = false;
     }
 
     /// Goes on with the flows that follow, given what the maps hold now.
@@ -114,7 +139,8 @@ impl Sweep {
     ) -> Result<Step, DatapathError> {
         let sources = self.scope.judges_sources.then(|| SourceFilters::new(contents));
         let mut visited = Visited::default();
-        let next = datapath.some_flows(self.position.take(), &mut |key, flow| match self.fate(
+        let position = self.position.take();
+        let next = datapath.some_flows(position, &mut |key, flow| match self.fate(
             key,
             flow,
             contents,
@@ -148,7 +174,9 @@ impl Sweep {
             for (_, flow) in &visited.idle {
                 self.count(flow);
             }
+            self.is_exact = false;
         }
+        datapath.tidy_flows(position)?;
         let resets = (visited.live.iter())
             .filter_map(|(key, flow)| self.reset(key, flow, contents))
             .collect();
@@ -178,42 +206,63 @@ impl Sweep {
 
     /// Counts a flow that lives on.
     fn count(&mut self, flow: &Flow) {
+        self.services.insert(flow.service);
         *self.live.entry(flow.backend).or_default() += 1;
-        // What began since is among the opened ones, and so is its end among the ended.
-        let began_before = flow.created < self.scope.now;
-        let has_ended = ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state));
-        // Its end is taken to be the last packet, and to be among the ended ones if that came since.
-        let was_open = !has_ended || flow.last_seen >= self.scope.now;
-        if began_before && was_open {
+        if flow.is_live() {
             *self.open.entry(flow.backend).or_default() += 1;
         }
     }
 
-    /// Sets what makes live flows of the data path's counts: `opened - ended + base` is what was open when the sweep
-    /// began, and follows what was opened and ended since.
     fn finish<D: Datapath + ?Sized>(
         &mut self,
         datapath: &mut D,
         contents: &Contents,
     ) -> Result<Swept, DatapathError> {
-        for (id, Live { count, base }) in &self.before {
-            let LiveCount { opened, ended } = *count;
-            let open = self.open.get(id).copied().unwrap_or(0);
-            let wanted = open.wrapping_sub(opened.wrapping_sub(ended));
-            if wanted != *base && contents.backends.contains_key(id) {
-                datapath.set_live_base(*id, wanted)?;
-            }
-        }
+        let drift = self.correct_drift(datapath, contents)?;
         let mut live = std::mem::take(&mut self.live);
         for (id, backend) in &contents.backends {
             if backend.flags & BackendFlags::REMOVED != 0 && self.removed_before.contains(id) {
                 live.entry(*id).or_default();
             }
         }
+        let left_services = removed_services(contents)
+            .filter(|id| self.left_before.contains(id) && !self.services.contains(id));
         Ok(Swept {
             live,
+            left_services: left_services.collect(),
             removed: self.removed,
+            are_ages_renewed: self.renews_ages,
+            drift,
         })
+    }
+
+    /// Corrects counts of live flows that were wrong in the sweep before, too; tells which others are wrong.
+    fn correct_drift<D: Datapath + ?Sized>(
+        &self,
+        datapath: &mut D,
+        contents: &Contents,
+    ) -> Result<BTreeMap<u32, i64>, DatapathError> {
+        let mut drift = BTreeMap::new();
+        if !self.is_exact {
+            return Ok(drift);
+        }
+        let ids: Vec<u32> = (self.before.keys())
+            .filter(|id| contents.backends.contains_key(id))
+            .copied()
+            .collect();
+        for (id, after) in datapath.live_counts(&ids)? {
+            let before = self.before.get(&id).copied().unwrap_or_default();
+            let met = self.open.get(&id).copied().unwrap_or(0);
+            let by = least_drift(before, after, met);
+            let former = self.scope.drift.get(&id).copied().unwrap_or(0);
+            if by.signum() * former.signum() > 0 {
+                let both = by.abs().min(former.abs()) * by.signum();
+                datapath.adjust_live(id, -both)?;
+            } else if by != 0 {
+                drift.insert(id, by);
+            }
+        }
+        Ok(drift)
     }
 
     /// What to provoke a reset of the flow by, if it is to be reset.
@@ -239,7 +288,9 @@ impl Sweep {
         let Some(backend) = contents.backends.get(&flow.backend) else {
             return Fate::Cut;
         };
-        let is_other = backend.generation != flow.generation;
+        let is_other = flow
+            .generation
+            .is_some_and(|generation| generation != backend.generation as u16);
         let is_disabled = backend.flags & BackendFlags::DISABLED != 0;
         if is_other
             || is_disabled
@@ -249,8 +300,8 @@ impl Sweep {
         {
             return Fate::Cut;
         }
-        let state = TcpState::from_number(flow.tcp_state);
-        if ageing::is_over(&contents.settings, state, flow.last_seen, self.scope.now) {
+        let (state, now) = (flow.tcp_state, self.scope.now);
+        if ageing::is_over_since(&contents.settings, state, flow.last_seen, now) {
             Fate::Idle
         } else {
             Fate::Lives
@@ -258,8 +309,34 @@ impl Sweep {
     }
 }
 
+/// By how much a count of live flows is too high at least, below zero too low; 0 where it may be right. Counted `before`
+/// a sweep that has met so many, and `after` it.
+///
+/// Of those that were live before, all were met but those that have ended since, and others may be among them that have
+/// begun since.
+fn least_drift(before: LiveCount, after: LiveCount, met: u64) -> i64 {
+    let began = after.opened.wrapping_sub(before.opened) as i64;
+    let ended = after.ended.wrapping_sub(before.ended) as i64;
+    let counted = before.opened.wrapping_sub(before.ended) as i64;
+    let beyond = counted.wrapping_sub(met as i64);
+    let (least, most) = (beyond.wrapping_sub(ended), beyond.wrapping_add(began));
+    if least > 0 {
+        least
+    } else if most < 0 {
+        most
+    } else {
+        0
+    }
+}
+
+fn removed_services(contents: &Contents) -> impl Iterator<Item = u32> {
+    let services = contents.services.iter();
+    let removed = services.filter(|(_, service)| service.flags & ServiceFlags::REMOVED != 0);
+    removed.map(|(id, _)| *id)
+}
+
 fn is_open_connection(key: &FlowKey, flow: &Flow) -> bool {
-    key.protocol == u32::from(TCP) && !ageing::has_ended(flow.forward, TcpState::from_number(flow.tcp_state))
+    key.protocol == u32::from(TCP) && flow.is_live()
 }
 
 fn is_open_connection_of_process(key: &FlowKey, flow: &Flow) -> bool {

@@ -2,17 +2,25 @@
 
 use std::collections::BTreeMap;
 
-use lb_common::abi::{Settings, Strategy};
+use lb_common::abi::{Settings, SettingsFlags};
 
 use crate::datapath::{Contents, Operation};
 
 /// Lists the operations that make `desired` of `actual`: none if they are equal.
 ///
 /// What is referred to comes before what refers to it and goes after it: settings, addresses, backends, source filters,
-/// slot tables, services, keys; then removals the other way round. A packet meets a whole state at any point in
+/// pools, services, keys; then removals the other way round. A packet meets a whole state at any point in
 /// between.
 pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
     let mut operations = Vec::new();
+    let is_ageless = |settings: &Settings| settings.flags & SettingsFlags::AGELESS != 0;
+    if is_ageless(&desired.settings) && !is_ageless(&actual.settings) {
+        // Before there are other ticks, by which flows that live would be over.
+        operations.push(Operation::PutSettings(Settings {
+            flags: actual.settings.flags | SettingsFlags::AGELESS,
+            ..actual.settings
+        }));
+    }
     // Services of all ports are looked for from before the first until after the last of their keys.
     let widened_settings = Settings {
         flags: actual.settings.flags | desired.settings.flags,
@@ -32,22 +40,9 @@ pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
         changed(&actual.source_filters, &desired.source_filters)
             .map(|((key, length), v)| Operation::PutFilter(*key, *length, *v)),
     );
-    // The slots of a table by hash make a sequence too, but by hash most slots of a sequence are empty.
-    let becomes_sequence = |id: &u32| {
-        let before = actual.services.get(id).map(|service| service.strategy);
-        let after = desired.services.get(id).map(|service| service.strategy);
-        before.is_some_and(|strategy| !Strategy::is_sequence(strategy))
-            && after.is_some_and(Strategy::is_sequence)
-    };
-    let put_services = |early: bool| {
-        changed(&actual.services, &desired.services)
-            .filter(move |(id, _)| becomes_sequence(id) == early)
-            .map(|(id, service)| Operation::PutService(*id, *service))
-    };
-    operations.extend(put_services(true));
+    operations.extend(changed(&actual.pools, &desired.pools).map(|(k, v)| Operation::PutPool(*k, v.clone())));
     operations
-        .extend(changed(&actual.slots, &desired.slots).map(|(k, v)| Operation::PutSlots(*k, v.clone())));
-    operations.extend(put_services(false));
+        .extend(changed(&actual.services, &desired.services).map(|(k, v)| Operation::PutService(*k, *v)));
     operations.extend(
         changed(&actual.service_keys, &desired.service_keys).map(|(k, v)| Operation::PutServiceKey(*k, *v)),
     );
@@ -63,7 +58,7 @@ pub fn plan(actual: &Contents, desired: &Contents) -> Vec<Operation> {
         gone(&actual.source_filters, &desired.source_filters)
             .map(|(key, length)| Operation::RemoveFilter(*key, *length)),
     );
-    operations.extend(gone(&actual.slots, &desired.slots).map(|id| Operation::RemoveSlots(*id)));
+    operations.extend(gone(&actual.pools, &desired.pools).map(|id| Operation::RemovePool(*id)));
     operations.extend(gone(&actual.backends, &desired.backends).map(|id| Operation::RemoveBackend(*id)));
     operations.extend(changed(&widened, &desired.addresses).map(|(k, v)| Operation::PutAddress(*k, *v)));
     operations.extend(

@@ -1,8 +1,7 @@
 use std::time::SystemTime;
 
 use lb_common::abi::{
-    self, BackendFlags, Flow, FlowKey, LENGTH_SLOT, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags,
-    TcpState,
+    self, BackendFlags, FlowKey, ROLE_BACKEND, ROLE_VIP, ServiceFlags, SettingsFlags, TcpState,
 };
 use proptest::prelude::*;
 
@@ -11,7 +10,7 @@ use crate::{
     compile::{SlotTables, compile},
     config::Backend,
     datapath::{
-        Contents, Datapath, Operation, contents_dump,
+        Contents, Datapath, Flow, Operation, Pool, contents_dump,
         faulty::{FaultyDatapath, Schedule},
         memory::MemoryDatapath,
     },
@@ -103,7 +102,7 @@ fn the_maps_follow_a_service_through_its_life() {
             "service 0 consistent-hash nat".to_owned(),
             "service-key tcp 203.0.113.10:80 service 0".to_owned(),
             "service-key tcp 203.0.113.10:443 service 0".to_owned(),
-            "slots 0 1=32768 2=32769".to_owned(),
+            "pool 0 members 2,1 slots 16381 table f662e4e9e675f9b8".to_owned(),
         ]
     );
     let started = dump(&testbed);
@@ -114,7 +113,7 @@ fn the_maps_follow_a_service_through_its_life() {
     assert_eq!(settle(&mut testbed, &model), 2);
     let mut expected = started.clone();
     expected[4] = format!("backend 2 {B} next-hop-known,down {}", way(12));
-    expected[8] = "slots 0 1=65537".to_owned();
+    expected[8] = "pool 0 members 1".to_owned();
     assert_eq!(dump(&testbed), expected);
     model.set_health("web", "b", Health::Up);
     settle(&mut testbed, &model);
@@ -131,7 +130,7 @@ fn the_maps_follow_a_service_through_its_life() {
     assert_eq!(settle(&mut testbed, &model), 2);
     let mut expected = started.clone();
     expected[3] = format!("backend 1 {A} next-hop-known,keeps-udp,up,draining {}", way(11));
-    expected[8] = "slots 0 2=65537".to_owned();
+    expected[8] = "pool 0 members 2".to_owned();
     assert_eq!(dump(&testbed), expected);
 
     // A reload replaces it while it has a flow.
@@ -142,7 +141,7 @@ fn the_maps_follow_a_service_through_its_life() {
     expected.insert(2, "address 10.0.0.13 backend".to_owned());
     expected[4] = format!("backend 1 {A} next-hop-known,removed {}", way(11));
     expected.insert(6, format!("backend 3 {C} {healthy} {}", way(13)));
-    expected[10] = "slots 0 2=32769 3=32768".to_owned();
+    expected[10] = "pool 0 members 2,3 slots 16381 table 7349dd5540f438a4".to_owned();
     assert_eq!(dump(&testbed), expected);
     let key = FlowKey {
         destination: model.config.services[0].vip.into(),
@@ -152,8 +151,8 @@ fn the_maps_follow_a_service_through_its_life() {
     };
     let flow = Flow {
         backend: 1,
-        generation: testbed.actual().backends[&1].generation,
-        tcp_state: TcpState::Established as u8,
+        last_seen: 1,
+        tcp_state: TcpState::Established,
         ..Flow::default()
     };
     testbed.datapath_mut().inner.flows.insert(key, flow);
@@ -173,7 +172,7 @@ fn the_maps_follow_a_service_through_its_life() {
     contents.addresses.clear();
     contents.backends.get_mut(&3).unwrap().flags = 0;
     contents.services.insert(5, Default::default());
-    contents.slots.insert(0, vec![0; 65_537].into());
+    contents.pools.insert(0, Pool::default());
     contents.service_keys.pop_first();
     contents.settings.tcp_idle = 1;
     assert_eq!(testbed.refresh().unwrap(), 8);
@@ -183,7 +182,27 @@ fn the_maps_follow_a_service_through_its_life() {
 
     // The configuration is emptied.
     settle(&mut testbed, &self::model(Vec::new()));
-    assert_eq!(dump(&testbed), [""; 0]);
+    assert_eq!(
+        dump(&testbed),
+        [
+            "address 10.0.0.12 backend".to_owned(),
+            "address 10.0.0.13 backend".to_owned(),
+            format!("backend 2 {B} removed"),
+            format!("backend 3 {C} removed"),
+            "service 0 consistent-hash nat removed".to_owned(),
+        ]
+    );
+    settle_without_flows(&mut testbed);
+}
+
+/// Without a service, and after a sweep, there is nothing left.
+fn settle_without_flows(testbed: &mut Testbed) {
+    let mut model = self::model(Vec::new());
+    settle(testbed, &model);
+    let swept = swept(testbed, 3);
+    (model.live_flows, model.left_services) = (swept.live, swept.left_services);
+    settle(testbed, &model);
+    assert_eq!(dump(testbed), [""; 0]);
 }
 
 #[test]
@@ -246,8 +265,7 @@ fn a_failure_at_any_change_leaves_what_a_retry_completes() {
         );
         let retried = testbed.reconcile(desired).unwrap();
         assert_eq!(retried.operations, total - call as usize);
-        settle(&mut testbed, &model(Vec::new()));
-        assert_eq!(dump(&testbed), [""; 0]);
+        settle_without_flows(&mut testbed);
     }
 }
 
@@ -271,14 +289,48 @@ fn what_somebody_else_has_removed_needs_no_removal() {
         .unwrap()
         .contents;
     testbed.reconcile(empty).unwrap();
-    assert_eq!(dump(&testbed), [""; 0]);
+    testbed.refresh().unwrap();
+    settle_without_flows(&mut testbed);
+}
+
+#[test]
+fn flows_do_not_age_before_the_ticks_change() {
+    let mut testbed = testbed();
+    let mut model = web(vec![a()]);
+    settle(&mut testbed, &model);
+    model.config.flow_table.tcp_idle_timeout *= 4;
+    let desired = compile(&mut SlotTables::default(), &model, testbed.actual())
+        .unwrap()
+        .contents;
+    let mut settings = testbed.actual().settings;
+    let ticks = settings.tick_shifts;
+    let mut puts = 0;
+    for operation in plan(testbed.actual(), &desired) {
+        let Operation::PutSettings(next) = operation else {
+            continue;
+        };
+        let is_ageless = |settings: &abi::Settings| settings.flags & SettingsFlags::AGELESS != 0;
+        let same = (settings.tick_shifts, settings.tcp_idle) == (next.tick_shifts, next.tcp_idle);
+        assert!(same || is_ageless(&settings) && is_ageless(&next));
+        settings = next;
+        puts += 1;
+    }
+    assert_eq!(puts, 2);
+    assert!(settings.tick_shifts != ticks);
+
+    // A sweep later they age by the new ones, and not before.
+    settle(&mut testbed, &model);
+    model.ages_are_renewed = swept(&mut testbed, 1).are_ages_renewed;
+    assert!(model.ages_are_renewed);
+    assert_eq!(settle(&mut testbed, &model), 1);
+    assert_eq!(testbed.actual().settings.flags & SettingsFlags::AGELESS, 0);
 }
 
 /// What must hold whenever a packet may arrive.
 fn check_invariants(contents: &Contents) -> Result<(), TestCaseError> {
     for (key, id) in &contents.service_keys {
         prop_assert!(contents.services.contains_key(id), "{key:?} leads to no service");
-        prop_assert!(contents.slots.contains_key(id), "{key:?} leads to no slot table");
+        prop_assert!(contents.pools.contains_key(id), "{key:?} leads to no pool");
         let roles = contents.addresses.get(&key.vip).copied().unwrap_or(0);
         prop_assert!(roles & ROLE_VIP != 0, "{} is not known as a VIP", key.vip);
     }
@@ -291,25 +343,21 @@ fn check_invariants(contents: &Contents) -> Result<(), TestCaseError> {
             .filter(|((key, _), _)| key.service == *id)
             .map(|(_, value)| *value)
             .collect();
+        let is_found = contents.service_keys.values().any(|found| found == id);
         let looks_in_vain =
-            has_filters && service.flags & ServiceFlags::DENIES_OTHERS == 0 && filters.is_empty();
+            is_found && has_filters && service.flags & ServiceFlags::DENIES_OTHERS == 0 && filters.is_empty();
         prop_assert!(!looks_in_vain, "the filters of service {} are missing", id);
     }
-    for (service, table) in &contents.slots {
+    for (service, pool) in &contents.pools {
         // Without a service no packet gets there.
-        let Some(entry) = contents.services.get(service) else {
+        if !contents.services.contains_key(service) {
             continue;
-        };
-        let slots = contents.slots_in_use(*service);
-        let ids: std::collections::BTreeSet<u32> = slots.iter().copied().filter(|id| *id != 0).collect();
-        if abi::Strategy::is_sequence(entry.strategy) {
-            prop_assert_eq!(slots.len(), table[LENGTH_SLOT as usize] as usize);
-        } else {
-            let is_mixed = table.contains(&0) && !ids.is_empty();
-            prop_assert!(!is_mixed, "the table of service {} has holes", service);
         }
-        for id in ids {
-            let backend = contents.backends.get(&id);
+        // Each slot leads to a member.
+        let ranks = pool.table.as_ref().map_or(0, |table| table.members);
+        prop_assert!(ranks as usize <= pool.members.len());
+        for id in &*pool.members {
+            let backend = contents.backends.get(id);
             prop_assert_eq!(backend.map(|backend| backend.service_plus_one), Some(service + 1));
         }
     }
@@ -406,8 +454,7 @@ proptest! {
             check_invariants(testbed.actual())?;
         }
         testbed.datapath_mut().set_schedule(Schedule::Never);
-        settle(&mut testbed, &model(Vec::new()));
-        prop_assert_eq!(dump(&testbed), Vec::<String>::new());
+        settle_without_flows(&mut testbed);
     }
 
     #[test]
@@ -418,7 +465,7 @@ proptest! {
             if backend.flags & BackendFlags::REMOVED != 0 {
                 let not = BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;
                 prop_assert_eq!(backend.flags & not, 0);
-                prop_assert!(desired.slots.keys().all(|service| !desired.slots_in_use(*service).contains(id)));
+                prop_assert!(desired.pools.values().all(|pool| !pool.members.contains(id)));
             }
         }
     }

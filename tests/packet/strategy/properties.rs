@@ -14,7 +14,7 @@ use tests::machine;
 use xlb::{
     compile::{SlotTables, compile},
     config,
-    datapath::Datapath,
+    datapath::{Datapath, Sizes},
     model::{Model, NextHop},
     reconcile::plan,
 };
@@ -72,6 +72,7 @@ impl Balancer {
         let model = Model {
             config: config::parse(&text, "xlb.toml")
                 .unwrap_or_else(|error| panic!("{}", error.render(false))),
+            sizes: Sizes::default(),
             seed: SETTINGS.seed,
             source_ports: (SETTINGS.source_port_first, SETTINGS.source_port_count),
             health: BTreeMap::new(),
@@ -82,6 +83,8 @@ impl Balancer {
                 .collect(),
             ramps: BTreeMap::new(),
             live_flows: BTreeMap::new(),
+            left_services: BTreeSet::new(),
+            ages_are_renewed: false,
         };
         let actual = self.fixture.datapath().read().unwrap();
         let desired = compile(&mut self.tables, &model, &actual).unwrap().contents;

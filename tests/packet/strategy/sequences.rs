@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 
 use lb_common::{
     abi::{
+        MANY_SLOTS,
         Reason::{BackendsFull, Rejected},
-        SLOT_COUNT, Strategy,
+        Strategy,
     },
     logic::hash::siphash13,
 };
+
+use xlb::datapath::Pool;
 
 use crate::{
     fixture::{Expected, Fixture, GUE_UDP, TUNNEL, TestService, WEB, stay_on_this_cpu},
@@ -206,14 +209,14 @@ fn a_backend_that_has_as_many_flows_as_it_takes_gets_no_more_and_the_others_get_
         });
         if !Strategy::is_sequence(strategy.number()) {
             // Eight of ten slots lead to the one that is full soon, without an order as in a table of Maglev.
-            let slots: Vec<u32> = (0..SLOT_COUNT)
+            let slots: Vec<u32> = (0..MANY_SLOTS)
                 .map(|slot| match siphash13([1, 2], [u64::from(slot)]) % 10 {
                     0..=7 => BACKENDS[0],
                     8 => BACKENDS[1],
                     _ => BACKENDS[2],
                 })
                 .collect();
-            fixture.apply(xlb::datapath::Operation::PutSlots(WEB.id, slots.into()));
+            fixture.apply(xlb::datapath::Operation::PutPool(WEB.id, Pool::listed(&slots)));
         }
         let spread = counts(&backends(
             &mut fixture,
@@ -247,7 +250,7 @@ fn a_backend_that_has_as_many_flows_as_it_takes_gets_no_more_and_the_others_get_
         let full = Expected::dropped(BackendsFull).of(&WEB);
         fixture.expect("full again", &more.bytes(), full);
         // What the daemon has counted is part of it.
-        fixture.set_live_base(BACKENDS[1], 5_u64.wrapping_neg());
+        fixture.adjust_live(BACKENDS[1], -5);
         let five = backends(&mut fixture, (6000..6006).map(|number| flow(&WEB, number, SYN)));
         assert_eq!(counts(&five)[&Some(BACKENDS[1])], 5);
         assert_eq!(five.iter().filter(|backend| backend.is_none()).count(), 1);

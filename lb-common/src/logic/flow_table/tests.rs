@@ -1,0 +1,641 @@
+use core::{
+    cell::{Cell, RefCell},
+    sync::atomic::{AtomicU64, Ordering},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::AtomicBool,
+    thread,
+    time::{Duration, Instant},
+    vec::Vec,
+};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::abi::{Forward, WORDS};
+
+type Bucket = [AtomicU64; WORDS];
+
+fn bucket() -> Bucket {
+    [const { AtomicU64::new(0) }; WORDS]
+}
+
+/// A flow of a test, by its number; some have the address of another, and some the ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Id {
+    Short(u32),
+    Long(u32),
+    Alias(u32),
+}
+
+impl Id {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Short(_) => Kind::Short,
+            Self::Long(_) => Kind::Long,
+            Self::Alias(_) => Kind::Alias,
+        }
+    }
+
+    fn client(self) -> Address {
+        let (Self::Short(number) | Self::Long(number) | Self::Alias(number)) = self;
+        match self {
+            Self::Long(_) => Address([0x0120, 7, 0, number % 5]),
+            _ => Address::from_v4_word(number % 5 + 1),
+        }
+    }
+
+    fn key(self) -> u64 {
+        match self {
+            Self::Short(number) => short_key(number % 5 + 1, 1000 + (number / 5) as u16, 80),
+            Self::Long(number) => long_key(1000 + (number / 5) as u16, 80, 7000 + number as u16, 9),
+            Self::Alias(number) => alias_key(number, number as usize, 7000 + number as u16, 8080),
+        }
+    }
+
+    /// Different for each.
+    fn meta(self) -> Meta {
+        let (Self::Short(number) | Self::Long(number) | Self::Alias(number)) = self;
+        Meta::new(self.kind(), 3, 1 + number, Forward::Nat.number())
+            .with_state(TcpState::SynSent)
+            .with_link(1 + number)
+    }
+
+    fn find<W: Words>(self, words: &W) -> Option<Found> {
+        (0..UNITS).find_map(|unit| match self {
+            Self::Long(_) if unit % 2 == 1 => None,
+            Self::Long(_) => long_at(words, unit, &self.client(), self.key(), u64::MAX),
+            _ => at(words, unit, self.kind(), self.key(), u64::MAX),
+        })
+    }
+
+    fn put<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
+        let room = make_room(words, line, self.kind(), limit, |_, meta| worth_of(meta))?;
+        if self.kind() == Kind::Long {
+            put_long(words, room.unit, self.key(), &self.client(), self.meta());
+        } else {
+            put(words, room.unit, self.key(), self.meta());
+        }
+        Some(room)
+    }
+
+    fn of(meta: Meta) -> Self {
+        let number = meta.backend() - 1;
+        if meta.is(Kind::Short) {
+            Self::Short(number)
+        } else if meta.is(Kind::Long) {
+            Self::Long(number)
+        } else {
+            Self::Alias(number)
+        }
+    }
+}
+
+/// As [`worth`], of flows that are not idle.
+fn worth_of(meta: Meta) -> u32 {
+    worth(&settings(), meta, 0)
+}
+
+fn settings() -> Settings {
+    let mut settings = Settings {
+        tcp_idle: 1 << 40,
+        tcp_opening: 1 << 38,
+        tcp_closing: 1 << 38,
+        udp_idle: 1 << 38,
+        ..Settings::default()
+    };
+    settings.tick_shifts = ageing::tick_shifts(&settings);
+    settings
+}
+
+fn any_id() -> impl Strategy<Value = Id> {
+    (0_u32..3, 0_u32..12).prop_map(|(kind, number)| match kind {
+        0 => Id::Short(number),
+        1 => Id::Long(number),
+        _ => Id::Alias(number),
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Put(Id, bool, u32),
+    Update(Id, TcpState),
+    Remove(Id),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let state = prop::sample::select(vec![
+        TcpState::SynReceived,
+        TcpState::Established,
+        TcpState::FinClient,
+        TcpState::Closed,
+    ]);
+    let limit = prop::sample::select(vec![worth::CLOSING, worth::OPEN + 1]);
+    prop_oneof![
+        4 => (any_id(), any::<bool>(), limit).prop_map(|(id, line, limit)| Step::Put(id, line, limit)),
+        2 => (any_id(), state).prop_map(|(id, state)| Step::Update(id, state)),
+        1 => any_id().prop_map(Step::Remove),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn a_bucket_does_as_a_plain_map(steps in prop::collection::vec(any_step(), 1..120)) {
+        let words = bucket();
+        let mut model: BTreeMap<Id, Meta> = BTreeMap::new();
+        for step in steps {
+            match step {
+                Step::Put(id, line, limit) => {
+                    if model.contains_key(&id) {
+                        continue;
+                    }
+                    let units = |model: &BTreeMap<Id, Meta>| -> usize {
+                        model.keys().map(|id| if id.kind() == Kind::Long { 2 } else { 1 }).sum()
+                    };
+                    let before = units(&model);
+                    match id.put(&words, if line { LINE } else { 0 }, limit) {
+                        Some(room) => {
+                            for evicted in room.evicted.into_iter().filter(|meta| !meta.is_empty()) {
+                                prop_assert!(worth_of(evicted) < limit, "{evicted:?}");
+                                prop_assert_eq!(model.remove(&Id::of(evicted)), Some(evicted));
+                                // Nobody gives way where there is room for a single unit.
+                                prop_assert!(before == UNITS || id.kind() == Kind::Long);
+                            }
+                            model.insert(id, id.meta());
+                        }
+                        None => {
+                            prop_assert!(before == UNITS || id.kind() == Kind::Long);
+                            let worthless = model.iter().any(|(other, meta)| {
+                                worth_of(*meta) < limit && (id.kind() != Kind::Long || other.kind() == Kind::Long)
+                            });
+                            prop_assert!(!worthless, "one could have given way");
+                        }
+                    }
+                }
+                Step::Update(id, state) => {
+                    let found = id.find(&words);
+                    prop_assert_eq!(found.map(|found| found.meta), model.get(&id).copied());
+                    if let Some(found) = found {
+                        let meta = found.meta.with_state(state);
+                        prop_assert!(update(&words, &found, meta));
+                        prop_assert!(meta == found.meta || !update(&words, &found, meta), "only once");
+                        prop_assert_eq!(again(&words, &found), Some(meta));
+                        model.insert(id, meta);
+                    }
+                }
+                Step::Remove(id) => {
+                    let found = id.find(&words);
+                    prop_assert_eq!(found.is_some(), model.remove(&id).is_some());
+                    if let Some(found) = found {
+                        prop_assert!(remove(&words, &found));
+                        prop_assert!(!remove(&words, &found), "only once");
+                        prop_assert_eq!(again(&words, &found), None);
+                    }
+                }
+            }
+            for number in 0..12 {
+                for id in [Id::Short(number), Id::Long(number), Id::Alias(number)] {
+                    let found = id.find(&words);
+                    prop_assert_eq!(found.map(|found| found.meta), model.get(&id).copied(), "{:?}", id);
+                    if let (Id::Long(_), Some(found)) = (id, found) {
+                        prop_assert_eq!(client_of_long(&words, &found), Some(id.client()));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn both_ends_of_a_flow_and_all_parts_of_its_meta_are_kept(
+        service in 0_u32..1024, backend in 0_u32..16_384, forward in 1_u8..7, state in 0_u8..7, age: u8, link in 0_u32..0x7fff, overflows: bool,
+    ) {
+        for kind in [Kind::Short, Kind::Long, Kind::Alias] {
+            let meta = Meta::new(kind, service, backend, forward)
+                .with_state(TcpState::from_number(state))
+                .with_age(age)
+                .with_link(link)
+                .with_overflow(overflows);
+            prop_assert_eq!((meta.service(), meta.backend(), meta.forward()), (service, backend, forward));
+            prop_assert_eq!((meta.state() as u8, meta.age(), meta.link()), (state, age, link));
+            prop_assert!(meta.is(kind) && !meta.is_busy() && !meta.is_empty());
+            prop_assert!(!meta.is_left() && meta.left().is_left());
+            prop_assert_eq!(meta.overflows(), overflows);
+            // The mark is the bucket's: it stays, whatever comes and goes.
+            for other in [meta.left(), meta.busy(kind), meta.emptied(), meta.replaced(Meta::EMPTY)] {
+                prop_assert_eq!(other.overflows(), overflows);
+            }
+            prop_assert!(meta.is_of_same(meta.with_age(!age).with_state(TcpState::Closed).with_link(1)));
+            prop_assert!(!meta.is_of_same(meta.busy_alike()) && meta.busy_alike().is(kind));
+            prop_assert!(meta.busy_alike().is_busy());
+        }
+    }
+
+    #[test]
+    fn a_hash_is_of_a_bucket_of_the_table_and_of_one_of_its_lines(
+        seed: [u64; 2], address: [u32; 4], port: u16, buckets in 1..=u32::MAX,
+    ) {
+        let hash = end_hash(seed, &Address(address), port, 6);
+        prop_assert!(bucket_of(hash, buckets) < buckets);
+        prop_assert!([0, LINE].contains(&line_of(hash)));
+        prop_assert_ne!(hash, end_hash(seed, &Address(address), port, 17));
+        prop_assert_ne!(hash, end_hash(seed, &Address(address), port ^ 1, 6));
+    }
+}
+
+/// Flows that are worth least first.
+#[test]
+fn what_is_over_gives_way_before_what_is_closed_opening_closing_and_open() {
+    let settings = settings();
+    let meta = |state| Meta::new(Kind::Short, 1, 1, 1).with_state(state);
+    let ticks = |state, idle: u64| (meta(state), idle << settings.tick_shifts[1]);
+    let confirmed = meta(TcpState::None).confirmed();
+    let second = (1 << 30, 60 << 30);
+    let order = [
+        vec![worth(&settings, Meta::EMPTY, 0)],
+        vec![
+            worth(&settings, meta(TcpState::SynSent), 1 << 39),
+            worth(&settings, meta(TcpState::Established), 1 << 41),
+            worth(&settings, confirmed, 1 << 39),
+        ],
+        vec![
+            worth(&settings, meta(TcpState::Closed), 0),
+            worth(&settings, meta(TcpState::Established).left(), 0),
+        ],
+        [60, 30, 0]
+            .into_iter()
+            .map(|idle| {
+                let (meta, now) = ticks(TcpState::SynSent, idle);
+                worth(&settings, meta, now)
+            })
+            .collect(),
+        vec![worth(&settings, meta(TcpState::FinClient), second.0)],
+        vec![
+            worth(&settings, meta(TcpState::Established), 1 << 39),
+            worth(&settings, meta(TcpState::Established), 0),
+        ],
+        vec![worth(&settings, Meta::default().busy(Kind::Short), 0)],
+    ];
+    for pair in order.windows(2) {
+        assert!(pair[0].iter().max() < pair[1].iter().min(), "{order:?}");
+    }
+    assert!(order[3].is_sorted() && order[5].is_sorted());
+    // One datagram is no flow that goes on.
+    assert_eq!(
+        worth(&settings, meta(TcpState::None), 0),
+        worth(&settings, meta(TcpState::SynSent), 0)
+    );
+    assert_eq!(
+        worth(&settings, confirmed, 0),
+        worth(&settings, meta(TcpState::Established), 0)
+    );
+}
+
+#[test]
+fn an_opening_flow_never_takes_the_place_of_an_open_one() {
+    let words = bucket();
+    for number in 0..8 {
+        let id = Id::Short(number);
+        id.put(&words, 0, worth::CLOSING).unwrap();
+        let found = id.find(&words).unwrap();
+        assert!(update(
+            &words,
+            &found,
+            found.meta.with_state(TcpState::Established)
+        ));
+    }
+    for id in [Id::Short(50), Id::Long(50), Id::Alias(50)] {
+        assert_eq!(id.put(&words, 0, worth::CLOSING), None);
+        assert_eq!(id.put(&words, LINE, worth::CLOSING), None);
+    }
+    assert!((0..8).all(|number| Id::Short(number).find(&words).is_some()));
+    // One that is closing gives way to none that is opening either; one that is closed does.
+    let found = Id::Short(3).find(&words).unwrap();
+    assert!(update(
+        &words,
+        &found,
+        found.meta.with_state(TcpState::FinBackend)
+    ));
+    assert_eq!(Id::Short(50).put(&words, 0, worth::CLOSING), None);
+    let found = Id::Short(3).find(&words).unwrap();
+    assert!(update(&words, &found, found.meta.with_state(TcpState::Closed)));
+    let room = Id::Short(50).put(&words, 0, worth::CLOSING).unwrap();
+    assert_eq!(Id::of(room.evicted[0]), Id::Short(3));
+    // A long one needs two.
+    assert_eq!(
+        Id::Long(50)
+            .put(&words, 0, worth::OPENING + 1)
+            .map(|room| room.evicted),
+        None
+    );
+}
+
+/// Notes what is written.
+struct Noting<'a>(&'a Bucket, RefCell<Vec<(usize, u64)>>);
+
+impl Words for Noting<'_> {
+    fn load(&self, at: usize) -> u64 {
+        self.0.load(at)
+    }
+
+    fn store(&self, at: usize, value: u64) {
+        self.0.store(at, value);
+        self.1.borrow_mut().push((at, value));
+    }
+
+    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
+        let is_swapped = self.0.swap(at, old, new);
+        if is_swapped {
+            self.1.borrow_mut().push((at, new));
+        }
+        is_swapped
+    }
+}
+
+/// Has others write at certain of the reader's steps.
+struct Interfered<'a> {
+    words: &'a Bucket,
+    step: Cell<usize>,
+    writes: Vec<(usize, &'a [(usize, u64)])>,
+}
+
+impl Words for Interfered<'_> {
+    fn load(&self, at: usize) -> u64 {
+        let step = self.step.replace(self.step.get() + 1);
+        for (when, writes) in &self.writes {
+            if *when == step {
+                writes
+                    .iter()
+                    .for_each(|(at, value)| self.words.store(*at, *value));
+            }
+        }
+        self.words.load(at)
+    }
+
+    fn store(&self, _: usize, _: u64) {}
+
+    fn swap(&self, _: usize, _: u64, _: u64) -> bool {
+        false
+    }
+}
+
+/// Every way in which one replacement and a search fall into each other, on one CPU.
+#[test]
+fn who_searches_while_a_flow_gives_way_to_another_finds_one_of_them_whole_or_nothing() {
+    let ids = [
+        Id::Short(1),
+        Id::Short(2),
+        Id::Long(1),
+        Id::Long(6),
+        Id::Alias(1),
+        Id::Alias(2),
+    ];
+    for before in ids {
+        for after in ids.into_iter().filter(|after| *after != before) {
+            let words = bucket();
+            before.put(&words, 0, worth::BUSY).unwrap();
+            let noting = Noting(&words, RefCell::default());
+            assert!(remove(&noting, &before.find(&words).unwrap()));
+            after.put(&noting, 0, worth::BUSY).unwrap();
+            let writes = noting.1.into_inner();
+            for wanted in [before, after] {
+                for (first, then, halves) in (0..20).flat_map(|first| {
+                    let later = (0..6).flat_map(move |later| (0..8).map(move |halves| (later, halves)));
+                    later.map(move |(later, halves)| (first, first + later, halves))
+                }) {
+                    let words = bucket();
+                    before.put(&words, 0, worth::BUSY).unwrap();
+                    let (one, other) = writes.split_at(halves.min(writes.len()));
+                    let interfered = Interfered {
+                        words: &words,
+                        step: Cell::new(0),
+                        writes: vec![(first, one), (then, other)],
+                    };
+                    if let Some(found) = wanted.find(&interfered) {
+                        let what = (before, after, wanted, first, then, halves);
+                        assert_eq!((found.key, found.meta), (wanted.key(), wanted.meta()), "{what:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Has another do something at one of the writer's steps.
+struct Between<'a> {
+    words: &'a Bucket,
+    steps_before: Cell<usize>,
+    other: RefCell<Option<Box<dyn FnOnce() + 'a>>>,
+}
+
+impl Between<'_> {
+    fn step(&self) {
+        if self.steps_before.get() == 0
+            && let Some(other) = self.other.take()
+        {
+            other();
+        }
+        self.steps_before.set(self.steps_before.get().saturating_sub(1));
+    }
+}
+
+impl Words for Between<'_> {
+    fn load(&self, at: usize) -> u64 {
+        self.step();
+        self.words.load(at)
+    }
+
+    fn store(&self, at: usize, value: u64) {
+        self.step();
+        self.words.store(at, value);
+    }
+
+    fn swap(&self, at: usize, old: u64, new: u64) -> bool {
+        self.step();
+        self.words.swap(at, old, new)
+    }
+}
+
+/// Every way in which one that begins a flow is held up by another that begins one, on one CPU.
+#[test]
+fn flows_that_begin_in_one_bucket_at_once_leave_each_other_whole() {
+    let put_closed = |words: &Bucket, id: Id| {
+        id.put(words, 0, worth::BUSY).unwrap();
+        let found = id.find(words).unwrap();
+        assert!(update(words, &found, found.meta.with_state(TcpState::Closed)));
+    };
+    let kinds: [fn(u32) -> Id; 3] = [Id::Short, Id::Long, Id::Alias];
+    for fill in [Id::Short as fn(u32) -> Id, Id::Long] {
+        for filled in [0, 3, 8] {
+            for (mine, others) in kinds
+                .iter()
+                .flat_map(|mine| kinds.map(|others| (mine(50), others(60))))
+            {
+                for steps_before in 0..60 {
+                    let words = bucket();
+                    let units = if fill(0).kind() == Kind::Long { 2 } else { 1 };
+                    (0..filled / units).for_each(|number| put_closed(&words, fill(number)));
+                    let put_by_other = Cell::new(false);
+                    let between = Between {
+                        words: &words,
+                        steps_before: Cell::new(steps_before),
+                        other: RefCell::new(Some(Box::new(|| {
+                            put_by_other.set(others.put(&words, 0, worth::OPENING).is_some());
+                        }))),
+                    };
+                    let room = mine.put(&between, 0, worth::OPENING);
+                    let what = (mine, others, filled, steps_before);
+                    drop(between);
+                    assert_eq!(mine.find(&words).is_some(), room.is_some(), "{what:?}");
+                    assert_eq!(others.find(&words).is_some(), put_by_other.get(), "{what:?}");
+                    for unit in (1..UNITS).step_by(2) {
+                        let is_long = Meta(words.load(meta_at(unit))).is(Kind::Long);
+                        assert!(is_address(&words, unit) || !is_long, "{what:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whatever a client's address is.
+#[test]
+fn an_address_is_taken_for_no_flow() {
+    let (flow, words) = (Id::Short(3), bucket());
+    let (key, meta) = (flow.key(), flow.meta().0);
+    let imitating = Address([key as u32, (key >> 32) as u32, meta as u32, (meta >> 32) as u32]);
+    let long = Id::Long(3);
+    let room = make_room(&words, 0, Kind::Long, worth::BUSY, |_, meta| worth_of(meta)).unwrap();
+    put_long(&words, room.unit, long.key(), &imitating, long.meta());
+    assert_eq!((words.load(key_at(1)), words.load(meta_at(1))), (key, meta));
+    assert_eq!(flow.find(&words), None);
+    let found = long_at(&words, 0, &imitating, long.key(), u64::MAX).unwrap();
+    let noting = Noting(&words, RefCell::default());
+    assert!(remove(&noting, &found));
+    let writes = noting.1.into_inner();
+    // Nor while it goes.
+    for step in 0..20 {
+        for halves in 0..=writes.len() {
+            let words = bucket();
+            put_long(&words, 0, long.key(), &imitating, long.meta());
+            words.store(meta_at(0), long.meta().0);
+            let (one, other) = writes.split_at(halves);
+            let interfered = Interfered {
+                words: &words,
+                step: Cell::new(0),
+                writes: vec![(step, one), (step + 1, other)],
+            };
+            assert_eq!(flow.find(&interfered), None, "{step} {halves}");
+        }
+    }
+}
+
+/// Writers and readers of one bucket, all at once: who finds a flow gets its own meta, whole.
+#[test]
+fn nobody_sees_the_meta_of_one_flow_with_the_key_of_another() {
+    let (words, stop) = (bucket(), AtomicBool::new(false));
+    let ids: Vec<Id> = (0..6)
+        .flat_map(|number| [Id::Short(number), Id::Long(number), Id::Alias(number)])
+        .collect();
+    // So that one that is found and one that is read later can be told: state and age go together.
+    let states = [TcpState::SynSent, TcpState::SynReceived, TcpState::Established];
+    let (found, changed) = thread::scope(|scope| {
+        let writers: Vec<_> = (0..2_usize)
+            .map(|writer| {
+                let (words, stop, ids) = (&words, &stop, &ids);
+                scope.spawn(move || {
+                    let (mut round, mut changed) = (writer, 0_u64);
+                    while !stop.load(Ordering::Relaxed) {
+                        round = round.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                        let id = ids[(round >> 33) % ids.len()];
+                        let line = if round >> 32 & 1 == 0 { 0 } else { LINE };
+                        match id.find(words) {
+                            Some(found) if round >> 40 & 3 == 0 => {
+                                changed += u64::from(remove(words, &found));
+                            }
+                            Some(found) => {
+                                let state = states[(round >> 42) % states.len()];
+                                let meta = found.meta.with_state(state).with_age(7 * state as u8);
+                                changed += u64::from(update(words, &found, meta));
+                            }
+                            None => {
+                                changed += u64::from(id.put(words, line, worth::BUSY).is_some());
+                            }
+                        }
+                    }
+                    changed
+                })
+            })
+            .collect();
+        let readers: Vec<_> = (0..2_usize)
+            .map(|reader| {
+                let (words, stop, ids) = (&words, &stop, &ids);
+                scope.spawn(move || {
+                    let (mut round, mut count) = (reader, 0_u64);
+                    while !stop.load(Ordering::Relaxed) {
+                        round += 1;
+                        let id = ids[round % ids.len()];
+                        let Some(found) = id.find(words) else { continue };
+                        count += 1;
+                        assert_eq!(Id::of(found.meta), id, "{:?}", found.meta);
+                        assert_eq!(found.meta.link(), id.meta().link());
+                        assert!(!found.meta.is_busy() && found.key == id.key());
+                        let state = found.meta.state();
+                        let age = if state == TcpState::SynSent && found.meta.age() == 0 {
+                            0
+                        } else {
+                            7 * state as u8
+                        };
+                        assert_eq!(found.meta.age(), age);
+                        if id.kind() == Kind::Long
+                            && let Some(client) = client_of_long(words, &found)
+                        {
+                            assert_eq!(client, id.client());
+                        }
+                    }
+                    count
+                })
+            })
+            .collect();
+        let end = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < end && !readers.iter().any(thread::ScopedJoinHandle::is_finished) {
+            thread::sleep(Duration::from_millis(20));
+        }
+        stop.store(true, Ordering::Relaxed);
+        let changed: u64 = writers.into_iter().map(|writer| writer.join().unwrap()).sum();
+        let found: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
+        (found, changed)
+    });
+    assert!(found > 1000 && changed > 1000, "{found} {changed}");
+    // Nothing is left busy, and what is there can be found.
+    let there: BTreeSet<Id> = ids.into_iter().filter(|id| id.find(&words).is_some()).collect();
+    let units: usize = there
+        .iter()
+        .map(|id| if id.kind() == Kind::Long { 2 } else { 1 })
+        .sum();
+    let in_use =
+        (0..UNITS).filter(|unit| is_address(&words, *unit) || !Meta(words.load(meta_at(*unit))).is_empty());
+    assert!(units <= in_use.count());
+}
+
+#[test]
+fn a_meta_holds_the_highest_ids_and_is_not_taken_for_one_that_is_being_written() {
+    use crate::abi::{MAX_BACKENDS, MAX_SERVICES};
+    for (service, backend) in [
+        (MAX_SERVICES - 1, MAX_BACKENDS),
+        (0, MAX_BACKENDS),
+        (MAX_SERVICES - 1, 0),
+    ] {
+        let meta = Meta::new(Kind::Long, service, backend, 5)
+            .with_age(255)
+            .with_link(0x7ffe);
+        assert_eq!(
+            (meta.service(), meta.backend(), meta.forward()),
+            (service, backend, 5)
+        );
+        assert!(meta.is(Kind::Long) && !meta.is_busy() && !meta.is_left());
+        assert!(meta.busy_alike().is_busy());
+        let other = Meta::new(Kind::Long, service, backend ^ 1 << 17, 5);
+        assert!(!meta.is_of_same(other));
+    }
+}

@@ -1,0 +1,664 @@
+//! The flow table in the kernel's memory: the searches and the room for new flows, as functions that the verifier checks
+//! for themselves. How it works is in `lb_common::logic::flow_table`.
+
+use lb_common::{
+    abi::{Address, Backend, FlowKey, Forward, Kind, LINE, Meta, Settings, UDP},
+    logic::{
+        ageing,
+        flow_table::{
+            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
+            key_at, line_of, long_key, meta_at, other_line, second_bucket_of, short_key, worth,
+        },
+    },
+};
+
+use crate::{
+    bucket::InKernel,
+    flow::now,
+    maps,
+    scratch::{Scratch, scratch},
+};
+
+/// Where a flow is, as a number: the index of its bucket, and three bits of its unit.
+pub type Location = u64;
+
+/// Not a location: there is no such flow.
+pub const NOWHERE: Location = u64::MAX;
+/// Not a location: there was such a flow, but its client has another backend by now.
+pub const LEFT: Location = u64::MAX - 1;
+/// Not a location: another CPU writes such a flow right now.
+pub const WRITING: Location = u64::MAX - 2;
+
+/// What a search is for: a 5-tuple of [`Scratch`], and more about replies.
+pub mod of {
+    pub const PACKET: u32 = 0;
+    pub const CLIENT: u32 = 1;
+    pub const REPLY: u32 = 2;
+    /// The bits that name the 5-tuple.
+    pub const TUPLE: u32 = 3;
+    /// Of processes on this host, and of no other backends; else the other way round. Their address may be any.
+    pub const LOCAL: u32 = 4;
+    /// For a source port that is to be claimed: a flow that is being written has it, too.
+    pub const CLAIM: u32 = 8;
+}
+
+#[inline(always)]
+fn bucket(index: u32) -> Option<InKernel> {
+    maps::FLOWS.get_ptr_mut(index).map(InKernel)
+}
+
+/// The flow that a search has found, as it was then.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    pub location: Location,
+    pub key: u64,
+    pub meta: Meta,
+}
+
+impl Entry {
+    /// What the last search has found.
+    #[inline(always)]
+    pub fn found(scratch: &Scratch, location: Location) -> Self {
+        Self {
+            location,
+            key: scratch.found_key,
+            meta: Meta(scratch.found_meta),
+        }
+    }
+
+    #[inline(always)]
+    fn parts(&self) -> Option<(InKernel, Found)> {
+        let bucket = bucket((self.location >> 3) as u32)?;
+        let found = Found {
+            unit: self.location as usize & 7,
+            key: self.key,
+            meta: self.meta,
+        };
+        Some((bucket, found))
+    }
+
+    /// Source port that the backend sees, network byte order, of a client's port.
+    #[inline(always)]
+    pub fn source_port(&self, client_port: u16) -> u16 {
+        if self.meta.is(Kind::Long) {
+            (self.key >> 32) as u16
+        } else {
+            client_port
+        }
+    }
+
+    /// The generation of the backend that a long flow began with, and that of any other.
+    #[inline(always)]
+    pub fn is_of_generation(&self, generation: u32) -> bool {
+        !self.meta.is(Kind::Long) || (self.key >> 48) as u32 == generation & 0xffff
+    }
+
+    /// Replaces what is known of the flow, unless somebody else has; tells whether it did.
+    #[inline(always)]
+    pub fn update(&mut self, meta: Meta) -> bool {
+        let Some((bucket, found)) = self.parts() else {
+            return false;
+        };
+        if !flow_table::update(&bucket, &found, meta) {
+            return false;
+        }
+        self.meta = meta;
+        true
+    }
+
+    /// Looks at the flow once more, where [`Self::update`] has failed; tells whether it is still the same.
+    #[inline(always)]
+    pub fn look_again(&mut self) -> bool {
+        let Some((bucket, found)) = self.parts() else {
+            return false;
+        };
+        match flow_table::again(&bucket, &found) {
+            Some(meta) => {
+                self.meta = meta;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Removes the flow, unless its meta has changed; tells whether it did.
+    #[inline(always)]
+    pub fn remove(&self) -> bool {
+        (self.parts()).is_some_and(|(bucket, found)| flow_table::remove(&bucket, &found))
+    }
+}
+
+#[inline(always)]
+pub fn tuple(scratch: &Scratch, which: u32) -> &FlowKey {
+    match which & of::TUPLE {
+        of::PACKET => &scratch.packet.key,
+        of::CLIENT => &scratch.client,
+        _ => &scratch.reply,
+    }
+}
+
+/// Where the flow is that a 5-tuple is the client's of; it is left in the scratch memory, see [`Entry::found`].
+#[inline(always)]
+pub fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
+    let (index, line) = place(hash, 0);
+    match client_in(index, line as u32, service_id, which) {
+        NOWHERE => find_client_elsewhere(hash, service_id, which),
+        location => location,
+    }
+}
+
+/// The flow of a client's packet. Without a call where it is of the kind and in the line that most are.
+#[inline(always)]
+pub fn of_packet(scratch: &mut Scratch, hash: u64, service_id: u32) -> Option<Entry> {
+    let key = &scratch.packet.key;
+    let (index, line) = place(hash, 0);
+    let bucket = bucket(index)?;
+    let found = if key.source.is_v4() {
+        let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+        short_of_client(&bucket, line, want, service_id)
+    } else {
+        long_of_client(&bucket, line, key, service_id)
+    };
+    if let Some(found) = found {
+        return Some(Entry {
+            location: location(index, &found),
+            key: found.key,
+            meta: found.meta,
+        });
+    }
+    match find_client(hash, service_id, of::PACKET) {
+        NOWHERE => None,
+        location => Some(Entry::found(scratch, location)),
+    }
+}
+
+#[inline(always)]
+fn location(index: u32, found: &Found) -> Location {
+    (index << 3 | found.unit as u32) as u64
+}
+
+/// As [`find_client`], but for the line that it is in mostly.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_client_elsewhere(hash: u64, service_id: u32, which: u32) -> Location {
+    for step in 1..4 {
+        let (index, line) = place(hash, step >> 1);
+        let line = if step & 1 == 0 { line } else { other_line(line) };
+        let location = client_in(index, line as u32, service_id, which);
+        if location != NOWHERE {
+            return location;
+        }
+        if step == 1 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+            return NOWHERE;
+        }
+    }
+    NOWHERE
+}
+
+/// As [`find_client`], in one line of a bucket.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn client_in(index: u32, line: u32, service_id: u32, which: u32) -> Location {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let key = tuple(scratch, which);
+    let line = line as usize & LINE;
+    if key.source.is_v4() {
+        let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+        if let Some(found) = short_of_client(&bucket, line, want, service_id) {
+            return leave(scratch, index, &found);
+        }
+    }
+    match long_of_client(&bucket, line, key, service_id) {
+        Some(found) => leave(scratch, index, &found),
+        None => NOWHERE,
+    }
+}
+
+/// The bucket in which a flow is looked for first, or secondly, and the line there.
+#[inline(always)]
+fn place(hash: u64, round: u32) -> (u32, usize) {
+    let buckets = maps::flow_buckets();
+    if round == 0 {
+        (bucket_of(hash, buckets), line_of(hash))
+    } else {
+        (second_bucket_of(hash, buckets), line_of(hash))
+    }
+}
+
+#[inline(always)]
+fn leave(scratch: &mut Scratch, index: u32, found: &Found) -> Location {
+    scratch.found_key = found.key;
+    scratch.found_meta = found.meta.0;
+    location(index, found)
+}
+
+#[inline(always)]
+fn is_of_client(found: &Found, service_id: u32) -> bool {
+    found.meta.service() == service_id && !found.meta.is_left()
+}
+
+#[inline(always)]
+fn short_of_client(bucket: &InKernel, line: usize, want: u64, service_id: u32) -> Option<Found> {
+    let first = line / 2;
+    let mut step = 0;
+    while step < 4 {
+        if let Some(found) = flow_table::at(bucket, first + step, Kind::Short, want, u64::MAX)
+            && is_of_client(&found, service_id)
+        {
+            return Some(found);
+        }
+        step += 1;
+    }
+    None
+}
+
+#[inline(always)]
+fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32) -> Option<Found> {
+    let want = long_key(key.source_port, key.destination_port, 0, 0);
+    let first = line / 2;
+    let mut step = 0;
+    while step < 4 {
+        if let Some(found) = flow_table::long_at(bucket, first + step, &key.source, want, PORTS)
+            && is_of_client(&found, service_id)
+        {
+            return Some(found);
+        }
+        step += 2;
+    }
+    None
+}
+
+/// Where the flow is that a 5-tuple is that of replies of, other than at [`Scratch::except`]; it is left in the scratch
+/// memory, see [`Entry::found`], and its client's 5-tuple in [`Scratch::client`].
+#[inline(always)]
+pub fn find_reply(hash: u64, which: u32) -> Location {
+    let (index, line) = place(hash, 0);
+    let location = reply_in(index, line as u32 / 2, which);
+    if location != NOWHERE && location != LEFT {
+        return location;
+    }
+    if !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+        return location;
+    }
+    match reply_in(place(hash, 1).0, line as u32 / 2, which) {
+        NOWHERE => location,
+        location => location,
+    }
+}
+
+/// As [`find_reply`], in a bucket from a unit on: first in the flows, and then in the aliases of the eight units.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn reply_in(index: u32, first: u32, which: u32) -> Location {
+    let mut nowhere = NOWHERE;
+    for step in 0..16 {
+        let unit = (first + step) & 7;
+        let location = if step < 8 {
+            replied(index, unit, which)
+        } else {
+            aliased(index, unit, which)
+        };
+        if location == LEFT {
+            nowhere = LEFT;
+        } else if location != NOWHERE {
+            return location;
+        }
+    }
+    nowhere
+}
+
+/// The flow that a packet is a reply of, as [`find_reply`]. Without a call where it is of the kind and in the line that
+/// most are.
+#[inline(always)]
+pub fn of_reply_packet(scratch: &mut Scratch, hash: u64) -> Location {
+    scratch.except = NOWHERE;
+    let reply = &scratch.packet.key;
+    let client = reply.destination.by_words();
+    let (index, line) = place(hash, 0);
+    if let Some(bucket) = bucket(index)
+        && let Some((found, ports)) = plain_reply(&bucket, line, reply)
+    {
+        let location = answers(scratch, of::PACKET, index, &found, ports, client);
+        if location != NOWHERE && location != LEFT {
+            return location;
+        }
+    }
+    find_reply(hash, of::PACKET)
+}
+
+/// A flow in one line of a bucket whose client a reply is for and that no alias leads to; with its client's port and the
+/// port it connected to.
+#[inline(always)]
+fn plain_reply(bucket: &InKernel, line: usize, reply: &FlowKey) -> Option<(Found, (u16, u16))> {
+    let client = &reply.destination;
+    let first = line / 2;
+    let mut step = 0;
+    if client.is_v4() {
+        let want = short_key(client.v4_word(), reply.destination_port, 0);
+        while step < 4 {
+            if let Some(found) = flow_table::at(bucket, first + step, Kind::Short, want, CLIENT) {
+                return Some((found, ((found.key >> 32) as u16, (found.key >> 48) as u16)));
+            }
+            step += 1;
+        }
+        return None;
+    }
+    let want = reply.destination_port as u64;
+    while step < 4 {
+        if let Some(found) = flow_table::long_at(bucket, first + step, client, want, CLIENT_PORT)
+            && is_plain(&found, reply)
+        {
+            return Some((found, (found.key as u16, (found.key >> 16) as u16)));
+        }
+        step += 2;
+    }
+    None
+}
+
+/// Tells whether replies of a long flow are for its client's address and port, so that no alias leads to it.
+#[inline(always)]
+fn is_plain(found: &Found, reply: &FlowKey) -> bool {
+    (found.key >> 32) as u16 == reply.destination_port && found.meta.forward() != Forward::FullNat.number()
+}
+
+/// As [`find_reply`], at one unit of a bucket and unless an alias leads to the flow: a function that the verifier checks
+/// for itself, once for all of them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let (reply, unit) = (tuple(scratch, which), unit as usize & 7);
+    let client = &reply.destination;
+    if client.is_v4() {
+        let want = short_key(client.v4_word(), reply.destination_port, 0);
+        if let Some(found) = flow_table::at(&bucket, unit, Kind::Short, want, CLIENT) {
+            let ports = ((found.key >> 32) as u16, (found.key >> 48) as u16);
+            return answers(scratch, which, index, &found, ports, client.by_words());
+        }
+    }
+    // The long flows with the first four units: an even number is more than the verifier can tell.
+    if unit < 4 {
+        let want = reply.destination_port as u64;
+        if let Some(found) = flow_table::long_at(&bucket, unit << 1, client, want, CLIENT_PORT)
+            && is_plain(&found, reply)
+        {
+            let ports = (found.key as u16, (found.key >> 16) as u16);
+            return answers(scratch, which, index, &found, ports, client.by_words());
+        }
+    }
+    NOWHERE
+}
+
+/// As [`replied`], for a flow that an alias at the unit leads to.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn aliased(index: u32, unit: u32, which: u32) -> Location {
+    let (Some(scratch), Some(aliases)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let (reply, unit) = (tuple(scratch, which), unit as usize & 7);
+    let want = alias_key(0, 0, reply.destination_port, reply.source_port);
+    match flow_table::at(&aliases, unit, Kind::Alias, want, ALIASED_PORTS) {
+        Some(alias) => leads_to(scratch, which, &alias),
+        None => NOWHERE,
+    }
+}
+
+/// The flow that an alias leads to.
+#[inline(always)]
+fn leads_to(scratch: &mut Scratch, which: u32, alias: &Found) -> Location {
+    let reply = tuple(scratch, which);
+    let index = alias.key as u32 >> 3;
+    let (Some(bucket), Some(backend)) = (bucket(index), maps::backend(alias.meta.backend())) else {
+        return NOWHERE;
+    };
+    let location = alias.key as u32 as Location;
+    if which & of::CLAIM != 0 && location != scratch.except && is_being_written(&bucket, location) {
+        // Whose it will be is not known yet: rather another port than the same.
+        return if backend.address.0 == reply.source.0 {
+            WRITING
+        } else {
+            NOWHERE
+        };
+    }
+    let want = (reply.destination_port as u64) << 32;
+    let Some(found) = flow_table::at(&bucket, alias.key as usize & 6, Kind::Long, want, 0xffff << 32) else {
+        return NOWHERE;
+    };
+    let Some(client) = flow_table::client_of_long(&bucket, &found) else {
+        return NOWHERE;
+    };
+    let source = if found.meta.forward() == Forward::FullNat.number() {
+        &backend.source
+    } else {
+        &client
+    };
+    if !found.meta.of_kind(Kind::Alias).is_of_same(alias.meta) || source.0 != reply.destination.0 {
+        return NOWHERE;
+    }
+    let ports = (found.key as u16, (found.key >> 16) as u16);
+    answers(scratch, which, index, &found, ports, client)
+}
+
+#[inline(always)]
+fn is_being_written(bucket: &InKernel, location: Location) -> bool {
+    Meta(bucket.load(meta_at(location as usize & 6))).is_busy()
+}
+
+/// The location of a flow, if a 5-tuple is one of replies of its backend.
+#[inline(always)]
+fn answers(
+    scratch: &mut Scratch,
+    which: u32,
+    index: u32,
+    found: &Found,
+    (client_port, port): (u16, u16),
+    client: Address,
+) -> Location {
+    let location = (index << 3 | found.unit as u32) as u64;
+    let reply = tuple(scratch, which);
+    if location == scratch.except || !is_answered_by(found.meta, port, reply, which) {
+        return NOWHERE;
+    }
+    if found.meta.is_left() {
+        return LEFT;
+    }
+    let Some(service) = maps::service(found.meta.service()) else {
+        return NOWHERE;
+    };
+    scratch.client = FlowKey {
+        source: client,
+        destination: service.vip.by_words(),
+        source_port: client_port,
+        destination_port: port,
+        protocol: reply.protocol,
+    };
+    leave(scratch, index, found)
+}
+
+/// Tells whether a 5-tuple is one of replies of a flow's backend, by its source and protocol.
+#[inline(always)]
+fn is_answered_by(meta: Meta, port: u16, reply: &FlowKey, which: u32) -> bool {
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return false;
+    };
+    let is_local = meta.forward() == Forward::Local.number();
+    is_local == (which & of::LOCAL != 0)
+        && Forward::has_reply_key(meta.forward(), reply.protocol)
+        && meta.is_udp() == (reply.protocol == UDP as u32)
+        && backend_port(port, backend) == reply.source_port
+        // A process on this host that is bound to no address answers from the one that the route to the client has,
+        // whatever address the client's packet was for.
+        && (is_local || backend.address.0 == reply.source.0)
+}
+
+/// The port that a backend is reached on, of the one that the client has connected to.
+#[inline(always)]
+pub fn backend_port(port: u16, backend: &Backend) -> u16 {
+    if backend.port == 0 { port } else { backend.port }
+}
+
+/// What a flow is worth now, see [`flow_table::worth`]; an alias is worth what its flow is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn worth_now(key: u64, meta: u64) -> u32 {
+    let (Some(settings), mut meta) = (maps::settings(), Meta(meta)) else {
+        return worth::BUSY;
+    };
+    if meta.is(Kind::Alias) && !meta.is_busy() {
+        let alias = meta;
+        let Some(bucket) = bucket(key as u32 >> 3) else {
+            return worth::NOTHING;
+        };
+        let unit = key as usize & 6;
+        meta = Meta(bucket.load(meta_at(unit)));
+        let is_its = meta.of_kind(Kind::Alias).is_of_same(alias)
+            && meta.is(Kind::Long)
+            && (bucket.load(key_at(unit)) >> 32) as u16 == (key >> 32) as u16;
+        if !meta.is_busy() && !is_its {
+            return worth::NOTHING;
+        }
+    }
+    flow_table::worth(settings, meta, now())
+}
+
+/// Makes room for a flow of a kind, see [`flow_table::make_room`]; gives its location or [`NOWHERE`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
+    let (first, line) = place(hash, 0);
+    let (second, _) = place(hash, 1);
+    // No flow that goes on gives way while there is room for another in either bucket.
+    let free = if limit < worth::LIVE { limit } else { worth::LIVE };
+    for step in 0..4 {
+        let index = if step & 1 == 0 { first } else { second };
+        let limit = if step < 2 { free } else { limit };
+        let location = room_in(index, line as u32, kind, limit);
+        if location == NOWHERE {
+            continue;
+        }
+        // Before the flow can be seen in the second one.
+        if index == first || bucket(first).is_some_and(|first| flow_table::mark_overflow(&first)) {
+            return location;
+        }
+        free_room(location);
+        return NOWHERE;
+    }
+    NOWHERE
+}
+
+/// As [`make_room`], in one bucket.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location {
+    let kind = match kind {
+        1 => Kind::Short,
+        2 => Kind::Long,
+        _ => Kind::Alias,
+    };
+    let Some(bucket) = bucket(index) else {
+        return NOWHERE;
+    };
+    let line = line as usize & LINE;
+    let worth = |unit, meta: Meta| worth_now(bucket.load(key_at(unit)), meta.0);
+    let Some(room) = flow_table::make_room(&bucket, line, kind, limit, worth) else {
+        return NOWHERE;
+    };
+    for meta in room.evicted {
+        count_end(meta);
+    }
+    (index << 3 | room.unit as u32) as u64
+}
+
+/// Counts the end of a flow that another takes the place of.
+#[inline(always)]
+pub fn count_end(meta: Meta) {
+    if (meta.is(Kind::Short) || meta.is(Kind::Long))
+        && !meta.is_left()
+        && !ageing::has_ended(meta.forward(), meta.state())
+    {
+        maps::count_ended(meta.backend());
+    }
+}
+
+/// Writes the flow of the packet in the scratch memory, or its alias, where there is room for it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn put(location: Location, key: u64, meta: u64) -> u32 {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket((location >> 3) as u32)) else {
+        return 1;
+    };
+    let meta = Meta(meta);
+    if meta.is(Kind::Long) {
+        let client = &scratch.packet.key.source;
+        flow_table::put_long(&bucket, location as usize & 6, key, client, meta);
+    } else {
+        flow_table::put(&bucket, location as usize & 7, key, meta);
+    }
+    0
+}
+
+/// [`hash_of_reply`] of the 5-tuple in [`Scratch::reply`], for ways that are long enough.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hash_of_scratch_reply() -> u64 {
+    match (scratch(), maps::settings()) {
+        (Some(scratch), Some(settings)) => hash_of_reply(settings, &scratch.reply),
+        _ => 0,
+    }
+}
+
+/// Frees the room for a flow that has not been written.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn free_room(location: Location) -> u32 {
+    if let Some(bucket) = bucket((location >> 3) as u32) {
+        let unit = location as usize & 7;
+        if Meta(bucket.load(meta_at(unit))).is(Kind::Long) {
+            flow_table::free_long(&bucket, unit & 6);
+        } else {
+            flow_table::free(&bucket, unit);
+        }
+    }
+    0
+}
+
+/// Removes a flow or an alias that was written with this meta, unless its place has become another's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn take_back(location: Location, meta: u64) -> u32 {
+    let Some(bucket) = bucket((location >> 3) as u32) else {
+        return 1;
+    };
+    let mut entry = Entry {
+        location,
+        key: bucket.load(key_at(location as usize & 7)),
+        meta: Meta(meta),
+    };
+    // Once more where only the mark of the bucket was new, or a packet has come for it.
+    if !entry.remove() && entry.look_again() {
+        entry.remove();
+    }
+    0
+}
+
+/// Hash of the end of a flow that is the source of its client's packets.
+#[inline(always)]
+pub fn hash_of_client(settings: &Settings, key: &FlowKey) -> u64 {
+    end_hash(settings.table_seed, &key.source, key.source_port, key.protocol)
+}
+
+/// Hash of the end of a flow that is the destination of its replies.
+#[inline(always)]
+pub fn hash_of_reply(settings: &Settings, key: &FlowKey) -> u64 {
+    end_hash(
+        settings.table_seed,
+        &key.destination,
+        key.destination_port,
+        key.protocol,
+    )
+}
