@@ -12,11 +12,12 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     task::yield_now,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval_at},
 };
 use tracing::{error, info, warn};
 
 use crate::{
+    allocator,
     api::{Request, server},
     config::Config,
     controller::{Controller, Parts},
@@ -101,8 +102,11 @@ pub async fn run(
     let mut api = tokio::spawn(server::serve(listener, requests));
     info!(socket = %socket.0.display(), "ready");
 
+    allocator::give_back();
+
     let ticks = |period| {
-        let mut ticks = interval(period);
+        // The start has done by itself what is done anew at each.
+        let mut ticks = interval_at(Instant::now() + period, period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks
     };
@@ -120,12 +124,17 @@ pub async fn run(
             Some(request) = request.recv() => answer(&mut controller, request).await,
             _ = hang_up.recv() => if let Err(refused) = controller.reload().await {
                 error!("reload: {}", refused.message);
+            } else {
+                allocator::give_back();
             },
             _ = sweeps.tick() => controller.sweep_soon(),
             // Not at once: what else has happened comes between two steps.
             () = yield_now(), if controller.has_steps() => controller.step(),
             _ = ramps.tick(), if controller.is_ramping() => controller.ramp(),
-            _ = repairs.tick() => controller.repair().await,
+            _ = repairs.tick() => {
+                controller.repair().await;
+                allocator::give_back();
+            }
             _ = samples.tick() => controller.sample(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");
