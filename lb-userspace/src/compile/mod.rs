@@ -14,6 +14,7 @@ mod slots;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    mem,
     net::IpAddr,
     time::Duration,
 };
@@ -34,7 +35,7 @@ pub use self::{
 use crate::{
     config::{Backend, Forward, Protocol, Service, Strategy},
     datapath::{Contents, Operation, Sizes},
-    model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
+    model::{Administrative, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
 
 /// Name of the loopback interface in every network namespace.
@@ -52,8 +53,20 @@ pub struct Compiled {
 pub struct Directory {
     /// By name.
     pub services: BTreeMap<String, u32>,
-    /// By the name of the service and its own.
-    pub backends: BTreeMap<BackendName, u32>,
+    /// By the name of the service, in the order of its backends.
+    pub backends: BTreeMap<String, Vec<u32>>,
+}
+
+impl Directory {
+    /// The ids of a service's backends, in their order; none where the service is not in here.
+    pub fn backends_of(&self, service: &Service) -> &[u32] {
+        self.backends.get(&service.name).map_or(&[], Vec::as_slice)
+    }
+
+    /// The ids of all backends.
+    pub fn all_backends(&self) -> Vec<u32> {
+        self.backends.values().flatten().copied().collect()
+    }
 }
 
 /// Why a configuration does not fit into the maps.
@@ -112,6 +125,8 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
     tables.retain_used();
     add_removed_services(&mut contents, model, actual);
     add_removed_backends(&mut contents, &directory, model, actual);
+    // Made anew at once: a tree that has grown at its end is half empty, and this one is the largest.
+    contents.backends = mem::take(&mut contents.backends).into_iter().collect();
     if contents.service_keys.keys().any(|key| key.port == 0) {
         contents.settings.flags |= SettingsFlags::ANY_PORT;
     }
@@ -153,6 +168,18 @@ pub fn follow_states(
     Some(operations)
 }
 
+/// Tells whether [`compile`] says something else because of what the last sweep has found: something can go from the maps, or
+/// flows age again. It mostly has not.
+pub fn is_changed_by_sweep(model: &Model, actual: &Contents) -> bool {
+    let is_ageless = actual.settings.flags & SettingsFlags::AGELESS != 0;
+    let may_go = |(id, backend): (&u32, &abi::Backend)| {
+        backend.flags & BackendFlags::REMOVED != 0 && model.live_flows.get(id) == Some(&0)
+    };
+    is_ageless && model.ages_are_renewed
+        || !model.left_services.is_empty()
+        || actual.backends.iter().any(may_go)
+}
+
 /// Finds the ids that exist and gives the lowest free ones to the others.
 fn assign_ids(services: &[Service], actual: &Contents, sizes: &Sizes) -> Result<Directory, CompileError> {
     let mut directory = Directory::default();
@@ -179,6 +206,7 @@ fn assign_ids(services: &[Service], actual: &Contents, sizes: &Sizes) -> Result<
                 limit: sizes.services as usize,
             })?;
         directory.services.insert(service.name.clone(), id);
+        let mut ids = Vec::with_capacity(service.backends.len());
         for backend in &service.backends {
             let known = known_backends.get(&identity::of_backend(id, backend)).copied();
             let id = known
@@ -188,10 +216,9 @@ fn assign_ids(services: &[Service], actual: &Contents, sizes: &Sizes) -> Result<
                     needed: actual.backends.len() + backends,
                     limit: sizes.backends as usize,
                 })?;
-            directory
-                .backends
-                .insert((service.name.clone(), backend.name.clone()), id);
+            ids.push(id);
         }
+        directory.backends.insert(service.name.clone(), ids);
     }
     Ok(directory)
 }
@@ -242,11 +269,11 @@ fn add_service(
 ) -> Vec<Candidate> {
     let mut candidates = Vec::new();
     let shares = candidates::shares(model, service);
-    for (backend, share) in service.backends.iter().zip(shares) {
-        let name = (service.name.clone(), backend.name.clone());
-        let Some(backend_id) = directory.backends.get(&name).copied() else {
-            continue;
-        };
+    let backends = service
+        .backends
+        .iter()
+        .zip(directory.backends_of(service).iter().copied());
+    for ((backend, backend_id), share) in backends.zip(shares) {
         let candidate = Candidate::new(backend_id, model, backend, share.weight);
         let mut entry = abi::Backend {
             address: backend.address.into(),

@@ -2,10 +2,11 @@
 //! operations as the program's.
 
 use std::{
+    cell::OnceCell,
     collections::BTreeSet,
     io, mem,
     ops::Deref,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     ptr::{self, NonNull},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -100,11 +101,17 @@ pub(super) struct MapOf<'a>(pub BorrowedFd<'a>, pub u32);
 
 /// The flow table, the counts of live flows and the ways back to clients.
 pub(super) struct FlowTable {
-    buckets: Mapped<WORDS>,
+    /// Of the buckets, and how many there are.
+    map: OwnedFd,
+    count: u32,
+    /// While a pass over them is under way: as long as it is mapped it counts as memory of the daemon.
+    buckets: OnceCell<Buckets>,
     live: Mapped<LIVE_WORDS>,
     links: Mapped<LINK_WORDS>,
     pass: Pass,
 }
+
+type Buckets = Mapped<WORDS>;
 
 /// What [`FlowTable::tidy`] has seen.
 #[derive(Default)]
@@ -126,28 +133,40 @@ pub(super) struct Context<'a> {
 }
 
 impl FlowTable {
-    /// Maps the three maps.
+    /// Maps the memory of the counts and of the ways back; that of the flows when they are looked at.
     ///
     /// # Errors
     /// What the kernel says to mmap(2).
     pub(super) fn new(flows: &MapOf<'_>, live: &MapOf<'_>, links: &MapOf<'_>) -> io::Result<Self> {
         Ok(Self {
-            buckets: Mapped::new(flows.0, flows.1)?,
+            map: flows.0.try_clone_to_owned()?,
+            count: flows.1,
+            buckets: OnceCell::new(),
             live: Mapped::new(live.0, live.1)?,
             links: Mapped::new(links.0, links.1)?,
             pass: Pass::default(),
         })
     }
 
-    pub(super) fn buckets(&self) -> u32 {
-        self.buckets.len() as u32
+    /// The buckets, mapped from now on if they were not.
+    fn buckets(&self) -> io::Result<&Buckets> {
+        if let Some(buckets) = self.buckets.get() {
+            return Ok(buckets);
+        }
+        let buckets = self.map_buckets()?;
+        Ok(self.buckets.get_or_init(|| buckets))
+    }
+
+    fn map_buckets(&self) -> io::Result<Buckets> {
+        Mapped::new(self.map.as_fd(), self.count)
     }
 
     /// The buckets of a step, and where the next begins.
     fn step(&self, position: Option<Position>) -> (std::ops::Range<usize>, Option<Position>) {
         let start = position.map_or(0, |Position(start)| start as usize);
-        let end = self.buckets.len().min(start.saturating_add(STEP));
-        let next = (end < self.buckets.len()).then_some(Position(end as u32));
+        let count = self.count as usize;
+        let end = count.min(start.saturating_add(STEP));
+        let next = (end < count).then_some(Position(end as u32));
         (start.min(end)..end, next)
     }
 
@@ -157,27 +176,31 @@ impl FlowTable {
         context: &mut Context<'_>,
         position: Option<Position>,
         visit: &mut dyn FnMut(&FlowKey, &Flow),
-    ) -> Option<Position> {
-        let (buckets, next) = self.step(position);
-        for bucket in buckets.filter_map(|index| self.buckets.get(index)) {
+    ) -> io::Result<Option<Position>> {
+        let buckets = self.buckets()?;
+        let (indices, next) = self.step(position);
+        for bucket in indices.filter_map(|index| buckets.get(index)) {
             for unit in 0..UNITS {
                 if let Some((key, found)) = flow_at(bucket, unit, context) {
                     visit(&key, &flow(&found, &key, context));
                 }
             }
         }
-        next
+        Ok(next)
     }
 
     /// Removes the flow of a client's 5-tuple, and counts its end, unless a packet of it was seen at or after
     /// `unless_seen_since`; tells how many flows that were.
-    pub(super) fn remove(&self, context: &mut Context<'_>, key: &FlowKey, unless_seen_since: u64) -> u64 {
+    pub(super) fn remove(
+        &self,
+        context: &mut Context<'_>,
+        key: &FlowKey,
+        unless_seen_since: u64,
+    ) -> io::Result<u64> {
+        let buckets = self.buckets()?;
         let seed = context.settings.table_seed;
         let hash = end_hash(seed, &key.source, key.source_port, key.protocol);
-        let places = [
-            bucket_of(hash, self.buckets()),
-            second_bucket_of(hash, self.buckets()),
-        ];
+        let places = [bucket_of(hash, self.count), second_bucket_of(hash, self.count)];
         let places = if places[0] == places[1] {
             &places[..1]
         } else {
@@ -185,7 +208,7 @@ impl FlowTable {
         };
         let mut removed = 0;
         for (bucket, unit) in (places.iter())
-            .filter_map(|index| self.buckets.get(*index as usize))
+            .filter_map(|index| buckets.get(*index as usize))
             .flat_map(|bucket| (0..UNITS).map(move |unit| (bucket, unit)))
         {
             // Anew where a packet has changed it meanwhile.
@@ -203,7 +226,7 @@ impl FlowTable {
                 }
             }
         }
-        removed
+        Ok(removed)
     }
 
     /// See [`Datapath::tidy_flows`](super::Datapath::tidy_flows). `backend` gives the backend of an id, in use or not.
@@ -213,32 +236,38 @@ impl FlowTable {
         now: u64,
         backend: &mut dyn FnMut(u32) -> Backend,
         position: Option<Position>,
-    ) -> Option<Position> {
+    ) -> io::Result<Option<Position>> {
+        let buckets = match self.buckets.take() {
+            Some(buckets) => buckets,
+            None => self.map_buckets()?,
+        };
         if position.is_none() {
             self.pass.busy_before = mem::take(&mut self.pass.busy);
             self.pass.links.clear();
         }
-        let (buckets, next) = self.step(position);
-        for index in buckets {
+        let (indices, next) = self.step(position);
+        for index in indices {
             for unit in 0..UNITS {
-                self.tidy_unit(settings, now, backend, index, unit);
+                self.tidy_unit(&buckets, settings, now, backend, (index, unit));
             }
         }
         if next.is_none() {
             self.free_links();
+        } else {
+            self.buckets = OnceCell::from(buckets);
         }
-        next
+        Ok(next)
     }
 
     fn tidy_unit(
         &mut self,
+        buckets: &Buckets,
         settings: &Settings,
         now: u64,
         backend: &mut dyn FnMut(u32) -> Backend,
-        index: usize,
-        unit: usize,
+        (index, unit): (usize, usize),
     ) {
-        let Some(bucket) = self.buckets.get(index) else {
+        let Some(bucket) = buckets.get(index) else {
             return;
         };
         if is_address(bucket, unit) {
@@ -284,40 +313,9 @@ impl FlowTable {
         }
         if kind != Kind::Alias {
             self.pass.links.insert(found.meta.link());
-        } else if !self.leads_to_flow(settings, &backend(found.meta.backend()), index, &found) {
+        } else if !leads_to_flow(buckets, settings, &backend(found.meta.backend()), index, &found) {
             remove(bucket, &found);
         }
-    }
-
-    /// Tells whether there is the flow that an alias in a bucket leads to, as the program does for a reply.
-    fn leads_to_flow(&self, settings: &Settings, backend: &Backend, index: usize, alias: &Found) -> bool {
-        let Some(bucket) = self.buckets.get(alias.key as u32 as usize >> 3) else {
-            return false;
-        };
-        let port = (alias.key >> 32) as u16;
-        let unit = alias.key as usize & 6;
-        if Meta(bucket.load(meta_at(unit))).is_busy() {
-            // Of a flow that is being written.
-            return true;
-        }
-        let Some(found) = at(bucket, unit, Kind::Long, u64::from(port) << 32, 0xffff << 32) else {
-            return false;
-        };
-        let Some(client) = client_of_long(bucket, &found) else {
-            return false;
-        };
-        let source = if found.meta.forward() == Forward::FullNat.number() {
-            backend.source
-        } else {
-            client
-        };
-        let hash = end_hash(settings.table_seed, &source, port, protocol(found.meta));
-        found.meta.of_kind(Kind::Alias).is_of_same(alias.meta)
-            && [
-                bucket_of(hash, self.buckets()),
-                second_bucket_of(hash, self.buckets()),
-            ]
-            .contains(&(index as u32))
     }
 
     /// Frees the ways back to clients that no flow had in this pass and the one before.
@@ -359,6 +357,43 @@ impl FlowTable {
         let added = live.map(|live| live[word].fetch_add(count, Ordering::SeqCst));
         added.is_some()
     }
+}
+
+/// Tells whether there is the flow that an alias in a bucket leads to, as the program does for a reply.
+fn leads_to_flow(
+    buckets: &Buckets,
+    settings: &Settings,
+    backend: &Backend,
+    index: usize,
+    alias: &Found,
+) -> bool {
+    let Some(bucket) = buckets.get(alias.key as u32 as usize >> 3) else {
+        return false;
+    };
+    let port = (alias.key >> 32) as u16;
+    let unit = alias.key as usize & 6;
+    if Meta(bucket.load(meta_at(unit))).is_busy() {
+        // Of a flow that is being written.
+        return true;
+    }
+    let Some(found) = at(bucket, unit, Kind::Long, u64::from(port) << 32, 0xffff << 32) else {
+        return false;
+    };
+    let Some(client) = client_of_long(bucket, &found) else {
+        return false;
+    };
+    let source = if found.meta.forward() == Forward::FullNat.number() {
+        backend.source
+    } else {
+        client
+    };
+    let hash = end_hash(settings.table_seed, &source, port, protocol(found.meta));
+    found.meta.of_kind(Kind::Alias).is_of_same(alias.meta)
+        && [
+            bucket_of(hash, buckets.len() as u32),
+            second_bucket_of(hash, buckets.len() as u32),
+        ]
+        .contains(&(index as u32))
 }
 
 /// The flow at a unit, and its client's 5-tuple.

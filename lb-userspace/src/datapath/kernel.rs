@@ -481,12 +481,15 @@ impl KernelDatapath {
             }
         })
         .map_err(|source| DatapathError::new("read", "SERVICES", source))?;
+        let mut backends = Vec::new();
         syscall::for_each(self.backends.map().fd().as_fd(), |id: &u32, backend: &Backend| {
             if backend.service_plus_one != 0 {
-                contents.backends.insert(*id, *backend);
+                backends.push((*id, *backend));
             }
         })
         .map_err(|source| DatapathError::new("read", "BACKENDS", source))?;
+        // All at once: a tree that grows at its end is left half empty.
+        contents.backends = backends.into_iter().collect();
         syscall::for_each(
             self.source_filters.map().fd().as_fd(),
             |entry: &FilterEntry, value: &u32| {
@@ -637,7 +640,8 @@ impl Datapath for KernelDatapath {
         position: Option<Position>,
         visit: &mut dyn FnMut(&FlowKey, &Flow),
     ) -> Result<Option<Position>, DatapathError> {
-        self.with_context(|table, context| table.some_flows(context, position, visit))
+        self.with_context(|table, context| table.some_flows(context, position, visit))?
+            .map_err(flows_unmapped)
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
@@ -647,8 +651,9 @@ impl Datapath for KernelDatapath {
         self.with_context(|table, context| {
             keys.iter()
                 .map(|key| table.remove(context, key, unless_seen_since))
-                .sum()
-        })
+                .sum::<io::Result<u64>>()
+        })?
+        .map_err(flows_unmapped)
     }
 
     fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
@@ -659,7 +664,9 @@ impl Datapath for KernelDatapath {
                 .entry(id)
                 .or_insert_with(|| read_entry(backends, id, "BACKENDS", &mut problem))
         };
-        let next = (self.flow_table).tidy(&settings, monotonic_now(), &mut backend, position);
+        let next = (self.flow_table)
+            .tidy(&settings, monotonic_now(), &mut backend, position)
+            .map_err(flows_unmapped)?;
         problem.map_or(Ok(next), Err)
     }
 
@@ -699,6 +706,10 @@ impl Datapath for KernelDatapath {
             .map_err(|error| DatapathError::new("read", BACKEND_COUNTERS, error))?;
         Ok(result)
     }
+}
+
+fn flows_unmapped(source: io::Error) -> DatapathError {
+    DatapathError::new("map the memory of", FLOWS, source)
 }
 
 fn no_backend(operation: &'static str, id: u32) -> DatapathError {
@@ -765,12 +776,12 @@ fn by_reason(map: &PerCpuArray<MapData, Raw<Count>>, first: u32) -> io::Result<V
         .collect())
 }
 
-/// The counters of backends by id, those of all CPUs together; ids beyond the end have none.
+/// The counters of backends in the order of their ids, those of all CPUs together; ids beyond the end have none.
 fn by_backend(
     map: &PerCpuArray<MapData, Raw<BackendCounters>>,
     ids: &[u32],
     entries: u32,
-) -> io::Result<BTreeMap<u32, BackendCounters>> {
+) -> io::Result<Vec<(u32, BackendCounters)>> {
     /// Read at once: with an entry each, ten thousand backends would be as many system calls every second.
     const AT_ONCE: u32 = 1024;
     let cpus = nr_cpus().map_err(|(_, error)| error)?;
@@ -786,12 +797,7 @@ fn by_backend(
         let values: Vec<BackendCounters> = syscall::some_per_cpu(map.map().fd().as_fd(), first, count, cpus)?;
         for id in these {
             let mut total = BackendCounters::default();
-            for cpu in values
-                .chunks(cpus)
-                .nth((id - first) as usize)
-                .into_iter()
-                .flatten()
-            {
+            for cpu in values.iter().skip((id - first) as usize * cpus).take(cpus) {
                 counters::add(&mut total.forwarded, &cpu.forwarded);
                 counters::add(&mut total.returned, &cpu.returned);
                 total.flows += cpu.flows;
@@ -799,8 +805,7 @@ fn by_backend(
             totals.push((*id, total));
         }
     }
-    // All at once, since they are in order.
-    Ok(totals.into_iter().collect())
+    Ok(totals)
 }
 
 /// A counter of all CPUs together.

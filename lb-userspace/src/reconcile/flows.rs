@@ -361,7 +361,7 @@ fn belongs(key: &FlowKey, flow: &Flow, contents: &Contents) -> bool {
 pub fn drained(model: &Model, directory: &Directory, now: SystemTime) -> BTreeSet<u32> {
     let mut ids = BTreeSet::new();
     for service in &model.config.services {
-        for backend in &service.backends {
+        for (backend, id) in service.backends.iter().zip(directory.backends_of(service)) {
             let Administrative::Draining { since } = model.administrative_of(service, &backend.name) else {
                 continue;
             };
@@ -369,8 +369,9 @@ pub fn drained(model: &Model, directory: &Directory, now: SystemTime) -> BTreeSe
             let is_over = now
                 .duration_since(since)
                 .is_ok_and(|drained| drained >= service.drain_timeout);
-            let name = (service.name.clone(), backend.name.clone());
-            ids.extend(directory.backends.get(&name).filter(|_| is_over));
+            if is_over {
+                ids.insert(*id);
+            }
         }
     }
     ids
