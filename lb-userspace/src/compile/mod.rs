@@ -14,7 +14,6 @@ mod slots;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    mem,
     net::IpAddr,
     time::Duration,
 };
@@ -115,18 +114,20 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
         settings: settings(model, &actual.settings),
         ..Contents::default()
     };
+    let mut backends = Vec::new();
     for service in &model.config.services {
         let Some(id) = directory.services.get(&service.name) else {
             continue;
         };
-        let candidates = add_service(&mut contents, *id, service, &directory, model, actual);
+        let candidates = add_backends(&mut backends, *id, service, &directory, model, actual);
         contents.pools.insert(*id, tables.pool(service, candidates));
+        add_service(&mut contents, *id, service);
     }
     tables.retain_used();
+    // All at once: a tree that grows at its end is left half empty, and this is the largest.
+    contents.backends = backends.into_iter().collect();
     add_removed_services(&mut contents, model, actual);
     add_removed_backends(&mut contents, &directory, model, actual);
-    // Made anew at once: a tree that has grown at its end is half empty, and this one is the largest.
-    contents.backends = mem::take(&mut contents.backends).into_iter().collect();
     if contents.service_keys.keys().any(|key| key.port == 0) {
         contents.settings.flags |= SettingsFlags::ANY_PORT;
     }
@@ -154,13 +155,13 @@ pub fn follow_states(
     actual: &Contents,
 ) -> Option<Vec<Operation>> {
     let id = *directory.services.get(&service.name)?;
-    let mut contents = Contents::default();
-    let candidates = add_service(&mut contents, id, service, directory, model, actual);
+    let mut backends = Vec::new();
+    let candidates = add_backends(&mut backends, id, service, directory, model, actual);
     let pool = tables.pool(service, candidates);
     // The entries come before the pool that leads to them.
-    let mut operations: Vec<Operation> = (contents.backends.iter())
+    let mut operations: Vec<Operation> = (backends.into_iter())
         .filter(|(id, backend)| actual.backends.get(id) != Some(backend))
-        .map(|(id, backend)| Operation::PutBackend(*id, *backend))
+        .map(|(id, backend)| Operation::PutBackend(id, backend))
         .collect();
     if actual.pools.get(&id) != Some(&pool) {
         operations.push(Operation::PutPool(id, pool));
@@ -258,9 +259,9 @@ fn nanoseconds(duration: Duration) -> u64 {
     duration.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
-/// Adds a service and its backends; gives those that new flows may be put on.
-fn add_service(
-    contents: &mut Contents,
+/// Adds the backends of a service by their ids; gives those that new flows may be put on.
+fn add_backends(
+    entries: &mut Vec<(u32, abi::Backend)>,
     id: u32,
     service: &Service,
     directory: &Directory,
@@ -292,18 +293,20 @@ fn add_service(
         if let Some(former) = actual.backends.get(&backend_id) {
             follow_source(&mut entry, former, service.forward);
         }
-        contents.backends.insert(backend_id, entry);
+        entries.push((backend_id, entry));
         if share.is_candidate {
             candidates.push(candidate);
         }
     }
+    candidates
+}
 
+fn add_service(contents: &mut Contents, id: u32, service: &Service) {
     contents.services.insert(id, service_entry(service));
     contents
         .service_keys
         .extend(identity::keys(service).map(|key| (key, id)));
     contents.source_filters.extend(filters::of_service(id, service));
-    candidates
 }
 
 fn forward_in_maps(forward: Forward) -> abi::Forward {

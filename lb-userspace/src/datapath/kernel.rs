@@ -1,6 +1,7 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, HashMap as Seen},
     fmt, fs, io,
     os::fd::AsFd,
@@ -75,6 +76,8 @@ pub struct Attachment {
 pub struct KernelDatapath {
     pins: Pins,
     sizes: Sizes,
+    /// Whether the maps were made just now and nobody has looked at them.
+    is_new: Cell<bool>,
     /// Holds the program; the maps are taken out of it.
     ebpf: Ebpf,
     settings: Array<MapData, Raw<Settings>>,
@@ -237,6 +240,7 @@ impl KernelDatapath {
     pub fn open(pins: Pins, sizes: Sizes) -> Result<Self, DatapathError> {
         pins.create()?;
         let sizes = pinned_sizes(&pins, sizes)?;
+        let is_new = maps(&sizes).iter().all(|layout| !pins.map(layout.name).exists());
         let flow_buckets = buckets(sizes.flows);
         let mut loader = EbpfLoader::new();
         loader
@@ -297,6 +301,7 @@ impl KernelDatapath {
             ebpf,
             pins,
             sizes,
+            is_new: Cell::new(is_new),
         })
     }
 
@@ -557,6 +562,9 @@ impl Mode {
 
 impl Datapath for KernelDatapath {
     fn read(&self) -> Result<Contents, DatapathError> {
+        if self.is_new.take() {
+            return Ok(Contents::default());
+        }
         let mut contents = self.read_all_but_pools()?;
         let mut seen = Seen::new();
         // Those of services alone: without one no packet finds a pool, and it is replaced when the id is given to one.
@@ -566,6 +574,13 @@ impl Datapath for KernelDatapath {
             }
         }
         Ok(contents)
+    }
+
+    fn prepare(&mut self, operations: &[Operation]) {
+        self.pools.prepare(operations.iter().filter_map(|operation| match operation {
+            Operation::PutPool(_, pool) => Some(pool),
+            _ => None,
+        }));
     }
 
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError> {

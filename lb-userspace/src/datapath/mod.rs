@@ -160,6 +160,11 @@ pub trait Datapath: Send {
     /// Reads back everything that the reconciler governs.
     fn read(&self) -> Result<Contents, DatapathError>;
 
+    /// Says which changes are made next, in this order, so that what takes long can begin.
+    fn prepare(&mut self, operations: &[Operation]) {
+        let _ = operations;
+    }
+
     /// Makes one change.
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError>;
 

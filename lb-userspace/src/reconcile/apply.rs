@@ -88,6 +88,7 @@ impl<D: Datapath> Reconciler<D> {
 
     /// Makes these changes to the maps; those before one that fails are recorded.
     fn carry_out(&mut self, operations: &[Operation]) -> Result<(), ReconcileError> {
+        self.datapath.prepare(operations);
         let total = operations.len();
         for (index, operation) in operations.iter().enumerate() {
             match self.datapath.apply(operation) {
