@@ -294,10 +294,11 @@ impl Controller {
                 problems.push(chain(error));
                 Default::default()
             });
-        let live = self
+        let live: BTreeMap<u32, LiveCount> = self
             .reconciler
             .datapath()
             .live_counts(&backends)
+            .map(|counts| iter::zip(backends, counts).collect())
             .unwrap_or_else(|error| {
                 problems.push(chain(error));
                 Default::default()

@@ -76,7 +76,7 @@ pub struct Attachment {
 pub struct KernelDatapath {
     pins: Pins,
     sizes: Sizes,
-    /// Whether the maps were made just now and nobody has looked at them.
+    /// Whether the maps were made just now and nothing was done with them.
     is_new: Cell<bool>,
     /// Holds the program; the maps are taken out of it.
     ebpf: Ebpf,
@@ -577,13 +577,15 @@ impl Datapath for KernelDatapath {
     }
 
     fn prepare(&mut self, operations: &[Operation]) {
-        self.pools.prepare(operations.iter().filter_map(|operation| match operation {
-            Operation::PutPool(_, pool) => Some(pool),
-            _ => None,
-        }));
+        self.pools
+            .prepare(operations.iter().filter_map(|operation| match operation {
+                Operation::PutPool(_, pool) => Some(pool),
+                _ => None,
+            }));
     }
 
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError> {
+        self.is_new.set(false);
         match operation {
             Operation::PutSettings(settings) => {
                 (self.settings.set(0, Raw(*settings), 0))
@@ -617,7 +619,7 @@ impl Datapath for KernelDatapath {
                 self.backends
                     .set(*id, Raw(Backend::default()), 0)
                     .map_err(|error| failed("delete", &object, error))?;
-                self.flow_table.clear_live(*id);
+                self.flow_table.clear_live(*id).map_err(live_unmapped)?;
                 zero(&mut self.backend_counters, *id, BackendCounters::default())
                     .map_err(|error| failed("clear", &object, error))
             }
@@ -685,16 +687,16 @@ impl Datapath for KernelDatapath {
         problem.map_or(Ok(next), Err)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
+    fn live_counts(&self, backends: &[u32]) -> Result<Vec<LiveCount>, DatapathError> {
         let live = |id: &u32| {
-            let count = self.flow_table.live(*id).ok_or_else(|| no_backend("read", *id))?;
-            Ok((*id, count))
+            let count = self.flow_table.live(*id).map_err(live_unmapped)?;
+            count.ok_or_else(|| no_backend("read", *id))
         };
         backends.iter().map(live).collect()
     }
 
     fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
-        if self.flow_table.adjust_live(backend, by) {
+        if self.flow_table.adjust_live(backend, by).map_err(live_unmapped)? {
             Ok(())
         } else {
             Err(no_backend("update", backend))
@@ -721,6 +723,10 @@ impl Datapath for KernelDatapath {
             .map_err(|error| DatapathError::new("read", BACKEND_COUNTERS, error))?;
         Ok(result)
     }
+}
+
+fn live_unmapped(source: io::Error) -> DatapathError {
+    DatapathError::new("map the memory of", LIVE, source)
 }
 
 fn flows_unmapped(source: io::Error) -> DatapathError {

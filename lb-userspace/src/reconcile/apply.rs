@@ -67,8 +67,10 @@ impl<D: Datapath> Reconciler<D> {
     pub fn reconcile(&mut self, desired: Contents) -> Result<Applied, ReconcileError> {
         let operations = plan(&self.actual, &desired);
         self.carry_out(&operations)?;
-        // What recording each of them would come to, in trees that are full.
-        self.actual = desired;
+        if !operations.is_empty() {
+            // What recording each of them would come to, in trees that are full.
+            self.actual = desired;
+        }
         Ok(Applied {
             operations: operations.len(),
         })
@@ -122,7 +124,9 @@ impl<D: Datapath> Reconciler<D> {
     pub fn refresh(&mut self) -> Result<usize, ReconcileError> {
         let read = self.datapath.read().map_err(ReconcileError::Read)?;
         let changes = plan(&self.actual, &read).len();
-        self.actual = read;
+        if changes > 0 {
+            self.actual = read;
+        }
         Ok(changes)
     }
 

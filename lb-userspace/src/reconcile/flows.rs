@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     time::SystemTime,
 };
 
@@ -76,8 +77,8 @@ pub struct Step {
 pub struct Sweep {
     scope: Scope,
     position: Option<Position>,
-    /// By backend id, when the sweep began.
-    before: BTreeMap<u32, LiveCount>,
+    /// With the backend's id, when the sweep began.
+    before: Vec<(u32, LiveCount)>,
     /// Backends and services that had left by then: all of their flows are met.
     removed_before: BTreeSet<u32>,
     left_before: BTreeSet<u32>,
@@ -111,7 +112,9 @@ impl Sweep {
         Ok(Self {
             scope: scope.clone(),
             position: None,
-            before: datapath.live_counts(&backends)?,
+            before: iter::zip(datapath.live_counts(&backends)?, backends)
+                .map(|(count, id)| (id, count))
+                .collect(),
             removed_before: removed_before.collect(),
             left_before: removed_services(contents).collect(),
             renews_ages: contents.settings.flags & SettingsFlags::AGELESS != 0,
@@ -246,12 +249,10 @@ impl Sweep {
         if !self.is_exact {
             return Ok(drift);
         }
-        let ids: Vec<u32> = (self.before.keys())
-            .filter(|id| contents.backends.contains_key(id))
-            .copied()
-            .collect();
-        for (id, after) in datapath.live_counts(&ids)? {
-            let before = self.before.get(&id).copied().unwrap_or_default();
+        let still_there = (self.before.iter()).filter(|(id, _)| contents.backends.contains_key(id));
+        let (ids, before): (Vec<u32>, Vec<LiveCount>) = still_there.copied().unzip();
+        let after = datapath.live_counts(&ids)?;
+        for (id, (before, after)) in iter::zip(ids, iter::zip(before, after)) {
             let met = self.open.get(&id).copied().unwrap_or(0);
             let by = least_drift(before, after, met);
             let former = self.scope.drift.get(&id).copied().unwrap_or(0);

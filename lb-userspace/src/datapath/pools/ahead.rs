@@ -45,7 +45,11 @@ impl Ahead {
                     }
                 }
             };
-            if thread::Builder::new().name("tables".to_owned()).spawn(make).is_err() {
+            if thread::Builder::new()
+                .name("tables".to_owned())
+                .spawn(make)
+                .is_err()
+            {
                 // Each table is made when it is written.
                 return Self::default();
             }
