@@ -179,7 +179,6 @@ impl Sweep {
             }
             self.is_exact = false;
         }
-        datapath.tidy_flows(position)?;
         let resets = (visited.live.iter())
             .filter_map(|(key, flow)| self.reset(key, flow, contents))
             .collect();
@@ -195,6 +194,8 @@ impl Sweep {
             Some(_) => None,
             None => Some(self.finish(datapath, contents)?),
         };
+        // At last: with the last part of the table nobody looks at it any more.
+        datapath.tidy_flows(position)?;
         Ok(Step {
             resets,
             closes,
