@@ -34,6 +34,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
 /// How often shares of backends that start slowly are looked at.
 const RAMP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often memory that is free is given back.
+const RETURN_INTERVAL: Duration = Duration::from_secs(10);
 /// How often counters are read for rates.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -114,6 +116,7 @@ pub async fn run(
     let mut repairs = ticks(REPAIR_INTERVAL);
     let mut samples = ticks(SAMPLE_INTERVAL);
     let mut ramps = ticks(RAMP_INTERVAL);
+    let mut returns = ticks(RETURN_INTERVAL);
     loop {
         tokio::select! {
             Some(transition) = transition.recv() => controller.transition(transition),
@@ -124,18 +127,14 @@ pub async fn run(
             Some(request) = request.recv() => answer(&mut controller, request).await,
             _ = hang_up.recv() => if let Err(refused) = controller.reload().await {
                 error!("reload: {}", refused.message);
-            } else {
-                allocator::give_back();
             },
             _ = sweeps.tick() => controller.sweep_soon(),
             // Not at once: what else has happened comes between two steps.
             () = yield_now(), if controller.has_steps() => controller.step(),
             _ = ramps.tick(), if controller.is_ramping() => controller.ramp(),
-            _ = repairs.tick() => {
-                controller.repair().await;
-                allocator::give_back();
-            }
+            _ = repairs.tick() => controller.repair().await,
             _ = samples.tick() => controller.sample(),
+            _ = returns.tick() => allocator::give_back(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");
             }
