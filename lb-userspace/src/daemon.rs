@@ -123,6 +123,8 @@ pub async fn run(
             Ok(()) = next_hops.changed() => {
                 let changed = next_hops.borrow_and_update().clone();
                 controller.next_hops(changed);
+                // There are many at the start, and each has all be compiled.
+                allocator::give_back();
             }
             Some(request) = request.recv() => answer(&mut controller, request).await,
             _ = hang_up.recv() => if let Err(refused) = controller.reload().await {
