@@ -275,7 +275,7 @@ impl Controller {
 
     /// Takes a reading of the counters, for rates.
     pub fn sample(&mut self) {
-        let backends: Vec<u32> = self.directory.backends.values().copied().collect();
+        let backends = self.directory.all_backends();
         if let Ok(counters) = self.reconciler.datapath().counters(&[], &backends) {
             self.rates.add(Instant::now(), &counters);
         }
@@ -284,7 +284,7 @@ impl Controller {
     /// The state of everything.
     pub fn status(&self) -> Status {
         let services: Vec<u32> = self.directory.services.values().copied().collect();
-        let backends: Vec<u32> = self.directory.backends.values().copied().collect();
+        let backends = self.directory.all_backends();
         let mut problems: Vec<String> = self.problems.values().cloned().collect();
         let counters = self
             .reconciler
@@ -294,10 +294,11 @@ impl Controller {
                 problems.push(chain(error));
                 Default::default()
             });
-        let live = self
+        let live: BTreeMap<u32, LiveCount> = self
             .reconciler
             .datapath()
             .live_counts(&backends)
+            .map(|counts| iter::zip(backends, counts).collect())
             .unwrap_or_else(|error| {
                 problems.push(chain(error));
                 Default::default()
@@ -316,10 +317,10 @@ impl Controller {
                 .copied()
                 .unwrap_or(u32::MAX);
             let shares = compile::shares(self.reconciler.actual(), id);
-            let backend_status = |backend: &config::Backend| {
+            let ids = self.directory.backends_of(service).iter().copied();
+            let backend_status = |(backend, id): (&config::Backend, u32)| {
                 let name: BackendName = (service.name.clone(), backend.name.clone());
-                let id = self.directory.backends.get(&name).copied().unwrap_or(0);
-                let counted = counters.backends.get(&id).copied().unwrap_or_default();
+                let counted = counters.of_backend(id);
                 let rate = self.rates.of(id);
                 BackendStatus {
                     name: backend.name.clone(),
@@ -377,7 +378,12 @@ impl Controller {
                     .get(&id)
                     .map(|counts| by_reason(counts))
                     .unwrap_or_default(),
-                backends: service.backends.iter().map(backend_status).collect(),
+                backends: service
+                    .backends
+                    .iter()
+                    .zip(ids.chain(iter::repeat(0)))
+                    .map(backend_status)
+                    .collect(),
             }
         };
         Status {

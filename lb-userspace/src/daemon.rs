@@ -12,11 +12,12 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     task::yield_now,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval_at},
 };
 use tracing::{error, info, warn};
 
 use crate::{
+    allocator,
     api::{Request, server},
     config::Config,
     controller::{Controller, Parts},
@@ -33,6 +34,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
 /// How often shares of backends that start slowly are looked at.
 const RAMP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often memory that is free is given back.
+const RETURN_INTERVAL: Duration = Duration::from_secs(10);
 /// How often counters are read for rates.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -101,8 +104,11 @@ pub async fn run(
     let mut api = tokio::spawn(server::serve(listener, requests));
     info!(socket = %socket.0.display(), "ready");
 
+    allocator::give_back();
+
     let ticks = |period| {
-        let mut ticks = interval(period);
+        // The start has done by itself what is done anew at each.
+        let mut ticks = interval_at(Instant::now() + period, period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks
     };
@@ -110,12 +116,15 @@ pub async fn run(
     let mut repairs = ticks(REPAIR_INTERVAL);
     let mut samples = ticks(SAMPLE_INTERVAL);
     let mut ramps = ticks(RAMP_INTERVAL);
+    let mut returns = ticks(RETURN_INTERVAL);
     loop {
         tokio::select! {
             Some(transition) = transition.recv() => controller.transition(transition),
             Ok(()) = next_hops.changed() => {
                 let changed = next_hops.borrow_and_update().clone();
                 controller.next_hops(changed);
+                // There are many at the start, and each has all be compiled.
+                allocator::give_back();
             }
             Some(request) = request.recv() => answer(&mut controller, request).await,
             _ = hang_up.recv() => if let Err(refused) = controller.reload().await {
@@ -127,6 +136,7 @@ pub async fn run(
             _ = ramps.tick(), if controller.is_ramping() => controller.ramp(),
             _ = repairs.tick() => controller.repair().await,
             _ = samples.tick() => controller.sample(),
+            _ = returns.tick() => allocator::give_back(),
             result = &mut api => {
                 bail!("the control API has ended: {result:?}");
             }

@@ -3,6 +3,7 @@
 //! `ARCHITECTURE.md` at the top of the repository tells which way a packet, a change of configuration, a health
 //! transition and a metric take through these modules.
 
+mod allocator;
 pub mod api;
 pub mod cli;
 pub mod compile;

@@ -644,7 +644,7 @@ impl Fixture {
         let mut counted = Counted {
             totals,
             reasons: of_service(None, &counters.reasons).chain(of_services).collect(),
-            backends: counters.backends,
+            backends: counters.backends.into_iter().collect(),
         };
         counted.reasons.retain(|_, count| *count != Count::default());
         counted
@@ -652,7 +652,7 @@ impl Fixture {
 
     /// Live flows of a backend.
     pub(crate) fn live(&mut self, backend: u32) -> u64 {
-        self.datapath().live_counts(&[backend]).unwrap()[&backend].flows()
+        self.datapath().live_counts(&[backend]).unwrap()[0].flows()
     }
 
     /// Has a backend have more live flows or fewer, as the daemon does when it has found a count wrong.

@@ -88,7 +88,9 @@ pub(crate) struct Machine<'a> {
 pub(crate) fn boot(machine: &Machine<'_>) -> Result<u8> {
     let folder = RunFolder::create()?;
     let initramfs = pack(machine, &folder.0)?;
-    let mut accelerations = vec!["tcg,thread=multi"];
+    // One thread for all processors: with more, one may still run a breakpoint of the kernel's that another has just
+    // replaced (text_poke_bp), of which the kernel then knows nothing and panics.
+    let mut accelerations = vec!["tcg,thread=single"];
     if kvm_may_work() {
         accelerations.insert(0, "kvm");
     }

@@ -34,7 +34,7 @@ pub use self::{
 use crate::{
     config::{Backend, Forward, Protocol, Service, Strategy},
     datapath::{Contents, Operation, Sizes},
-    model::{Administrative, BackendName, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
+    model::{Administrative, Health, Model, TCP_CLOSING_TIMEOUT, TCP_OPENING_TIMEOUT},
 };
 
 /// Name of the loopback interface in every network namespace.
@@ -52,8 +52,20 @@ pub struct Compiled {
 pub struct Directory {
     /// By name.
     pub services: BTreeMap<String, u32>,
-    /// By the name of the service and its own.
-    pub backends: BTreeMap<BackendName, u32>,
+    /// By the name of the service, in the order of its backends.
+    pub backends: BTreeMap<String, Vec<u32>>,
+}
+
+impl Directory {
+    /// The ids of a service's backends, in their order; none where the service is not in here.
+    pub fn backends_of(&self, service: &Service) -> &[u32] {
+        self.backends.get(&service.name).map_or(&[], Vec::as_slice)
+    }
+
+    /// The ids of all backends.
+    pub fn all_backends(&self) -> Vec<u32> {
+        self.backends.values().flatten().copied().collect()
+    }
 }
 
 /// Why a configuration does not fit into the maps.
@@ -102,14 +114,18 @@ pub fn compile(tables: &mut SlotTables, model: &Model, actual: &Contents) -> Res
         settings: settings(model, &actual.settings),
         ..Contents::default()
     };
+    let mut backends = Vec::new();
     for service in &model.config.services {
         let Some(id) = directory.services.get(&service.name) else {
             continue;
         };
-        let candidates = add_service(&mut contents, *id, service, &directory, model, actual);
+        let candidates = add_backends(&mut backends, *id, service, &directory, model, actual);
         contents.pools.insert(*id, tables.pool(service, candidates));
+        add_service(&mut contents, *id, service);
     }
     tables.retain_used();
+    // All at once: a tree that grows at its end is left half empty, and this is the largest.
+    contents.backends = backends.into_iter().collect();
     add_removed_services(&mut contents, model, actual);
     add_removed_backends(&mut contents, &directory, model, actual);
     if contents.service_keys.keys().any(|key| key.port == 0) {
@@ -139,18 +155,30 @@ pub fn follow_states(
     actual: &Contents,
 ) -> Option<Vec<Operation>> {
     let id = *directory.services.get(&service.name)?;
-    let mut contents = Contents::default();
-    let candidates = add_service(&mut contents, id, service, directory, model, actual);
+    let mut backends = Vec::new();
+    let candidates = add_backends(&mut backends, id, service, directory, model, actual);
     let pool = tables.pool(service, candidates);
     // The entries come before the pool that leads to them.
-    let mut operations: Vec<Operation> = (contents.backends.iter())
+    let mut operations: Vec<Operation> = (backends.into_iter())
         .filter(|(id, backend)| actual.backends.get(id) != Some(backend))
-        .map(|(id, backend)| Operation::PutBackend(*id, *backend))
+        .map(|(id, backend)| Operation::PutBackend(id, backend))
         .collect();
     if actual.pools.get(&id) != Some(&pool) {
         operations.push(Operation::PutPool(id, pool));
     }
     Some(operations)
+}
+
+/// Tells whether [`compile`] says something else because of what the last sweep has found: something can go from the maps, or
+/// flows age again. It mostly has not.
+pub fn is_changed_by_sweep(model: &Model, actual: &Contents) -> bool {
+    let is_ageless = actual.settings.flags & SettingsFlags::AGELESS != 0;
+    let may_go = |(id, backend): (&u32, &abi::Backend)| {
+        backend.flags & BackendFlags::REMOVED != 0 && model.live_flows.get(id) == Some(&0)
+    };
+    is_ageless && model.ages_are_renewed
+        || !model.left_services.is_empty()
+        || actual.backends.iter().any(may_go)
 }
 
 /// Finds the ids that exist and gives the lowest free ones to the others.
@@ -179,6 +207,7 @@ fn assign_ids(services: &[Service], actual: &Contents, sizes: &Sizes) -> Result<
                 limit: sizes.services as usize,
             })?;
         directory.services.insert(service.name.clone(), id);
+        let mut ids = Vec::with_capacity(service.backends.len());
         for backend in &service.backends {
             let known = known_backends.get(&identity::of_backend(id, backend)).copied();
             let id = known
@@ -188,10 +217,9 @@ fn assign_ids(services: &[Service], actual: &Contents, sizes: &Sizes) -> Result<
                     needed: actual.backends.len() + backends,
                     limit: sizes.backends as usize,
                 })?;
-            directory
-                .backends
-                .insert((service.name.clone(), backend.name.clone()), id);
+            ids.push(id);
         }
+        directory.backends.insert(service.name.clone(), ids);
     }
     Ok(directory)
 }
@@ -231,9 +259,9 @@ fn nanoseconds(duration: Duration) -> u64 {
     duration.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
-/// Adds a service and its backends; gives those that new flows may be put on.
-fn add_service(
-    contents: &mut Contents,
+/// Adds the backends of a service by their ids; gives those that new flows may be put on.
+fn add_backends(
+    entries: &mut Vec<(u32, abi::Backend)>,
     id: u32,
     service: &Service,
     directory: &Directory,
@@ -242,11 +270,11 @@ fn add_service(
 ) -> Vec<Candidate> {
     let mut candidates = Vec::new();
     let shares = candidates::shares(model, service);
-    for (backend, share) in service.backends.iter().zip(shares) {
-        let name = (service.name.clone(), backend.name.clone());
-        let Some(backend_id) = directory.backends.get(&name).copied() else {
-            continue;
-        };
+    let backends = service
+        .backends
+        .iter()
+        .zip(directory.backends_of(service).iter().copied());
+    for ((backend, backend_id), share) in backends.zip(shares) {
         let candidate = Candidate::new(backend_id, model, backend, share.weight);
         let mut entry = abi::Backend {
             address: backend.address.into(),
@@ -265,18 +293,20 @@ fn add_service(
         if let Some(former) = actual.backends.get(&backend_id) {
             follow_source(&mut entry, former, service.forward);
         }
-        contents.backends.insert(backend_id, entry);
+        entries.push((backend_id, entry));
         if share.is_candidate {
             candidates.push(candidate);
         }
     }
+    candidates
+}
 
+fn add_service(contents: &mut Contents, id: u32, service: &Service) {
     contents.services.insert(id, service_entry(service));
     contents
         .service_keys
         .extend(identity::keys(service).map(|key| (key, id)));
     contents.source_filters.extend(filters::of_service(id, service));
-    candidates
 }
 
 fn forward_in_maps(forward: Forward) -> abi::Forward {

@@ -29,8 +29,8 @@ fn compiled(model: &Model, actual: &Contents) -> Compiled {
     compile(&mut SlotTables::default(), model, actual).unwrap()
 }
 
-fn flags_of(compiled: &Compiled, backend: &str) -> u16 {
-    let id = compiled.directory.backends[&(WEB.to_owned(), backend.to_owned())];
+fn flags_of_first(compiled: &Compiled) -> u16 {
+    let id = compiled.directory.backends[WEB][0];
     compiled.contents.backends[&id].flags
 }
 
@@ -91,7 +91,7 @@ fn flags_follow_health_and_administrative_state() {
         let mut model = web();
         model.set_health(WEB, "a", health);
         model.set_administrative(WEB, "a", administrative);
-        let flags = flags_of(&compiled(&model, &Contents::default()), "a");
+        let flags = flags_of_first(&compiled(&model, &Contents::default()));
         assert_eq!(
             flags,
             expected | F::NEXT_HOP_KNOWN,
@@ -106,7 +106,7 @@ fn weight_zero_keeps_flows_and_gets_no_new_ones() {
     model.config.services[0].backends[0].weight = 0;
     let compiled = compiled(&model, &Contents::default());
     assert_eq!(
-        flags_of(&compiled, "a") & (BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP),
+        flags_of_first(&compiled) & (BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP),
         4
     );
     assert_eq!(owners(&compiled, 0), BTreeSet::from([2]));
@@ -133,7 +133,8 @@ fn candidates(model: &Model) -> Vec<(String, u16)> {
     let new = BackendFlags::ACCEPTS_NEW | BackendFlags::KEEPS_UDP;
     let owners = owners(&compiled, 0);
     let mut candidates = Vec::new();
-    for ((_, name), id) in &compiled.directory.backends {
+    let backends = &model.config.services[0].backends;
+    for (Backend { name, .. }, id) in backends.iter().zip(&compiled.directory.backends[WEB]) {
         let flags = compiled.contents.backends[id].flags;
         assert_eq!(
             flags & BackendFlags::ACCEPTS_NEW != 0,
@@ -487,11 +488,8 @@ fn a_service_keeps_its_id_as_long_as_it_keeps_a_key() {
         second.directory.services,
         BTreeMap::from([("shop".to_owned(), 0), ("other".to_owned(), 1)])
     );
-    assert_eq!(second.directory.backends[&("shop".to_owned(), "b".to_owned())], 2);
-    assert_eq!(
-        second.directory.backends[&("other".to_owned(), "a".to_owned())],
-        3
-    );
+    assert_eq!(second.directory.backends["shop"], [1, 2]);
+    assert_eq!(second.directory.backends["other"], [3]);
 }
 
 #[test]
@@ -508,7 +506,7 @@ fn a_removed_backend_stays_until_a_sweep_has_found_no_flow_of_it() {
         first.contents.backends[&1].generation
     );
     assert_eq!(owners(&second, 0), BTreeSet::from([2]));
-    assert!(!second.directory.backends.values().any(|id| *id == 1));
+    assert!(!second.directory.all_backends().contains(&1));
 
     model.live_flows.insert(1, 5);
     let third = compiled(&model, &second.contents);
@@ -518,6 +516,35 @@ fn a_removed_backend_stays_until_a_sweep_has_found_no_flow_of_it() {
     let fourth = compiled(&model, &third.contents);
     assert_eq!(fourth.contents.backends.keys().collect::<Vec<_>>(), [&2]);
     assert_eq!(fourth.contents.addresses.len(), 2);
+}
+
+#[test]
+fn a_sweep_changes_what_the_maps_shall_hold_only_if_it_lets_something_go_or_age() {
+    let first = compiled(&web(), &Contents::default()).contents;
+    let mut model = web();
+    model.live_flows = BTreeMap::from([(1, 5), (2, 0)]);
+    assert!(!is_changed_by_sweep(&model, &first), "both are still there");
+    model.config.services[0].backends.remove(0);
+    let without = compiled(&model, &first).contents;
+    assert!(!is_changed_by_sweep(&model, &without), "it has flows");
+    model.live_flows.insert(1, 0);
+    assert!(is_changed_by_sweep(&model, &without));
+    let after = compiled(&model, &without).contents;
+    assert!(!is_changed_by_sweep(&model, &after), "it is gone");
+
+    model.config.services.clear();
+    let leaving = compiled(&model, &after).contents;
+    model.live_flows = BTreeMap::from([(2, 1)]);
+    assert!(!is_changed_by_sweep(&model, &leaving));
+    model.left_services.insert(0);
+    assert!(is_changed_by_sweep(&model, &leaving));
+
+    let mut model = web();
+    let mut ageless = first;
+    ageless.settings.flags |= SettingsFlags::AGELESS;
+    assert!(!is_changed_by_sweep(&model, &ageless));
+    model.ages_are_renewed = true;
+    assert!(is_changed_by_sweep(&model, &ageless));
 }
 
 #[test]
@@ -535,7 +562,7 @@ fn a_new_backend_gets_an_id_that_no_flow_can_follow() {
     let mut model = web();
     model.config.services[0].backends[0] = backend("c", 13, 8080);
     let second = compiled(&model, &first.contents);
-    assert_eq!(second.directory.backends[&(WEB.to_owned(), "c".to_owned())], 3);
+    assert_eq!(second.directory.backends[WEB], [3, 2]);
 
     // The id is free again, and its next owner has another generation, also when the maps were empty between.
     let mut gone = self::model(Vec::new());
@@ -543,7 +570,7 @@ fn a_new_backend_gets_an_id_that_no_flow_can_follow() {
     (gone.left_services, gone.live_flows) = (BTreeSet::from([0]), BTreeMap::from([(1, 0), (2, 0), (3, 0)]));
     let empty = compiled(&gone, &leaving);
     let third = compiled(&model, &empty.contents);
-    assert_eq!(third.directory.backends[&(WEB.to_owned(), "c".to_owned())], 1);
+    assert_eq!(third.directory.backends[WEB][0], 1);
     assert_ne!(
         third.contents.backends[&1].generation,
         first.contents.backends[&1].generation
@@ -557,10 +584,7 @@ fn the_ids_of_a_removed_service_and_its_backends_are_given_away_once_a_sweep_has
     let mut model = model(vec![other()]);
     let second = compiled(&model, &first);
     assert_eq!(second.directory.services["other"], 1);
-    assert_eq!(
-        second.directory.backends[&("other".to_owned(), "a".to_owned())],
-        3
-    );
+    assert_eq!(second.directory.backends["other"], [3]);
     let leaving = second.contents.services[&0];
     assert_eq!(leaving.flags, ServiceFlags::REMOVED);
     assert_eq!(leaving.vip, first.services[&0].vip, "its flows are told by it");
@@ -584,7 +608,7 @@ fn the_ids_of_a_removed_service_and_its_backends_are_given_away_once_a_sweep_has
         .push(service("new", 30, &[80], vec![backend("b", 12, 0)]));
     let fourth = compiled(&model, &third);
     assert_eq!(fourth.directory.services["new"], 0);
-    assert_eq!(fourth.directory.backends[&("new".to_owned(), "b".to_owned())], 1);
+    assert_eq!(fourth.directory.backends["new"], [1]);
 }
 
 #[test]
@@ -599,8 +623,7 @@ fn a_service_with_another_vip_or_protocol_is_another_one_and_so_is_a_backend_wit
         change(&mut model.config.services[0]);
         let second = compiled(&model, &first.contents);
         assert_eq!(second.directory.services[WEB], 1);
-        let ids: Vec<u32> = second.directory.backends.into_values().collect();
-        assert_eq!(ids, [3, 4]);
+        assert_eq!(second.directory.backends[WEB], [3, 4]);
     }
     let changes: [&dyn Fn(&mut Backend); 2] = [
         &|backend| backend.address = "10.0.0.19".parse().unwrap(),
@@ -610,7 +633,7 @@ fn a_service_with_another_vip_or_protocol_is_another_one_and_so_is_a_backend_wit
         let mut model = web();
         change(&mut model.config.services[0].backends[0]);
         let second = compiled(&model, &first.contents);
-        assert_eq!(second.directory.backends[&(WEB.to_owned(), "a".to_owned())], 3);
+        assert_eq!(second.directory.backends[WEB][0], 3);
     }
 }
 
@@ -843,7 +866,7 @@ fn ten_thousand_services_are_compiled_and_planned() {
     };
     let mut tables = SlotTables::default();
     let compiled = compile(&mut tables, &model, &Contents::default()).unwrap();
-    assert_eq!(compiled.directory.backends.len(), 100_000);
+    assert_eq!(compiled.directory.all_backends().len(), 100_000);
     for operation in plan(&Contents::default(), &compiled.contents) {
         datapath.apply(&operation).unwrap();
     }
@@ -939,6 +962,18 @@ proptest! {
         let second = compiled(&second_model, &first.contents);
         prop_assert_eq!(&first.directory, &second.directory);
         prop_assert_eq!(first.contents, second.contents);
+    }
+
+    #[test]
+    fn a_sweep_that_lets_nothing_go_changes_nothing(before in any_model(), after in any_model(), age_anew: bool) {
+        let actual = compiled(&before, &Contents::default()).contents;
+        let mut model = after;
+        let found = std::mem::take(&mut model.live_flows);
+        let actual = compiled(&model, &actual).contents;
+        (model.live_flows, model.ages_are_renewed) = (found, age_anew);
+        if !is_changed_by_sweep(&model, &actual) {
+            prop_assert_eq!(compiled(&model, &actual).contents, actual);
+        }
     }
 
     #[test]

@@ -12,7 +12,9 @@ mod values;
 
 use std::{
     fs, io,
+    panic::resume_unwind,
     path::{Path, PathBuf},
+    thread,
 };
 
 pub use diagnostic::{Diagnostic, Diagnostics};
@@ -46,6 +48,18 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
 /// # Errors
 /// Every mistake with its place, in the order of the text; never none. A text that is not TOML is told alone.
 pub fn parse(text: &str, name: &str) -> Result<Config, Diagnostics> {
+    // A thread has an arena of its own in glibc: what stays of a large text is then not strewn over the pages of the document,
+    // which are given back.
+    let parsed = thread::scope(|scope| scope.spawn(|| parse_here(text, name)).join());
+    match parsed {
+        #[expect(clippy::redundant_clone, reason = "the copy is in this thread's arena")]
+        Ok(Ok(config)) => Ok(config.clone()),
+        Ok(Err(diagnostics)) => Err(diagnostics),
+        Err(panic) => resume_unwind(panic),
+    }
+}
+
+fn parse_here(text: &str, name: &str) -> Result<Config, Diagnostics> {
     let mut found = Vec::new();
     let config = syntax::document(text, &mut found)
         .and_then(|document| validate::validate(&raw::read(&document, &mut found), &mut found));

@@ -14,6 +14,7 @@ use tracing::warn;
 use super::{Controller, chain};
 use crate::{
     api::{Done, Refused},
+    compile,
     datapath::{Contents, DatapathError, kernel::monotonic_now},
     net::{
         close::{Connection, close},
@@ -190,7 +191,10 @@ impl Controller {
         };
         self.problems.remove("sweep");
         self.take_over(swept);
-        self.converge_or_retry();
+        let has_failed = self.problems.contains_key("converge");
+        if has_failed || compile::is_changed_by_sweep(&self.model, self.reconciler.actual()) {
+            self.converge_or_retry();
+        }
         // If that has failed the next sweep does it again.
         self.model.ages_are_renewed = false;
     }

@@ -13,8 +13,16 @@ pub struct Counters {
     pub reasons: Vec<Count>,
     /// By service id and reason index.
     pub services: BTreeMap<u32, Vec<Count>>,
-    /// By backend id.
-    pub backends: BTreeMap<u32, BackendCounters>,
+    /// With the backend's id, in the order of the ids.
+    pub backends: Vec<(u32, BackendCounters)>,
+}
+
+impl Counters {
+    /// The counters of a backend; zero where they were not read.
+    pub fn of_backend(&self, id: u32) -> BackendCounters {
+        let found = self.backends.binary_search_by_key(&id, |(id, _)| *id);
+        found.map_or_else(|_| BackendCounters::default(), |index| self.backends[index].1)
+    }
 }
 
 /// Adds one count to another.

@@ -1,6 +1,6 @@
 //! A data path that fails now and then, by plan; for tests of what happens then.
 
-use std::{cell::Cell, collections::BTreeMap, io};
+use std::{cell::Cell, io};
 
 use lb_common::{
     abi::{FlowKey, LiveCount},
@@ -102,7 +102,7 @@ impl<D: Datapath> Datapath for FaultyDatapath<D> {
         self.inner.tidy_flows(position)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
+    fn live_counts(&self, backends: &[u32]) -> Result<Vec<LiveCount>, DatapathError> {
         self.call("read", || "live flows".to_owned())?;
         self.inner.live_counts(backends)
     }

@@ -2,10 +2,11 @@
 //! operations as the program's.
 
 use std::{
+    cell::OnceCell,
     collections::BTreeSet,
     io, mem,
     ops::Deref,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     ptr::{self, NonNull},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -100,11 +101,44 @@ pub(super) struct MapOf<'a>(pub BorrowedFd<'a>, pub u32);
 
 /// The flow table, the counts of live flows and the ways back to clients.
 pub(super) struct FlowTable {
-    buckets: Mapped<WORDS>,
-    live: Mapped<LIVE_WORDS>,
-    links: Mapped<LINK_WORDS>,
+    buckets: Mappable<WORDS>,
+    live: Mappable<LIVE_WORDS>,
+    links: Mappable<LINK_WORDS>,
     pass: Pass,
 }
+
+/// An array map whose memory is mapped from when it is looked at until the end of a pass: as long as it is, it counts as
+/// memory of the daemon.
+struct Mappable<const N: usize> {
+    map: OwnedFd,
+    count: u32,
+    mapped: OnceCell<Mapped<N>>,
+}
+
+impl<const N: usize> Mappable<N> {
+    fn new(map: &MapOf<'_>) -> io::Result<Self> {
+        Ok(Self {
+            map: map.0.try_clone_to_owned()?,
+            count: map.1,
+            mapped: OnceCell::new(),
+        })
+    }
+
+    /// Its memory, mapped from now on if it was not.
+    fn get(&self) -> io::Result<&Mapped<N>> {
+        if let Some(mapped) = self.mapped.get() {
+            return Ok(mapped);
+        }
+        let mapped = Mapped::new(self.map.as_fd(), self.count)?;
+        Ok(self.mapped.get_or_init(|| mapped))
+    }
+
+    fn unmap(&mut self) {
+        self.mapped.take();
+    }
+}
+
+type Buckets = Mapped<WORDS>;
 
 /// What [`FlowTable::tidy`] has seen.
 #[derive(Default)]
@@ -116,129 +150,16 @@ struct Pass {
     links: BTreeSet<u32>,
 }
 
-/// What has to be known beside the table to read it.
-pub(super) struct Context<'a> {
-    pub settings: Settings,
-    /// On the clock of [`Flow::last_seen`].
-    pub now: u64,
-    /// The VIP of a service, by id.
-    pub vip: &'a mut dyn FnMut(u32) -> Address,
-}
-
-impl FlowTable {
-    /// Maps the three maps.
-    ///
-    /// # Errors
-    /// What the kernel says to mmap(2).
-    pub(super) fn new(flows: &MapOf<'_>, live: &MapOf<'_>, links: &MapOf<'_>) -> io::Result<Self> {
-        Ok(Self {
-            buckets: Mapped::new(flows.0, flows.1)?,
-            live: Mapped::new(live.0, live.1)?,
-            links: Mapped::new(links.0, links.1)?,
-            pass: Pass::default(),
-        })
-    }
-
-    pub(super) fn buckets(&self) -> u32 {
-        self.buckets.len() as u32
-    }
-
-    /// The buckets of a step, and where the next begins.
-    fn step(&self, position: Option<Position>) -> (std::ops::Range<usize>, Option<Position>) {
-        let start = position.map_or(0, |Position(start)| start as usize);
-        let end = self.buckets.len().min(start.saturating_add(STEP));
-        let next = (end < self.buckets.len()).then_some(Position(end as u32));
-        (start.min(end)..end, next)
-    }
-
-    /// See [`Datapath::some_flows`](super::Datapath::some_flows).
-    pub(super) fn some_flows(
-        &self,
-        context: &mut Context<'_>,
-        position: Option<Position>,
-        visit: &mut dyn FnMut(&FlowKey, &Flow),
-    ) -> Option<Position> {
-        let (buckets, next) = self.step(position);
-        for bucket in buckets.filter_map(|index| self.buckets.get(index)) {
-            for unit in 0..UNITS {
-                if let Some((key, found)) = flow_at(bucket, unit, context) {
-                    visit(&key, &flow(&found, &key, context));
-                }
-            }
-        }
-        next
-    }
-
-    /// Removes the flow of a client's 5-tuple, and counts its end, unless a packet of it was seen at or after
-    /// `unless_seen_since`; tells how many flows that were.
-    pub(super) fn remove(&self, context: &mut Context<'_>, key: &FlowKey, unless_seen_since: u64) -> u64 {
-        let seed = context.settings.table_seed;
-        let hash = end_hash(seed, &key.source, key.source_port, key.protocol);
-        let places = [
-            bucket_of(hash, self.buckets()),
-            second_bucket_of(hash, self.buckets()),
-        ];
-        let places = if places[0] == places[1] {
-            &places[..1]
-        } else {
-            &places[..]
-        };
-        let mut removed = 0;
-        for (bucket, unit) in (places.iter())
-            .filter_map(|index| self.buckets.get(*index as usize))
-            .flat_map(|bucket| (0..UNITS).map(move |unit| (bucket, unit)))
-        {
-            // Anew where a packet has changed it meanwhile.
-            while let Some((_, found)) = flow_at(bucket, unit, context).filter(|(found, _)| found == key) {
-                let last_seen = ageing::last_seen(&context.settings, found.meta, context.now);
-                if unless_seen_since != u64::MAX && last_seen >= unless_seen_since {
-                    break;
-                }
-                if remove(bucket, &found) {
-                    removed += 1;
-                    if !ageing::has_ended(found.meta.forward(), found.meta.state()) {
-                        self.add_live(found.meta.backend(), ENDED, 1);
-                    }
-                    break;
-                }
-            }
-        }
-        removed
-    }
-
-    /// See [`Datapath::tidy_flows`](super::Datapath::tidy_flows). `backend` gives the backend of an id, in use or not.
-    pub(super) fn tidy(
-        &mut self,
-        settings: &Settings,
-        now: u64,
-        backend: &mut dyn FnMut(u32) -> Backend,
-        position: Option<Position>,
-    ) -> Option<Position> {
-        if position.is_none() {
-            self.pass.busy_before = mem::take(&mut self.pass.busy);
-            self.pass.links.clear();
-        }
-        let (buckets, next) = self.step(position);
-        for index in buckets {
-            for unit in 0..UNITS {
-                self.tidy_unit(settings, now, backend, index, unit);
-            }
-        }
-        if next.is_none() {
-            self.free_links();
-        }
-        next
-    }
-
+impl Pass {
     fn tidy_unit(
         &mut self,
+        buckets: &Buckets,
         settings: &Settings,
         now: u64,
         backend: &mut dyn FnMut(u32) -> Backend,
-        index: usize,
-        unit: usize,
+        (index, unit): (usize, usize),
     ) {
-        let Some(bucket) = self.buckets.get(index) else {
+        let Some(bucket) = buckets.get(index) else {
             return;
         };
         if is_address(bucket, unit) {
@@ -254,8 +175,8 @@ impl FlowTable {
         }
         if meta.is_busy() {
             // For so long only if its writer was killed: the program writes without a pause.
-            if !self.pass.busy_before.contains(&(index, unit)) {
-                self.pass.busy.insert((index, unit));
+            if !self.busy_before.contains(&(index, unit)) {
+                self.busy.insert((index, unit));
             } else if meta.is(Kind::Long) {
                 free_long(bucket, unit);
             } else {
@@ -283,48 +204,17 @@ impl FlowTable {
             return;
         }
         if kind != Kind::Alias {
-            self.pass.links.insert(found.meta.link());
-        } else if !self.leads_to_flow(settings, &backend(found.meta.backend()), index, &found) {
+            self.links.insert(found.meta.link());
+        } else if !leads_to_flow(buckets, settings, &backend(found.meta.backend()), index, &found) {
             remove(bucket, &found);
         }
     }
 
-    /// Tells whether there is the flow that an alias in a bucket leads to, as the program does for a reply.
-    fn leads_to_flow(&self, settings: &Settings, backend: &Backend, index: usize, alias: &Found) -> bool {
-        let Some(bucket) = self.buckets.get(alias.key as u32 as usize >> 3) else {
-            return false;
-        };
-        let port = (alias.key >> 32) as u16;
-        let unit = alias.key as usize & 6;
-        if Meta(bucket.load(meta_at(unit))).is_busy() {
-            // Of a flow that is being written.
-            return true;
-        }
-        let Some(found) = at(bucket, unit, Kind::Long, u64::from(port) << 32, 0xffff << 32) else {
-            return false;
-        };
-        let Some(client) = client_of_long(bucket, &found) else {
-            return false;
-        };
-        let source = if found.meta.forward() == Forward::FullNat.number() {
-            backend.source
-        } else {
-            client
-        };
-        let hash = end_hash(settings.table_seed, &source, port, protocol(found.meta));
-        found.meta.of_kind(Kind::Alias).is_of_same(alias.meta)
-            && [
-                bucket_of(hash, self.buckets()),
-                second_bucket_of(hash, self.buckets()),
-            ]
-            .contains(&(index as u32))
-    }
-
     /// Frees the ways back to clients that no flow had in this pass and the one before.
-    fn free_links(&self) {
+    fn free_links(&self, links: &Mapped<LINK_WORDS>) {
         // Index 0 is none.
-        for (index, link) in (0..).zip(self.links.iter()).skip(1) {
-            if self.pass.links.contains(&index) {
+        for (index, link) in (0..).zip(links.iter()).skip(1) {
+            if self.links.contains(&index) {
                 link.swap(LINK_STATE, ClientLink::UNUSED, ClientLink::VALID);
             // The program takes the mark away before it gives the link to a flow.
             } else if !link.swap(LINK_STATE, ClientLink::UNUSED, ClientLink::FREE) {
@@ -332,33 +222,189 @@ impl FlowTable {
             }
         }
     }
+}
 
-    /// The counts of a backend; nothing where there is no such id.
-    pub(super) fn live(&self, backend: u32) -> Option<LiveCount> {
-        let count = self.live.get(backend as usize)?;
-        Some(LiveCount {
-            opened: count.load(OPENED),
-            ended: count.load(ENDED),
+/// What has to be known beside the table to read it.
+pub(super) struct Context<'a> {
+    pub settings: Settings,
+    /// On the clock of [`Flow::last_seen`].
+    pub now: u64,
+    /// The VIP of a service, by id.
+    pub vip: &'a mut dyn FnMut(u32) -> Address,
+}
+
+impl FlowTable {
+    /// # Errors
+    /// There is no room for more file descriptors.
+    pub(super) fn new(flows: &MapOf<'_>, live: &MapOf<'_>, links: &MapOf<'_>) -> io::Result<Self> {
+        Ok(Self {
+            buckets: Mappable::new(flows)?,
+            live: Mappable::new(live)?,
+            links: Mappable::new(links)?,
+            pass: Pass::default(),
         })
     }
 
-    /// Has a backend have no live flows: none has its id any more.
-    pub(super) fn clear_live(&self, backend: u32) {
-        if let Some(count) = self.live(backend) {
-            self.add_live(backend, ENDED, count.opened.wrapping_sub(count.ended));
+    /// The buckets of a step, and where the next begins.
+    fn step(&self, position: Option<Position>) -> (std::ops::Range<usize>, Option<Position>) {
+        let start = position.map_or(0, |Position(start)| start as usize);
+        let count = self.buckets.count as usize;
+        let end = count.min(start.saturating_add(STEP));
+        let next = (end < count).then_some(Position(end as u32));
+        (start.min(end)..end, next)
+    }
+
+    /// See [`Datapath::some_flows`](super::Datapath::some_flows).
+    pub(super) fn some_flows(
+        &self,
+        context: &mut Context<'_>,
+        position: Option<Position>,
+        visit: &mut dyn FnMut(&FlowKey, &Flow),
+    ) -> io::Result<Option<Position>> {
+        let buckets = self.buckets.get()?;
+        let (indices, next) = self.step(position);
+        for bucket in indices.filter_map(|index| buckets.get(index)) {
+            for unit in 0..UNITS {
+                if let Some((key, found)) = flow_at(bucket, unit, context) {
+                    visit(&key, &flow(&found, &key, context));
+                }
+            }
         }
+        Ok(next)
+    }
+
+    /// Removes the flow of a client's 5-tuple, and counts its end, unless a packet of it was seen at or after
+    /// `unless_seen_since`; tells how many flows that were.
+    pub(super) fn remove(
+        &self,
+        context: &mut Context<'_>,
+        key: &FlowKey,
+        unless_seen_since: u64,
+    ) -> io::Result<u64> {
+        let buckets = self.buckets.get()?;
+        let seed = context.settings.table_seed;
+        let hash = end_hash(seed, &key.source, key.source_port, key.protocol);
+        let places = [bucket_of, second_bucket_of].map(|bucket| bucket(hash, self.buckets.count));
+        let places = if places[0] == places[1] {
+            &places[..1]
+        } else {
+            &places[..]
+        };
+        let mut removed = 0;
+        for (bucket, unit) in (places.iter())
+            .filter_map(|index| buckets.get(*index as usize))
+            .flat_map(|bucket| (0..UNITS).map(move |unit| (bucket, unit)))
+        {
+            // Anew where a packet has changed it meanwhile.
+            while let Some((_, found)) = flow_at(bucket, unit, context).filter(|(found, _)| found == key) {
+                let last_seen = ageing::last_seen(&context.settings, found.meta, context.now);
+                if unless_seen_since != u64::MAX && last_seen >= unless_seen_since {
+                    break;
+                }
+                if remove(bucket, &found) {
+                    removed += 1;
+                    if !ageing::has_ended(found.meta.forward(), found.meta.state()) {
+                        self.add_live(found.meta.backend(), ENDED, 1)?;
+                    }
+                    break;
+                }
+            }
+        }
+        Ok(removed)
+    }
+
+    /// See [`Datapath::tidy_flows`](super::Datapath::tidy_flows). `backend` gives the backend of an id, in use or not.
+    pub(super) fn tidy(
+        &mut self,
+        settings: &Settings,
+        now: u64,
+        backend: &mut dyn FnMut(u32) -> Backend,
+        position: Option<Position>,
+    ) -> io::Result<Option<Position>> {
+        let (indices, next) = self.step(position);
+        let buckets = self.buckets.get()?;
+        if position.is_none() {
+            self.pass.busy_before = mem::take(&mut self.pass.busy);
+            self.pass.links.clear();
+        }
+        for index in indices {
+            for unit in 0..UNITS {
+                (self.pass).tidy_unit(buckets, settings, now, backend, (index, unit));
+            }
+        }
+        if next.is_none() {
+            self.pass.free_links(self.links.get()?);
+            self.buckets.unmap();
+            self.live.unmap();
+            self.links.unmap();
+        }
+        Ok(next)
+    }
+
+    /// The counts of a backend; nothing where there is no such id.
+    pub(super) fn live(&self, backend: u32) -> io::Result<Option<LiveCount>> {
+        let count = self.live.get()?.get(backend as usize);
+        Ok(count.map(|count| LiveCount {
+            opened: count.load(OPENED),
+            ended: count.load(ENDED),
+        }))
+    }
+
+    /// Has a backend have no live flows: none has its id any more.
+    pub(super) fn clear_live(&self, backend: u32) -> io::Result<()> {
+        if let Some(count) = self.live(backend)? {
+            self.add_live(backend, ENDED, count.opened.wrapping_sub(count.ended))?;
+        }
+        Ok(())
     }
 
     /// Adds to the live flows of a backend; tells whether there is such an id.
-    pub(super) fn adjust_live(&self, backend: u32, by: i64) -> bool {
+    pub(super) fn adjust_live(&self, backend: u32, by: i64) -> io::Result<bool> {
         self.add_live(backend, if by < 0 { ENDED } else { OPENED }, by.unsigned_abs())
     }
 
-    fn add_live(&self, backend: u32, word: usize, count: u64) -> bool {
-        let live = self.live.get(backend as usize);
+    fn add_live(&self, backend: u32, word: usize, count: u64) -> io::Result<bool> {
+        let live = self.live.get()?.get(backend as usize);
         let added = live.map(|live| live[word].fetch_add(count, Ordering::SeqCst));
-        added.is_some()
+        Ok(added.is_some())
     }
+}
+
+/// Tells whether there is the flow that an alias in a bucket leads to, as the program does for a reply.
+fn leads_to_flow(
+    buckets: &Buckets,
+    settings: &Settings,
+    backend: &Backend,
+    index: usize,
+    alias: &Found,
+) -> bool {
+    let Some(bucket) = buckets.get(alias.key as u32 as usize >> 3) else {
+        return false;
+    };
+    let port = (alias.key >> 32) as u16;
+    let unit = alias.key as usize & 6;
+    if Meta(bucket.load(meta_at(unit))).is_busy() {
+        // Of a flow that is being written.
+        return true;
+    }
+    let Some(found) = at(bucket, unit, Kind::Long, u64::from(port) << 32, 0xffff << 32) else {
+        return false;
+    };
+    let Some(client) = client_of_long(bucket, &found) else {
+        return false;
+    };
+    let source = if found.meta.forward() == Forward::FullNat.number() {
+        backend.source
+    } else {
+        client
+    };
+    let hash = end_hash(settings.table_seed, &source, port, protocol(found.meta));
+    found.meta.of_kind(Kind::Alias).is_of_same(alias.meta)
+        && [
+            bucket_of(hash, buckets.len() as u32),
+            second_bucket_of(hash, buckets.len() as u32),
+        ]
+        .contains(&(index as u32))
 }
 
 /// The flow at a unit, and its client's 5-tuple.

@@ -1,6 +1,7 @@
 //! The kernel's implementation: maps and links that are pinned, so that packets go on without the daemon.
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, HashMap as Seen},
     fmt, fs, io,
     os::fd::AsFd,
@@ -75,6 +76,8 @@ pub struct Attachment {
 pub struct KernelDatapath {
     pins: Pins,
     sizes: Sizes,
+    /// Whether the maps were made just now and nothing was done with them.
+    is_new: Cell<bool>,
     /// Holds the program; the maps are taken out of it.
     ebpf: Ebpf,
     settings: Array<MapData, Raw<Settings>>,
@@ -237,6 +240,7 @@ impl KernelDatapath {
     pub fn open(pins: Pins, sizes: Sizes) -> Result<Self, DatapathError> {
         pins.create()?;
         let sizes = pinned_sizes(&pins, sizes)?;
+        let is_new = maps(&sizes).iter().all(|layout| !pins.map(layout.name).exists());
         let flow_buckets = buckets(sizes.flows);
         let mut loader = EbpfLoader::new();
         loader
@@ -297,6 +301,7 @@ impl KernelDatapath {
             ebpf,
             pins,
             sizes,
+            is_new: Cell::new(is_new),
         })
     }
 
@@ -481,12 +486,15 @@ impl KernelDatapath {
             }
         })
         .map_err(|source| DatapathError::new("read", "SERVICES", source))?;
+        let mut backends = Vec::new();
         syscall::for_each(self.backends.map().fd().as_fd(), |id: &u32, backend: &Backend| {
             if backend.service_plus_one != 0 {
-                contents.backends.insert(*id, *backend);
+                backends.push((*id, *backend));
             }
         })
         .map_err(|source| DatapathError::new("read", "BACKENDS", source))?;
+        // All at once: a tree that grows at its end is left half empty.
+        contents.backends = backends.into_iter().collect();
         syscall::for_each(
             self.source_filters.map().fd().as_fd(),
             |entry: &FilterEntry, value: &u32| {
@@ -554,6 +562,9 @@ impl Mode {
 
 impl Datapath for KernelDatapath {
     fn read(&self) -> Result<Contents, DatapathError> {
+        if self.is_new.take() {
+            return Ok(Contents::default());
+        }
         let mut contents = self.read_all_but_pools()?;
         let mut seen = Seen::new();
         // Those of services alone: without one no packet finds a pool, and it is replaced when the id is given to one.
@@ -565,7 +576,16 @@ impl Datapath for KernelDatapath {
         Ok(contents)
     }
 
+    fn prepare(&mut self, operations: &[Operation]) {
+        self.pools
+            .prepare(operations.iter().filter_map(|operation| match operation {
+                Operation::PutPool(_, pool) => Some(pool),
+                _ => None,
+            }));
+    }
+
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError> {
+        self.is_new.set(false);
         match operation {
             Operation::PutSettings(settings) => {
                 (self.settings.set(0, Raw(*settings), 0))
@@ -599,7 +619,7 @@ impl Datapath for KernelDatapath {
                 self.backends
                     .set(*id, Raw(Backend::default()), 0)
                     .map_err(|error| failed("delete", &object, error))?;
-                self.flow_table.clear_live(*id);
+                self.flow_table.clear_live(*id).map_err(live_unmapped)?;
                 zero(&mut self.backend_counters, *id, BackendCounters::default())
                     .map_err(|error| failed("clear", &object, error))
             }
@@ -637,7 +657,8 @@ impl Datapath for KernelDatapath {
         position: Option<Position>,
         visit: &mut dyn FnMut(&FlowKey, &Flow),
     ) -> Result<Option<Position>, DatapathError> {
-        self.with_context(|table, context| table.some_flows(context, position, visit))
+        self.with_context(|table, context| table.some_flows(context, position, visit))?
+            .map_err(flows_unmapped)
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
@@ -647,8 +668,9 @@ impl Datapath for KernelDatapath {
         self.with_context(|table, context| {
             keys.iter()
                 .map(|key| table.remove(context, key, unless_seen_since))
-                .sum()
-        })
+                .sum::<io::Result<u64>>()
+        })?
+        .map_err(flows_unmapped)
     }
 
     fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
@@ -659,20 +681,22 @@ impl Datapath for KernelDatapath {
                 .entry(id)
                 .or_insert_with(|| read_entry(backends, id, "BACKENDS", &mut problem))
         };
-        let next = (self.flow_table).tidy(&settings, monotonic_now(), &mut backend, position);
+        let next = (self.flow_table)
+            .tidy(&settings, monotonic_now(), &mut backend, position)
+            .map_err(flows_unmapped)?;
         problem.map_or(Ok(next), Err)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
+    fn live_counts(&self, backends: &[u32]) -> Result<Vec<LiveCount>, DatapathError> {
         let live = |id: &u32| {
-            let count = self.flow_table.live(*id).ok_or_else(|| no_backend("read", *id))?;
-            Ok((*id, count))
+            let count = self.flow_table.live(*id).map_err(live_unmapped)?;
+            count.ok_or_else(|| no_backend("read", *id))
         };
         backends.iter().map(live).collect()
     }
 
     fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
-        if self.flow_table.adjust_live(backend, by) {
+        if self.flow_table.adjust_live(backend, by).map_err(live_unmapped)? {
             Ok(())
         } else {
             Err(no_backend("update", backend))
@@ -699,6 +723,14 @@ impl Datapath for KernelDatapath {
             .map_err(|error| DatapathError::new("read", BACKEND_COUNTERS, error))?;
         Ok(result)
     }
+}
+
+fn live_unmapped(source: io::Error) -> DatapathError {
+    DatapathError::new("map the memory of", LIVE, source)
+}
+
+fn flows_unmapped(source: io::Error) -> DatapathError {
+    DatapathError::new("map the memory of", FLOWS, source)
 }
 
 fn no_backend(operation: &'static str, id: u32) -> DatapathError {
@@ -765,12 +797,12 @@ fn by_reason(map: &PerCpuArray<MapData, Raw<Count>>, first: u32) -> io::Result<V
         .collect())
 }
 
-/// The counters of backends by id, those of all CPUs together; ids beyond the end have none.
+/// The counters of backends in the order of their ids, those of all CPUs together; ids beyond the end have none.
 fn by_backend(
     map: &PerCpuArray<MapData, Raw<BackendCounters>>,
     ids: &[u32],
     entries: u32,
-) -> io::Result<BTreeMap<u32, BackendCounters>> {
+) -> io::Result<Vec<(u32, BackendCounters)>> {
     /// Read at once: with an entry each, ten thousand backends would be as many system calls every second.
     const AT_ONCE: u32 = 1024;
     let cpus = nr_cpus().map_err(|(_, error)| error)?;
@@ -786,12 +818,7 @@ fn by_backend(
         let values: Vec<BackendCounters> = syscall::some_per_cpu(map.map().fd().as_fd(), first, count, cpus)?;
         for id in these {
             let mut total = BackendCounters::default();
-            for cpu in values
-                .chunks(cpus)
-                .nth((id - first) as usize)
-                .into_iter()
-                .flatten()
-            {
+            for cpu in values.iter().skip((id - first) as usize * cpus).take(cpus) {
                 counters::add(&mut total.forwarded, &cpu.forwarded);
                 counters::add(&mut total.returned, &cpu.returned);
                 total.flows += cpu.flows;
@@ -799,8 +826,7 @@ fn by_backend(
             totals.push((*id, total));
         }
     }
-    // All at once, since they are in order.
-    Ok(totals.into_iter().collect())
+    Ok(totals)
 }
 
 /// A counter of all CPUs together.

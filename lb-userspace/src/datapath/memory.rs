@@ -91,8 +91,8 @@ impl Datapath for MemoryDatapath {
         Ok(next)
     }
 
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError> {
-        let of = |id: &u32| (*id, self.live.get(id).copied().unwrap_or_default());
+    fn live_counts(&self, backends: &[u32]) -> Result<Vec<LiveCount>, DatapathError> {
+        let of = |id: &u32| self.live.get(id).copied().unwrap_or_default();
         Ok(backends.iter().map(of).collect())
     }
 

@@ -160,6 +160,11 @@ pub trait Datapath: Send {
     /// Reads back everything that the reconciler governs.
     fn read(&self) -> Result<Contents, DatapathError>;
 
+    /// Says which changes are made next, in this order, so that what takes long can begin.
+    fn prepare(&mut self, operations: &[Operation]) {
+        let _ = operations;
+    }
+
     /// Makes one change.
     fn apply(&mut self, operation: &Operation) -> Result<(), DatapathError>;
 
@@ -193,8 +198,8 @@ pub trait Datapath: Send {
     /// [`SettingsFlags::AGELESS`]: lb_common::abi::SettingsFlags::AGELESS
     fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError>;
 
-    /// Reads the counts of the flows of these backends, by id.
-    fn live_counts(&self, backends: &[u32]) -> Result<BTreeMap<u32, LiveCount>, DatapathError>;
+    /// Reads the counts of the flows of backends with these ids, in their order.
+    fn live_counts(&self, backends: &[u32]) -> Result<Vec<LiveCount>, DatapathError>;
 
     /// Adds to the number of live flows of a backend, while the program counts on.
     fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError>;

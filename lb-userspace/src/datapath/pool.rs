@@ -141,15 +141,23 @@ impl RankTable {
         }
     }
 
+    /// What it is known by.
+    pub(super) fn key(&self) -> TableKey {
+        (self.digest, self.slots, self.members)
+    }
+
     /// Bits of a rank in the kernel's memory.
     pub(super) fn bits(&self) -> u32 {
         rank_bits(self.members)
     }
 }
 
+/// Digest, slots and members of a table.
+pub(super) type TableKey = (u64, u32, u32);
+
 impl PartialEq for RankTable {
     fn eq(&self, other: &Self) -> bool {
-        (self.slots, self.members, self.digest) == (other.slots, other.members, other.digest)
+        self.key() == other.key()
     }
 }
 

@@ -4,9 +4,11 @@
 //! What is there is never changed: a pool that becomes another is written elsewhere, one store has the program find it, and
 //! its lines are used again only after all programs have ended that may still read them.
 
+mod ahead;
+
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     io,
     os::fd::{AsFd, BorrowedFd},
     sync::{
@@ -23,10 +25,12 @@ use lb_common::abi::{
     pool_lines, rank_bits, rank_lines,
 };
 
+use self::ahead::Ahead;
 use super::{
     DatapathError, Pool, RankTable,
     flow_table::{MapOf, Mapped},
     kernel::{Raw, failed},
+    pool::TableKey,
     syscall,
 };
 
@@ -53,8 +57,10 @@ struct State {
     pools: HashMap<u32, PoolAt>,
     /// By the line that its ranks begin in.
     tables: HashMap<u32, TableAt>,
-    /// Ranks by digest, slots and members.
-    known: HashMap<(u64, u32, u32), u32>,
+    /// The line that the ranks begin in.
+    known: HashMap<TableKey, u32>,
+    /// Tables of the pools that come next.
+    ahead: Ahead,
 }
 
 /// Where a pool is.
@@ -68,7 +74,7 @@ struct PoolAt {
 
 /// A table in memory.
 struct TableAt {
-    key: (u64, u32, u32),
+    key: TableKey,
     lines: u32,
     /// Pools that have it.
     users: u32,
@@ -93,6 +99,7 @@ impl Pools {
             pools: HashMap::new(),
             tables: HashMap::new(),
             known: HashMap::new(),
+            ahead: Ahead::default(),
             memory,
         };
         // Programs may still read what an earlier daemon has just taken away.
@@ -168,6 +175,27 @@ impl Pools {
             ids.push(members.get(rank as usize).copied().unwrap_or(0));
         }
         Ok(Some(ids))
+    }
+
+    /// Begins what takes long of the pools that are put next, in their order.
+    pub(super) fn prepare<'a>(&self, pools: impl Iterator<Item = &'a Pool>) {
+        let mut state = self.state.borrow_mut();
+        let (mut tables, mut keys, mut lines) = (Vec::new(), HashSet::new(), 0);
+        for pool in pools {
+            lines += pool_lines(pool.members.len() as u32);
+            if let Some(table) = &pool.table
+                && !state.known.contains_key(&table.key())
+                && keys.insert(table.key())
+            {
+                lines += rank_lines(table.slots, table.bits()) + TABLE_HEADER;
+                tables.push(Arc::clone(table));
+            }
+        }
+        state.ahead = Ahead::of(tables);
+        if state.memory.chunks.is_empty() && lines > 0 {
+            // Where it fails, or is not enough, more is added when there is no room.
+            let _ = state.add_chunks(lines.div_ceil(CHUNK_LINES).min(MAX_CHUNKS));
+        }
     }
 
     /// Has new flows of a service go to another pool from now on.
@@ -307,7 +335,7 @@ impl State {
 
     /// Writes a table unless it is there; gives the line of its ranks, with one more user.
     fn write_table(&mut self, table: &RankTable) -> Result<u32, DatapathError> {
-        let key = (table.digest, table.slots, table.members);
+        let key = table.key();
         if let Some(at) = self.known.get(&key)
             && let Some(known) = self.tables.get_mut(at)
         {
@@ -315,7 +343,10 @@ impl State {
             return Ok(*at);
         }
         let unknown = || io::Error::other("the table that it shall have is not there any more");
-        let ranks = (table.ranks()).ok_or_else(|| DatapathError::new("write", CHUNKS, unknown()))?;
+        let ranks = match self.ahead.take(key) {
+            Some(ranks) => ranks.into(),
+            None => (table.ranks()).ok_or_else(|| DatapathError::new("write", CHUNKS, unknown()))?,
+        };
         let words = packed(&ranks, table.bits());
         let lines = rank_lines(table.slots, table.bits()) + TABLE_HEADER;
         let line = self.allocate(lines)?;
@@ -366,12 +397,17 @@ impl State {
             let (chunks, needed) = (self.memory.chunks.len() as u32, count.div_ceil(CHUNK_LINES));
             let more = (chunks / 4).min(MAX_CHUNKS - chunks);
             // Less where there is not enough memory for that.
-            let (first, last) = match self.memory.grow(needed.max(more)) {
-                Err(_) if more > needed => self.memory.grow(needed)?,
-                grown => grown?,
-            };
-            self.lines.free(first, last - first);
+            match self.add_chunks(needed.max(more)) {
+                Err(_) if more > needed => self.add_chunks(needed)?,
+                added => added?,
+            }
         }
+    }
+
+    fn add_chunks(&mut self, count: u32) -> Result<(), DatapathError> {
+        let (first, last) = self.memory.grow(count)?;
+        self.lines.free(first, last - first);
+        Ok(())
     }
 }
 
@@ -393,7 +429,7 @@ fn add_to_checksum(sum: u64, word: u64) -> u64 {
 
 /// What the line before a table says.
 struct TableHeader {
-    key: (u64, u32, u32),
+    key: TableKey,
     checksum: u64,
 }
 

@@ -1,9 +1,6 @@
 //! Packets and bytes a second, from two readings of the counters.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use lb_common::abi::Count;
 
@@ -12,8 +9,22 @@ use crate::datapath::Counters;
 /// The last two readings.
 #[derive(Debug, Default)]
 pub struct Rates {
-    earlier: Option<(Instant, BTreeMap<u32, Count>)>,
-    later: Option<(Instant, BTreeMap<u32, Count>)>,
+    earlier: Option<Reading>,
+    later: Option<Reading>,
+}
+
+#[derive(Debug)]
+struct Reading {
+    taken: Instant,
+    /// With the backend's id, in the order of the ids.
+    traffic: Vec<(u32, Count)>,
+}
+
+impl Reading {
+    fn of(&self, backend: u32) -> Option<Count> {
+        let found = self.traffic.binary_search_by_key(&backend, |(id, _)| *id);
+        found.ok().map(|index| self.traffic[index].1)
+    }
 }
 
 /// What a backend gets and answers in a second.
@@ -34,19 +45,22 @@ impl Rates {
             };
             (*id, sum)
         });
-        self.earlier = self.later.replace((now, traffic.collect()));
+        self.earlier = self.later.replace(Reading {
+            taken: now,
+            traffic: traffic.collect(),
+        });
     }
 
     /// The rate of a backend between the last two readings; zero before there are two.
     pub fn of(&self, backend: u32) -> Rate {
-        let (Some((start, before)), Some((end, after))) = (&self.earlier, &self.later) else {
+        let (Some(earlier), Some(later)) = (&self.earlier, &self.later) else {
             return Rate::default();
         };
-        let seconds = end
-            .saturating_duration_since(*start)
+        let seconds = (later.taken)
+            .saturating_duration_since(earlier.taken)
             .max(Duration::from_millis(1))
             .as_secs_f64();
-        let (Some(before), Some(after)) = (before.get(&backend), after.get(&backend)) else {
+        let (Some(before), Some(after)) = (earlier.of(backend), later.of(backend)) else {
             return Rate::default();
         };
         // Counters start again at zero when an id is given to another backend.
@@ -73,7 +87,7 @@ mod tests {
             ..BackendCounters::default()
         };
         Counters {
-            backends: [(7, backend)].into(),
+            backends: vec![(7, backend)],
             ..Counters::default()
         }
     }

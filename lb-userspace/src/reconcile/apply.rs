@@ -64,13 +64,16 @@ impl<D: Datapath> Reconciler<D> {
     /// # Errors
     /// Stops at the first change that fails. What was done until then is known, so that calling again with the same
     /// or other desired contents goes on from there.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "what was compiled has no further use"
-    )]
     pub fn reconcile(&mut self, desired: Contents) -> Result<Applied, ReconcileError> {
         let operations = plan(&self.actual, &desired);
-        self.apply(&operations)
+        self.carry_out(&operations)?;
+        if !operations.is_empty() {
+            // What recording each of them would come to, in trees that are full.
+            self.actual = desired;
+        }
+        Ok(Applied {
+            operations: operations.len(),
+        })
     }
 
     /// Makes these changes, which must be in such an order.
@@ -78,23 +81,39 @@ impl<D: Datapath> Reconciler<D> {
     /// # Errors
     /// As of [`Self::reconcile`].
     pub fn apply(&mut self, operations: &[Operation]) -> Result<Applied, ReconcileError> {
+        self.carry_out(operations)?;
+        self.record(operations);
+        Ok(Applied {
+            operations: operations.len(),
+        })
+    }
+
+    /// Makes these changes to the maps; those before one that fails are recorded.
+    fn carry_out(&mut self, operations: &[Operation]) -> Result<(), ReconcileError> {
+        self.datapath.prepare(operations);
         let total = operations.len();
-        for (operation, number) in operations.iter().zip(1..) {
+        for (index, operation) in operations.iter().enumerate() {
             match self.datapath.apply(operation) {
                 Ok(()) => {}
                 // Somebody else was quicker.
                 Err(error) if is_removal(operation) && error.source.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => {
+                    self.record(&operations[..index]);
                     return Err(ReconcileError::Apply {
-                        number,
+                        number: index + 1,
                         total,
                         source,
                     });
                 }
             }
-            self.actual.record(operation);
         }
-        Ok(Applied { operations: total })
+        Ok(())
+    }
+
+    fn record(&mut self, operations: &[Operation]) {
+        operations
+            .iter()
+            .for_each(|operation| self.actual.record(operation));
     }
 
     /// Reads anew what the maps hold and tells how many changes somebody else has made; compiling and reconciling
@@ -105,7 +124,9 @@ impl<D: Datapath> Reconciler<D> {
     pub fn refresh(&mut self) -> Result<usize, ReconcileError> {
         let read = self.datapath.read().map_err(ReconcileError::Read)?;
         let changes = plan(&self.actual, &read).len();
-        self.actual = read;
+        if changes > 0 {
+            self.actual = read;
+        }
         Ok(changes)
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     time::SystemTime,
 };
 
@@ -76,8 +77,8 @@ pub struct Step {
 pub struct Sweep {
     scope: Scope,
     position: Option<Position>,
-    /// By backend id, when the sweep began.
-    before: BTreeMap<u32, LiveCount>,
+    /// With the backend's id, when the sweep began.
+    before: Vec<(u32, LiveCount)>,
     /// Backends and services that had left by then: all of their flows are met.
     removed_before: BTreeSet<u32>,
     left_before: BTreeSet<u32>,
@@ -111,7 +112,9 @@ impl Sweep {
         Ok(Self {
             scope: scope.clone(),
             position: None,
-            before: datapath.live_counts(&backends)?,
+            before: iter::zip(datapath.live_counts(&backends)?, backends)
+                .map(|(count, id)| (id, count))
+                .collect(),
             removed_before: removed_before.collect(),
             left_before: removed_services(contents).collect(),
             renews_ages: contents.settings.flags & SettingsFlags::AGELESS != 0,
@@ -176,7 +179,6 @@ impl Sweep {
             }
             self.is_exact = false;
         }
-        datapath.tidy_flows(position)?;
         let resets = (visited.live.iter())
             .filter_map(|(key, flow)| self.reset(key, flow, contents))
             .collect();
@@ -192,6 +194,8 @@ impl Sweep {
             Some(_) => None,
             None => Some(self.finish(datapath, contents)?),
         };
+        // At last: with the last part of the table nobody looks at it any more.
+        datapath.tidy_flows(position)?;
         Ok(Step {
             resets,
             closes,
@@ -246,12 +250,10 @@ impl Sweep {
         if !self.is_exact {
             return Ok(drift);
         }
-        let ids: Vec<u32> = (self.before.keys())
-            .filter(|id| contents.backends.contains_key(id))
-            .copied()
-            .collect();
-        for (id, after) in datapath.live_counts(&ids)? {
-            let before = self.before.get(&id).copied().unwrap_or_default();
+        let still_there = (self.before.iter()).filter(|(id, _)| contents.backends.contains_key(id));
+        let (ids, before): (Vec<u32>, Vec<LiveCount>) = still_there.copied().unzip();
+        let after = datapath.live_counts(&ids)?;
+        for (id, (before, after)) in iter::zip(ids, iter::zip(before, after)) {
             let met = self.open.get(&id).copied().unwrap_or(0);
             let by = least_drift(before, after, met);
             let former = self.scope.drift.get(&id).copied().unwrap_or(0);
@@ -361,7 +363,7 @@ fn belongs(key: &FlowKey, flow: &Flow, contents: &Contents) -> bool {
 pub fn drained(model: &Model, directory: &Directory, now: SystemTime) -> BTreeSet<u32> {
     let mut ids = BTreeSet::new();
     for service in &model.config.services {
-        for backend in &service.backends {
+        for (backend, id) in service.backends.iter().zip(directory.backends_of(service)) {
             let Administrative::Draining { since } = model.administrative_of(service, &backend.name) else {
                 continue;
             };
@@ -369,8 +371,9 @@ pub fn drained(model: &Model, directory: &Directory, now: SystemTime) -> BTreeSe
             let is_over = now
                 .duration_since(since)
                 .is_ok_and(|drained| drained >= service.drain_timeout);
-            let name = (service.name.clone(), backend.name.clone());
-            ids.extend(directory.backends.get(&name).filter(|_| is_over));
+            if is_over {
+                ids.insert(*id);
+            }
         }
     }
     ids

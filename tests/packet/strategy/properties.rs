@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
-use lb_common::abi::{Address, Backend, Tags};
+use lb_common::abi::{Address, Backend, LiveCount, Tags};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     unistd::Pid,
@@ -121,7 +121,7 @@ impl Balancer {
     fn live(&mut self) -> BTreeMap<u32, u64> {
         let ids: Vec<u32> = self.backends.keys().copied().collect();
         let counts = self.fixture.datapath().live_counts(&ids).unwrap();
-        counts.into_iter().map(|(id, live)| (id, live.flows())).collect()
+        ids.into_iter().zip(counts.iter().map(LiveCount::flows)).collect()
     }
 
     /// By client, the host that each flow is on.

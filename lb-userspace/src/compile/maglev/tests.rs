@@ -137,32 +137,6 @@ fn at_most_one_percent_of_the_other_slots_move_when_one_leaves_or_joins() {
     }
 }
 
-/// The table of docs/design/slot-tables.md: `cargo test -p lb-userspace --release moved_slots -- --ignored --nocapture`.
-#[test]
-#[ignore = "prints a table, which takes long"]
-fn moved_slots_by_members_and_size_of_the_table() {
-    const SIZES: [u32; 6] = [2039, 4093, 8191, FEW_SLOTS, 32_749, MANY_SLOTS];
-    println!("{:>9} {SIZES:>8?}", "members");
-    for count in [2_u32, 3, 5, 10, 12, 16, 32, 64, 100, 200, 500, 1000, 4000] {
-        let moved = SIZES.map(|slots| most_moved(count, slots) * 100.0);
-        println!("{count:>9} {moved:>8.2?}");
-    }
-    for count in [10_u32, 100, 1000, 10_000] {
-        for uneven in [0, 1] {
-            let members: Vec<_> = (0..count)
-                .map(|number| (member(number + 1, 1).identity, 1 + uneven * (number % 2)))
-                .collect();
-            let start = std::time::Instant::now();
-            let times = 20;
-            (0..times).for_each(|_| drop(std::hint::black_box(ranks(&members, MANY_SLOTS))));
-            println!(
-                "{count} members, uneven: {uneven}: {:?} for {MANY_SLOTS} slots",
-                start.elapsed() / times
-            );
-        }
-    }
-}
-
 #[test]
 fn few_slots_move_when_the_heaviest_of_uneven_weights_leaves() {
     let all = members([100, 50, 50, 20, 300, 1]);
