@@ -237,6 +237,8 @@ impl Controller {
                 Some(former) => self.model.administrative.insert(name, former),
                 None => self.model.administrative.remove(&name),
             };
+            // Part of it may have been done.
+            self.converge_or_retry();
             return Err(refused(Refusal::Failed, format!("{error:#}")));
         }
         self.sweep_soon();

@@ -71,7 +71,7 @@ impl SlotTables {
     }
 
     /// Forgets tables that nobody has any more.
-    pub(super) fn retain_used(&mut self) {
+    pub fn retain_used(&mut self) {
         self.0.retain(|_, table| Arc::strong_count(table) > 1);
     }
 }
@@ -103,4 +103,18 @@ pub fn shares(contents: &Contents, service: u32) -> BTreeMap<u32, f64> {
         .iter()
         .map(|id| (*id, weight(id) / total.max(f64::MIN_POSITIVE)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_that_no_pool_has_any_more_are_forgotten() {
+        let mut tables = SlotTables::default();
+        let kept = tables.known(RankTable::in_turns(vec![1, 2]));
+        drop(tables.known(RankTable::in_turns(vec![1, 3])));
+        tables.retain_used();
+        assert_eq!(tables.0.into_values().collect::<Vec<_>>(), [kept]);
+    }
 }

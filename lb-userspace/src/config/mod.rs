@@ -14,7 +14,7 @@ use std::{
     fs, io,
     panic::resume_unwind,
     path::{Path, PathBuf},
-    thread,
+    thread::{self, ScopedJoinHandle},
 };
 
 pub use diagnostic::{Diagnostic, Diagnostics};
@@ -50,7 +50,10 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
 pub fn parse(text: &str, name: &str) -> Result<Config, Diagnostics> {
     // A thread has an arena of its own in glibc: what stays of a large text is then not strewn over the pages of the document,
     // which are given back.
-    let parsed = thread::scope(|scope| scope.spawn(|| parse_here(text, name)).join());
+    let parsed = thread::scope(|scope| {
+        let spawned = thread::Builder::new().spawn_scoped(scope, || parse_here(text, name));
+        spawned.map_or_else(|_| Ok(parse_here(text, name)), ScopedJoinHandle::join)
+    });
     match parsed {
         #[expect(clippy::redundant_clone, reason = "the copy is in this thread's arena")]
         Ok(Ok(config)) => Ok(config.clone()),

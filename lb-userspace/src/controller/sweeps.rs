@@ -194,6 +194,9 @@ impl Controller {
         let has_failed = self.problems.contains_key("converge");
         if has_failed || compile::is_changed_by_sweep(&self.model, self.reconciler.actual()) {
             self.converge_or_retry();
+        } else {
+            // Those of services that were followed alone.
+            self.tables.retain_used();
         }
         // If that has failed the next sweep does it again.
         self.model.ages_are_renewed = false;

@@ -99,6 +99,7 @@ impl<D: Datapath> Reconciler<D> {
                 Err(error) if is_removal(operation) && error.source.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => {
                     self.record(&operations[..index]);
+                    self.datapath.prepare(&[]);
                     return Err(ReconcileError::Apply {
                         number: index + 1,
                         total,

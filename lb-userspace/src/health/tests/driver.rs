@@ -306,12 +306,12 @@ async fn probes_of_one_backend_never_overlap() {
                 return;
             }
             let mut open = open.lock().unwrap();
-            // Asked of the kernel itself: tokio may not have noticed yet that one was closed.
-            open.retain(|earlier| {
-                let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-                recv(earlier.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
-            });
             open.push(stream);
+            // Asked of the kernel itself, of this one too: that one has been closed may not have been noticed yet.
+            open.retain(|stream| {
+                let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+                recv(stream.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
+            });
             most.fetch_max(open.len(), Ordering::SeqCst);
         }
     })
