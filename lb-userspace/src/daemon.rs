@@ -123,7 +123,7 @@ pub async fn run(
             Ok(()) = next_hops.changed() => {
                 let changed = next_hops.borrow_and_update().clone();
                 controller.next_hops(changed);
-                // There are many at the start, and each has all be compiled.
+                // At the start many come one after the other, and everything is compiled anew for each.
                 allocator::give_back();
             }
             Some(request) = request.recv() => answer(&mut controller, request).await,

@@ -161,7 +161,7 @@ impl Counted {
     }
 }
 
-/// As a report has them.
+/// Reasons by their names, as a report has them.
 pub fn names(reasons: &[Reason]) -> String {
     reasons
         .iter()

@@ -20,9 +20,14 @@ pub struct Counters {
 impl Counters {
     /// The counters of a backend; zero where they were not read.
     pub fn of_backend(&self, id: u32) -> BackendCounters {
-        let found = self.backends.binary_search_by_key(&id, |(id, _)| *id);
-        found.map_or_else(|_| BackendCounters::default(), |index| self.backends[index].1)
+        by_id(&self.backends, id).unwrap_or_default()
     }
+}
+
+/// What goes with an id in a list in the order of the ids.
+pub fn by_id<T: Copy>(list: &[(u32, T)], id: u32) -> Option<T> {
+    let found = list.binary_search_by_key(&id, |(id, _)| *id);
+    found.ok().map(|index| list[index].1)
 }
 
 /// Adds one count to another.

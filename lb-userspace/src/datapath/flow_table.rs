@@ -282,6 +282,8 @@ impl FlowTable {
         unless_seen_since: u64,
     ) -> io::Result<u64> {
         let buckets = self.buckets.get()?;
+        // Now, so that no flow goes whose end cannot be counted.
+        self.live.get()?;
         let seed = context.settings.table_seed;
         let hash = end_hash(seed, &key.source, key.source_port, key.protocol);
         let places = [bucket_of, second_bucket_of].map(|bucket| bucket(hash, self.buckets.count));

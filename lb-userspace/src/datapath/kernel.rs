@@ -261,7 +261,6 @@ impl KernelDatapath {
 
         let data = |name: &str| pinned(&pins.map(name), name);
         let converted = |name: &str, error: MapError| failed("open", name, error);
-        let mapped = |name: &str, source: io::Error| DatapathError::new("map the memory of", name, source);
         let addresses: HashMap<MapData, Raw<Address>, u32> =
             hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?;
         let mut present = Vec::new();
@@ -271,11 +270,11 @@ impl KernelDatapath {
         .map_err(|source| DatapathError::new("read", "ADDRESSES", source))?;
         Ok(Self {
             address_filter: AddressFilter::new(data(ADDRESS_FILTER)?.fd().as_fd(), present)
-                .map_err(|source| mapped(ADDRESS_FILTER, source))?,
+                .map_err(unmapped(ADDRESS_FILTER))?,
             addresses,
             settings: array(data("SETTINGS")?).map_err(|error| converted("SETTINGS", error))?,
             service_keys: ServiceKeys::new(data(SERVICE_KEYS)?.fd().as_fd())
-                .map_err(|source| mapped(SERVICE_KEYS, source))?,
+                .map_err(unmapped(SERVICE_KEYS))?,
             services: array(data(SERVICES)?).map_err(|error| converted(SERVICES, error))?,
             pools: Pools::open(
                 &MapOf(data(POOLS)?.fd().as_fd(), sizes.services),
@@ -291,7 +290,7 @@ impl KernelDatapath {
                 &MapOf(data(LIVE)?.fd().as_fd(), sizes.backends + 1),
                 &MapOf(data(CLIENT_LINKS)?.fd().as_fd(), MAX_CLIENT_LINKS),
             )
-            .map_err(|source| DatapathError::new("map the memory of", FLOWS, source))?,
+            .map_err(|source| DatapathError::new("open", FLOWS, source))?,
             per_cpu: per_cpu(data("PER_CPU")?).map_err(|error| converted("PER_CPU", error))?,
             reasons: per_cpu(data("COUNTERS")?).map_err(|error| converted("COUNTERS", error))?,
             service_counters: per_cpu(data("SERVICE_COUNTERS")?)
@@ -619,7 +618,7 @@ impl Datapath for KernelDatapath {
                 self.backends
                     .set(*id, Raw(Backend::default()), 0)
                     .map_err(|error| failed("delete", &object, error))?;
-                self.flow_table.clear_live(*id).map_err(live_unmapped)?;
+                self.flow_table.clear_live(*id).map_err(unmapped(LIVE))?;
                 zero(&mut self.backend_counters, *id, BackendCounters::default())
                     .map_err(|error| failed("clear", &object, error))
             }
@@ -658,7 +657,7 @@ impl Datapath for KernelDatapath {
         visit: &mut dyn FnMut(&FlowKey, &Flow),
     ) -> Result<Option<Position>, DatapathError> {
         self.with_context(|table, context| table.some_flows(context, position, visit))?
-            .map_err(flows_unmapped)
+            .map_err(unmapped(FLOWS))
     }
 
     fn remove_flows(&mut self, keys: &[FlowKey], unless_seen_since: u64) -> Result<u64, DatapathError> {
@@ -670,7 +669,7 @@ impl Datapath for KernelDatapath {
                 .map(|key| table.remove(context, key, unless_seen_since))
                 .sum::<io::Result<u64>>()
         })?
-        .map_err(flows_unmapped)
+        .map_err(unmapped(FLOWS))
     }
 
     fn tidy_flows(&mut self, position: Option<Position>) -> Result<Option<Position>, DatapathError> {
@@ -683,20 +682,20 @@ impl Datapath for KernelDatapath {
         };
         let next = (self.flow_table)
             .tidy(&settings, monotonic_now(), &mut backend, position)
-            .map_err(flows_unmapped)?;
+            .map_err(unmapped(FLOWS))?;
         problem.map_or(Ok(next), Err)
     }
 
     fn live_counts(&self, backends: &[u32]) -> Result<Vec<LiveCount>, DatapathError> {
         let live = |id: &u32| {
-            let count = self.flow_table.live(*id).map_err(live_unmapped)?;
+            let count = self.flow_table.live(*id).map_err(unmapped(LIVE))?;
             count.ok_or_else(|| no_backend("read", *id))
         };
         backends.iter().map(live).collect()
     }
 
     fn adjust_live(&mut self, backend: u32, by: i64) -> Result<(), DatapathError> {
-        if self.flow_table.adjust_live(backend, by).map_err(live_unmapped)? {
+        if self.flow_table.adjust_live(backend, by).map_err(unmapped(LIVE))? {
             Ok(())
         } else {
             Err(no_backend("update", backend))
@@ -725,12 +724,9 @@ impl Datapath for KernelDatapath {
     }
 }
 
-fn live_unmapped(source: io::Error) -> DatapathError {
-    DatapathError::new("map the memory of", LIVE, source)
-}
-
-fn flows_unmapped(source: io::Error) -> DatapathError {
-    DatapathError::new("map the memory of", FLOWS, source)
+/// That the memory of a map cannot be mapped.
+pub(super) fn unmapped(map: impl Into<String>) -> impl FnOnce(io::Error) -> DatapathError {
+    move |source| DatapathError::new("map the memory of", map, source)
 }
 
 fn no_backend(operation: &'static str, id: u32) -> DatapathError {

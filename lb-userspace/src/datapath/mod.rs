@@ -30,7 +30,7 @@ use lb_common::abi::{
 };
 
 pub use contents::contents_dump;
-pub use counters::Counters;
+pub use counters::{Counters, by_id};
 pub use flow::{Flow, reply_key};
 pub use hooks::LinkKind;
 pub use pins::Pins;

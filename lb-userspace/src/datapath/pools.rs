@@ -29,7 +29,7 @@ use self::ahead::Ahead;
 use super::{
     DatapathError, Pool, RankTable,
     flow_table::{MapOf, Mapped},
-    kernel::{Raw, failed},
+    kernel::{Raw, failed, unmapped},
     pool::TableKey,
     syscall,
 };
@@ -90,8 +90,7 @@ impl Pools {
         chunks: ArrayOfMaps<MapData, Chunk>,
         chunks_data: MapData,
     ) -> Result<Self, DatapathError> {
-        let words = Mapped::new(words.0, words.1)
-            .map_err(|source| DatapathError::new("map the memory of", "POOLS", source))?;
+        let words = Mapped::new(words.0, words.1).map_err(unmapped("POOLS"))?;
         let memory = Memory::open(chunks, chunks_data)?;
         let mut state = State {
             lines: Lines::default(),
@@ -498,8 +497,7 @@ impl Memory {
             let object = || format!("{CHUNKS}[{index}]");
             let missing = || DatapathError::new("read", object(), io::ErrorKind::NotFound.into());
             let chunk = self.chunks.get(index as usize).ok_or_else(missing)?;
-            let memory = Mapped::new(chunk.map().fd().as_fd(), CHUNK_LINES)
-                .map_err(|source| DatapathError::new("map the memory of", object(), source))?;
+            let memory = Mapped::new(chunk.map().fd().as_fd(), CHUNK_LINES).map_err(unmapped(object()))?;
             self.window = Some((index, memory));
         }
         match &self.window {

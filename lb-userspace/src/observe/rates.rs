@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use lb_common::abi::Count;
 
-use crate::datapath::Counters;
+use crate::datapath::{Counters, by_id};
 
 /// The last two readings.
 #[derive(Debug, Default)]
@@ -18,13 +18,6 @@ struct Reading {
     taken: Instant,
     /// With the backend's id, in the order of the ids.
     traffic: Vec<(u32, Count)>,
-}
-
-impl Reading {
-    fn of(&self, backend: u32) -> Option<Count> {
-        let found = self.traffic.binary_search_by_key(&backend, |(id, _)| *id);
-        found.ok().map(|index| self.traffic[index].1)
-    }
 }
 
 /// What a backend gets and answers in a second.
@@ -60,7 +53,8 @@ impl Rates {
             .saturating_duration_since(earlier.taken)
             .max(Duration::from_millis(1))
             .as_secs_f64();
-        let (Some(before), Some(after)) = (earlier.of(backend), later.of(backend)) else {
+        let (Some(before), Some(after)) = (by_id(&earlier.traffic, backend), by_id(&later.traffic, backend))
+        else {
             return Rate::default();
         };
         // Counters start again at zero when an id is given to another backend.
