@@ -273,7 +273,11 @@ fn a_source_address_that_no_host_may_use_is_dropped() {
     for source in ["::", "::1", "ff02::1", "ff0e::1", "2001:db8:113::10"] {
         let mut frame = of(&WEB6, SYN);
         frame.source = address(&format!("[{source}]:5000"));
-        fixture.expect(source, &frame.bytes(), Expected::dropped(BadSourceAddress));
+        let mut bytes = frame.bytes();
+        fixture.expect(source, &bytes, Expected::dropped(BadSourceAddress));
+        // Nor with a protocol that is not looked into.
+        bytes[IP + 6] = 132;
+        fixture.expect(source, &bytes, Expected::dropped(BadSourceAddress));
     }
     for source in ["::2", "fe80::1", "fd00::9", "64:ff9b::1"] {
         let mut frame = of(&WEB6, SYN);

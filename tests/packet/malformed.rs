@@ -123,6 +123,9 @@ fn a_source_address_that_no_host_may_use_is_dropped() {
         for mut frame in [web(), dns()] {
             frame.source = SocketAddr::new(source.parse().unwrap(), 5000);
             expect(&mut fixture, source, &frame.bytes(), BadSourceAddress);
+            // Nor with a protocol that is not looked into.
+            let sctp = changed(&frame, |bytes| bytes[IP + 9] = 132);
+            expect(&mut fixture, source, &sctp, BadSourceAddress);
         }
     }
 }

@@ -221,12 +221,12 @@ fn decode_ipv4<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Re
     if total_length < header_length || !frame.reaches(ip_offset + total_length) {
         return malformed(Reason::BadIpLength);
     }
+    if frame.length_in_stack().is_none() && (!may_be_source(source) || source == destination) {
+        return malformed(Reason::BadSourceAddress);
+    }
     let protocol = ip.u8(offset_of!(Ipv4Hdr, proto));
     if protocol != TCP && protocol != UDP && protocol != ICMP {
         return Err(Undecodable::NotTransport(Reason::NotForService));
-    }
-    if frame.length_in_stack().is_none() && (!may_be_source(source) || source == destination) {
-        return malformed(Reason::BadSourceAddress);
     }
     let fragment_word = ip.u16(offset_of!(Ipv4Hdr, frags));
     packet.identification = ip.u16(offset_of!(Ipv4Hdr, id)) as u32;
@@ -291,6 +291,12 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
     packet.dont_fragment = 1;
     packet.identification = 0;
     packet.fragment = Fragment::Whole as u8;
+    // Before the headers that may follow: what comes behind their loop the verifier checks a hundred times.
+    if frame.length_in_stack().is_none()
+        && (!may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0)
+    {
+        return malformed(Reason::BadSourceAddress);
+    }
 
     let mut next = ip.u8(offset_of!(Ipv6Hdr, next_hdr));
     let mut offset = ip_offset + Ipv6Hdr::LEN;
@@ -340,11 +346,6 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
     }
     if next != TCP && next != UDP && next != ICMPV6 {
         return Err(Undecodable::NotTransport(Reason::NotForService));
-    }
-    if frame.length_in_stack().is_none()
-        && (!may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0)
-    {
-        return malformed(Reason::BadSourceAddress);
     }
     decode_transport(frame, packet, next, offset, fragment_offset)
 }
