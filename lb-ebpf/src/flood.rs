@@ -3,7 +3,7 @@
 
 use lb_common::{
     abi::{Forward, Service, ServiceFlags, Strategy, opening_budget},
-    logic::{headers::Packet, tcp_state::opens},
+    logic::headers::Packet,
 };
 
 use crate::maps;
@@ -11,11 +11,10 @@ use crate::maps;
 /// Nanoseconds as a power of two: 1.07 s.
 const WINDOW: u32 = 30;
 
-/// Tells whether a packet is one that opens a connection that would not be recorded.
+/// Tells whether a connection that a packet opens would not be recorded.
 #[inline(always)]
 pub fn passes_table(service_id: u32, packet: &Packet, now: u64) -> bool {
-    opens(packet.tcp_flags)
-        && is_over_budget(now)
+    is_over_budget(now)
         && maps::service(service_id).is_some_and(|service| needs_no_record(service, packet.key.protocol))
 }
 

@@ -1,5 +1,7 @@
 //! What holds a connection on its backend: the stage that finds a packet's flow, brings it up to date or begins it.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use lb_common::{
     abi::{
@@ -20,8 +22,9 @@ use crate::{
     cursor::Cursor,
     flood::{self, is_over_budget, needs_no_record},
     flow_table::{
-        self, Entry, LEFT, NOWHERE, WRITING, count_end, find_client, find_reply, free_room, hash_of_client,
-        hash_of_reply, hash_of_scratch_reply, make_room, of, put, take_back,
+        self, Entry, LEFT, NOWHERE, WRITING, count_end, find_client, find_reply, free_place, free_room,
+        hash_of_client, hash_of_reply, hash_of_scratch_reply, make_room, of, put, put_in_free_place,
+        take_back,
     },
     maps,
     scratch::{Scratch, scratch},
@@ -77,11 +80,15 @@ pub enum Reset {
 #[inline(always)]
 pub fn known(settings: &Settings, frame: &Cursor, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
     let now = now_by(scratch);
-    if flood::passes_table(service_id, &scratch.packet, now) {
-        return None;
+    if opens(scratch.packet.tcp_flags) {
+        let is_in_flood = flood::passes_table(service_id, &scratch.packet, now);
+        scratch.is_in_flood = is_in_flood.into();
+        if is_in_flood {
+            return None;
+        }
     }
-    let hash = hash_of_client(settings, &scratch.packet.key);
-    let mut entry = flow_table::of_packet(scratch, hash, service_id)?;
+    scratch.hash = hash_of_client(settings, &scratch.packet.key);
+    let mut entry = flow_table::of_packet(scratch, service_id)?;
     let known = going_on(settings, &mut entry, &scratch.packet, now)?;
     if Forward::translates(known.forward) && !client_link::is(entry.meta.link(), frame, &scratch.packet) {
         let link = client_link::remember(frame.ingress_ifindex());
@@ -111,8 +118,9 @@ fn in_bits(known: Option<Known>) -> u64 {
 
 #[inline(always)]
 fn try_known_local(settings: &Settings, scratch: &mut Scratch, service_id: u32) -> Option<Known> {
-    let hash = hash_of_client(settings, &scratch.packet.key);
-    let location = find_client(hash, service_id, of::PACKET);
+    scratch.is_in_flood = 0;
+    scratch.hash = hash_of_client(settings, &scratch.packet.key);
+    let location = find_client(scratch.hash, service_id, of::PACKET);
     if location == NOWHERE {
         return None;
     }
@@ -228,13 +236,16 @@ const fn failed(reason: Reason) -> u64 {
 /// parts use the same stack one after the other. What they tell each other is in the scratch memory. Gives the flow as
 /// a number, see [`Known::from_bits`].
 #[inline(always)]
-pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
+pub fn begin(source_port: u16, client_ifindex: u32, service_id: u32) -> u64 {
     let chosen = choose(client_ifindex, service_id);
     if chosen == UNRECORDED {
         return count_unrecorded(service_id);
     }
     if chosen & FAILED != 0 {
         return chosen;
+    }
+    if record_plain() == 0 {
+        return count(service_id, source_port.into());
     }
     let is_translated = needs_source_port();
     if is_translated & FAILED != 0 {
@@ -262,14 +273,19 @@ pub fn begin(client_ifindex: u32, service_id: u32) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
-    let (Some(scratch), Some(settings), Some(service)) =
-        (scratch(), maps::settings(), maps::service(service_id))
-    else {
+    // One after the other, or the compiler adds to the first before it is checked, which Linux 6.12 refuses.
+    let Some(scratch) = scratch() else {
+        return failed(Reason::Internal);
+    };
+    let (Some(settings), Some(service)) = (maps::settings(), maps::service(service_id)) else {
         return failed(Reason::Internal);
     };
     let now = now_by(scratch);
-    let is_in_flood = needs_no_record(service, scratch.packet.key.protocol) && is_over_budget(now);
-    match try_choose(settings, scratch, service, service_id, is_in_flood) {
+    if !opens(scratch.packet.tcp_flags) {
+        let is_in_flood = needs_no_record(service, scratch.packet.key.protocol) && is_over_budget(now);
+        scratch.is_in_flood = is_in_flood.into();
+    }
+    match try_choose(settings, scratch, service, service_id, now) {
         Ok(meta) => {
             let link = if Forward::translates(meta.forward()) {
                 client_link::remember(client_ifindex)
@@ -277,31 +293,37 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
                 0
             };
             scratch.began_meta = meta.with_link(link).0;
-            if is_in_flood { UNRECORDED } else { 0 }
+            if is_in_flood_by(scratch) { UNRECORDED } else { 0 }
         }
         Err(reason) => failed(reason),
     }
 }
 
+/// Read as volatile each time: the verifier then has one case to follow for all that comes, and not two.
+#[inline(always)]
+fn is_in_flood_by(scratch: &Scratch) -> bool {
+    // SAFETY: it is a reference.
+    unsafe { read_volatile(&raw const scratch.is_in_flood) != 0 }
+}
+
 #[inline(always)]
 fn try_choose(
     settings: &Settings,
-    scratch: &mut Scratch,
+    scratch: &Scratch,
     service: &Service,
     service_id: u32,
-    is_in_flood: bool,
+    now: u64,
 ) -> Result<Meta, Reason> {
-    let now = now_by(scratch);
     let packet = &scratch.packet;
     let is_tcp = packet.key.protocol == TCP as u32;
     let answers = packet.tcp_flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK;
     // The reset of a connection that has no record ends it at the backend.
-    let is_reset = packet.tcp_flags & flags::RST != 0 && !is_in_flood;
+    let is_reset = packet.tcp_flags & flags::RST != 0 && !is_in_flood_by(scratch);
     if is_tcp && (is_reset || answers || packet.is_later_fragment()) {
         return Err(Reason::NoFlow);
     }
     source::admit(service, service_id, &packet.key, now)?;
-    let backend_id = select::backend(service_id)?;
+    let backend_id = select::backend(settings, service, service_id, &packet.key)?;
     let forward = forward_of(service, &packet.key);
     let state = if is_tcp {
         first(packet.tcp_flags)
@@ -345,7 +367,38 @@ extern "C" fn needs_source_port() -> u64 {
     }
     // Another service with the same backend may have the client's port.
     scratch.except = NOWHERE;
-    is_taken().into()
+    // Both ends of the flow have the client's address and port.
+    is_taken(scratch.hash).into()
+}
+
+/// Writes a new flow that no reply is translated of where there is nothing, in the line that it is looked for in first;
+/// 0 if there was room. So most are, with few steps; all others take the longer way.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn record_plain() -> u32 {
+    let Some(scratch) = scratch() else {
+        return 1;
+    };
+    let key = &scratch.packet.key;
+    let meta = Meta(scratch.began_meta);
+    if Forward::has_reply_key(meta.forward(), key.protocol) {
+        return 1;
+    }
+    let (source_port, port) = (key.source_port, key.destination_port);
+    let failed = if key.source.is_v4() {
+        let words = short_key(key.source.v4_word(), source_port, port);
+        put_in_free_place(scratch, meta.of_kind(Kind::Short), words)
+    } else {
+        let Some(backend) = maps::backend(meta.backend()) else {
+            return 1;
+        };
+        let words = long_key(source_port, port, source_port, backend.generation);
+        put_in_free_place(scratch, meta.of_kind(Kind::Long), words)
+    };
+    if failed == 0 {
+        flood::count();
+    }
+    failed
 }
 
 /// Makes room for the new flow; gives its location. Where there is none, a flow without replies to translate goes on
@@ -353,7 +406,7 @@ extern "C" fn needs_source_port() -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn room(is_translated: u32) -> u64 {
-    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+    let Some(scratch) = scratch() else {
         return failed(Reason::Internal);
     };
     let key = &scratch.packet.key;
@@ -365,7 +418,10 @@ extern "C" fn room(is_translated: u32) -> u64 {
     let meta = Meta(scratch.began_meta).of_kind(kind);
     scratch.began_meta = meta.0;
     flood::count();
-    let location = make_room(hash_of_client(settings, key), kind as u32, limit(meta));
+    let mut location = free_place(scratch.hash, kind);
+    if location == NOWHERE {
+        location = make_room(scratch.hash, kind as u32, limit(meta));
+    }
     if location != NOWHERE {
         location
     } else if Forward::has_reply_key(meta.forward(), key.protocol) {
@@ -413,7 +469,7 @@ extern "C" fn record(location: u64) -> u64 {
     }
     // As in `claim`.
     scratch.except = location;
-    if is_taken() == 0 {
+    if is_taken(scratch.hash) == 0 {
         return source_port.into();
     }
     take_back(location, meta.0);
@@ -699,17 +755,17 @@ pub fn backend_port(client: &FlowKey, backend: &Backend) -> u16 {
     flow_table::backend_port(client.destination_port, backend)
 }
 
-/// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`] for its replies.
-/// One that is over does not have it any more after that.
+/// Tells whether another flow than the one at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`], of this hash, for its
+/// replies. One that is over does not have it any more after that.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn is_taken() -> u32 {
+extern "C" fn is_taken(hash: u64) -> u32 {
     let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
         return 1;
     };
     let is_local = Meta(scratch.began_meta).forward() == Forward::Local.number();
     let which = of::REPLY | of::CLAIM | if is_local { of::LOCAL } else { 0 };
-    let location = find_reply(hash_of_scratch_reply(), which);
+    let location = find_reply(hash, which);
     if location == NOWHERE || location == LEFT {
         return 0;
     }
@@ -751,16 +807,17 @@ extern "C" fn claim(location: u64) -> u64 {
         let port = candidate(settings, start, attempt).to_be();
         scratch.reply.destination_port = port;
         scratch.except = location;
-        if is_taken() != 0 {
+        let hash = hash_of_scratch_reply();
+        if is_taken(hash) != 0 {
             continue;
         }
-        let alias = make_room(hash_of_scratch_reply(), Kind::Alias as u32, limit(meta));
+        let alias = make_room(hash, Kind::Alias as u32, limit(meta));
         if alias == NOWHERE {
             continue;
         }
         put_alias(location, alias);
         // Another CPU may have taken the same port meanwhile: both see that, or one does.
-        if is_taken() == 0 {
+        if is_taken(hash) == 0 {
             put_translated(location);
             return port.into();
         }

@@ -6,8 +6,9 @@ use lb_common::{
     logic::{
         ageing,
         flow_table::{
-            self, ALIASED_PORTS, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of, end_hash,
-            key_at, line_of, long_key, meta_at, other_line, second_bucket_of, short_key, worth,
+            self, ALIASED_PORTS, BUCKET, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of,
+            end_hash, key_at, line_of, long_key, mark_of, mark_overflow, meta_at, other_line, overflows,
+            second_bucket_of, short_key, worth,
         },
     },
 };
@@ -147,18 +148,21 @@ pub fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
     }
 }
 
-/// The flow of a client's packet. Without a call where it is of the kind and in the line that most are.
+/// The flow of a client's packet, by [`Scratch::hash`]. Without a call where it is in the line that most are.
 #[inline(always)]
-pub fn of_packet(scratch: &mut Scratch, hash: u64, service_id: u32) -> Option<Entry> {
+pub fn of_packet(scratch: &mut Scratch, service_id: u32) -> Option<Entry> {
     let key = &scratch.packet.key;
+    let hash = scratch.hash;
     let (index, line) = place(hash, 0);
     let bucket = bucket(index)?;
-    let found = if key.source.is_v4() {
+    let mut found = None;
+    if key.source.is_v4() {
         let want = short_key(key.source.v4_word(), key.source_port, key.destination_port);
-        short_of_client(&bucket, line, want, service_id)
-    } else {
-        long_of_client(&bucket, line, key, service_id)
-    };
+        found = short_of_client(&bucket, line, want, service_id);
+    }
+    if found.is_none() {
+        found = long_of_client(&bucket, line, key, service_id);
+    }
     if let Some(found) = found {
         return Some(Entry {
             location: location(index, &found),
@@ -166,7 +170,10 @@ pub fn of_packet(scratch: &mut Scratch, hash: u64, service_id: u32) -> Option<En
             meta: found.meta,
         });
     }
-    match find_client(hash, service_id, of::PACKET) {
+    if !overflows(&bucket, mark_of(line)) {
+        return None;
+    }
+    match find_client_elsewhere(hash, service_id, of::PACKET) {
         NOWHERE => None,
         location => Some(Entry::found(scratch, location)),
     }
@@ -181,6 +188,10 @@ fn location(index: u32, found: &Found) -> Location {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn find_client_elsewhere(hash: u64, service_id: u32, which: u32) -> Location {
+    let (index, line) = place(hash, 0);
+    if !bucket(index).is_some_and(|bucket| overflows(&bucket, mark_of(line))) {
+        return NOWHERE;
+    }
     for step in 1..4 {
         let (index, line) = place(hash, step >> 1);
         let line = if step & 1 == 0 { line } else { other_line(line) };
@@ -188,7 +199,7 @@ extern "C" fn find_client_elsewhere(hash: u64, service_id: u32, which: u32) -> L
         if location != NOWHERE {
             return location;
         }
-        if step == 1 && !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
+        if step == 1 && !bucket(index).is_some_and(|bucket| overflows(&bucket, BUCKET)) {
             return NOWHERE;
         }
     }
@@ -274,36 +285,57 @@ fn long_of_client(bucket: &InKernel, line: usize, key: &FlowKey, service_id: u32
 /// memory, see [`Entry::found`], and its client's 5-tuple in [`Scratch::client`].
 #[inline(always)]
 pub fn find_reply(hash: u64, which: u32) -> Location {
-    let (index, line) = place(hash, 0);
-    let location = reply_in(index, line as u32 / 2, which);
-    if location != NOWHERE && location != LEFT {
-        return location;
+    let mut nowhere = NOWHERE;
+    for step in 0..4 {
+        let (index, line) = place(hash, step >> 1);
+        let searched = if step & 1 == 0 { line } else { other_line(line) };
+        match reply_in(index, searched as u32, which) {
+            NOWHERE => {}
+            LEFT => nowhere = LEFT,
+            location => return location,
+        }
+        let mark = match step {
+            0 => mark_of(line),
+            1 => BUCKET,
+            _ => continue,
+        };
+        if !bucket(index).is_some_and(|bucket| overflows(&bucket, mark)) {
+            break;
+        }
     }
-    if !bucket(index).is_some_and(|bucket| flow_table::overflows(&bucket)) {
-        return location;
-    }
-    match reply_in(place(hash, 1).0, line as u32 / 2, which) {
-        NOWHERE => location,
-        location => location,
-    }
+    nowhere
 }
 
-/// As [`find_reply`], in a bucket from a unit on: first in the flows, and then in the aliases of the eight units.
+/// As [`find_reply`], in one line of a bucket.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn reply_in(index: u32, first: u32, which: u32) -> Location {
+extern "C" fn reply_in(index: u32, line: u32, which: u32) -> Location {
+    let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
+        return NOWHERE;
+    };
+    let reply = tuple(scratch, which);
+    let short = short_key(reply.destination.v4_word(), reply.destination_port, 0);
+    let long = reply.destination_port as u64;
+    let alias = alias_key(0, 0, reply.destination_port, reply.source_port);
+    let first = (line as usize & LINE) / 2;
     let mut nowhere = NOWHERE;
-    for step in 0..16 {
-        let unit = (first + step) & 7;
-        let location = if step < 8 {
-            replied(index, unit, which)
-        } else {
-            aliased(index, unit, which)
-        };
-        if location == LEFT {
-            nowhere = LEFT;
-        } else if location != NOWHERE {
-            return location;
+    for step in 0..4 {
+        let unit = first + step;
+        // Told apart here, but for a few, since each call costs more than this.
+        let key = bucket.load(key_at(unit));
+        if key & ALIASED_PORTS == alias {
+            match aliased(index, unit as u32, which) {
+                NOWHERE => {}
+                LEFT => nowhere = LEFT,
+                location => return location,
+            }
+        }
+        if key & CLIENT == short || key & CLIENT_PORT == long {
+            match replied(index, unit as u32, which) {
+                NOWHERE => {}
+                LEFT => nowhere = LEFT,
+                location => return location,
+            }
         }
     }
     nowhere
@@ -325,6 +357,13 @@ pub fn of_reply_packet(scratch: &mut Scratch, hash: u64) -> Location {
             return location;
         }
     }
+    find_reply_of_packet(hash)
+}
+
+/// As [`find_reply`], of the packet itself.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_reply_of_packet(hash: u64) -> Location {
     find_reply(hash, of::PACKET)
 }
 
@@ -380,15 +419,13 @@ extern "C" fn replied(index: u32, unit: u32, which: u32) -> Location {
             return answers(scratch, which, index, &found, ports, client.by_words());
         }
     }
-    // The long flows with the first four units: an even number is more than the verifier can tell.
-    if unit < 4 {
-        let want = reply.destination_port as u64;
-        if let Some(found) = flow_table::long_at(&bucket, unit << 1, client, want, CLIENT_PORT)
-            && is_plain(&found, reply)
-        {
-            let ports = (found.key as u16, (found.key >> 16) as u16);
-            return answers(scratch, which, index, &found, ports, client.by_words());
-        }
+    // Or the flow whose second unit this is: that a number is even is more than the verifier can tell.
+    let want = reply.destination_port as u64;
+    if let Some(found) = flow_table::long_at(&bucket, unit & 6, client, want, CLIENT_PORT)
+        && is_plain(&found, reply)
+    {
+        let ports = (found.key as u16, (found.key >> 16) as u16);
+        return answers(scratch, which, index, &found, ports, client.by_words());
     }
     NOWHERE
 }
@@ -541,8 +578,15 @@ pub extern "C" fn make_room(hash: u64, kind: u32, limit: u32) -> Location {
         if location == NOWHERE {
             continue;
         }
-        // Before the flow can be seen in the second one.
-        if index == first || bucket(first).is_some_and(|first| flow_table::mark_overflow(&first)) {
+        let unit = location as usize & 7;
+        if index == first && unit & 4 == line / 2 {
+            return location;
+        }
+        // Before the flow can be seen there.
+        if let Some(home) = bucket(first)
+            && mark_overflow(&home, mark_of(line))
+            && (index == first || mark_overflow(&home, BUCKET))
+        {
             return location;
         }
         free_room(location);
@@ -564,7 +608,13 @@ extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location 
         return NOWHERE;
     };
     let line = line as usize & LINE;
-    let worth = |unit, meta: Meta| worth_now(bucket.load(key_at(unit)), meta.0);
+    let worth = |unit, meta: Meta| {
+        if meta.is_empty() {
+            worth::NOTHING
+        } else {
+            worth_now(bucket.load(key_at(unit)), meta.0)
+        }
+    };
     let Some(room) = flow_table::make_room(&bucket, line, kind, limit, worth) else {
         return NOWHERE;
     };
@@ -572,6 +622,38 @@ extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location 
         count_end(meta);
     }
     (index << 3 | room.unit as u32) as u64
+}
+
+/// Takes a place with nothing in the line where a flow is looked for first; gives its location or [`NOWHERE`].
+#[inline(always)]
+pub fn free_place(hash: u64, kind: Kind) -> Location {
+    let (index, line) = place(hash, 0);
+    let unit = bucket(index).and_then(|bucket| flow_table::take_free(&bucket, line, kind));
+    match unit {
+        Some(unit) => (index << 3 | unit as u32) as u64,
+        None => NOWHERE,
+    }
+}
+
+/// Writes the flow of the packet in the scratch memory into such a place; 0 if there was one.
+#[inline(always)]
+pub fn put_in_free_place(scratch: &Scratch, meta: Meta, key: u64) -> u32 {
+    let (index, line) = place(scratch.hash, 0);
+    let Some(bucket) = bucket(index) else {
+        return 1;
+    };
+    if meta.is(Kind::Long) {
+        let Some(unit) = flow_table::take_free(&bucket, line, Kind::Long) else {
+            return 1;
+        };
+        flow_table::put_long(&bucket, unit & 6, key, &scratch.packet.key.source, meta);
+    } else {
+        let Some(unit) = flow_table::take_free(&bucket, line, Kind::Short) else {
+            return 1;
+        };
+        flow_table::put(&bucket, unit & 7, key, meta);
+    }
+    0
 }
 
 /// Counts the end of a flow that another takes the place of.
@@ -639,7 +721,7 @@ pub extern "C" fn take_back(location: Location, meta: u64) -> u32 {
         key: bucket.load(key_at(location as usize & 7)),
         meta: Meta(meta),
     };
-    // Once more where only the mark of the bucket was new, or a packet has come for it.
+    // Once more where only a mark was new, or a packet has come for it.
     if !entry.remove() && entry.look_again() {
         entry.remove();
     }

@@ -115,7 +115,10 @@ fn over_tcp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> 
     };
     let known = match Known::from_bits(flow::known_local(service_id), service_id) {
         Ok(known) => known,
-        Err(_) if opens(tcp_flags) => match Known::from_bits(flow::begin(0, service_id), service_id) {
+        Err(_) if opens(tcp_flags) => match Known::from_bits(
+            flow::begin(scratch.packet.key.source_port, 0, service_id),
+            service_id,
+        ) {
             Ok(known) => known,
             Err(Reason::NoBackend) => return refused(Reason::Refused, occupied),
             Err(reason) => return reason,
@@ -142,7 +145,10 @@ fn over_tcp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> 
 fn over_udp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> Reason {
     let known = match Known::from_bits(flow::known_local(service_id), service_id) {
         Ok(known) => Ok(known),
-        Err(_) => Known::from_bits(flow::begin(0, service_id), service_id),
+        Err(_) => Known::from_bits(
+            flow::begin(scratch.packet.key.source_port, 0, service_id),
+            service_id,
+        ),
     };
     let known = match known {
         Ok(known) => known,

@@ -113,11 +113,18 @@ fn from_client(
     }
     let known = match flow::known(settings, &frame, scratch, service_id) {
         Some(known) => known,
-        None => match Known::from_bits(flow::begin(frame.ingress_ifindex(), service_id), service_id) {
-            Ok(known) => known,
-            Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),
-            Err(reason) => return verdict.dropped(reason),
-        },
+        None => {
+            let begun = flow::begin(
+                scratch.packet.key.source_port,
+                frame.ingress_ifindex(),
+                service_id,
+            );
+            match Known::from_bits(begun, service_id) {
+                Ok(known) => known,
+                Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),
+                Err(reason) => return verdict.dropped(reason),
+            }
+        }
     };
     let Some(backend) = maps::backend(known.backend_id) else {
         return verdict.dropped(Reason::Internal);

@@ -24,12 +24,16 @@ pub struct Scratch {
     pub client: FlowKey,
     /// A key of replies.
     pub reply: FlowKey,
+    /// Hash of the source of a client's packet; not set where `is_in_flood` is.
+    pub hash: u64,
     /// Key and meta of the flow that a search has found, see `flow_table::Entry`.
     pub found_key: u64,
     pub found_meta: u64,
     /// Id of the service that the packet is for.
     pub service_id: u32,
-    pub _pad: u32,
+    /// Whether the flow of a client's packet goes on without a record in a flood: 1. From when its flow was not found until it
+    /// has begun.
+    pub is_in_flood: u32,
     /// Location of a flow that a search for replies leaves out.
     pub except: u64,
     /// Meta of a flow that begins.

@@ -5,10 +5,7 @@ use lb_common::{
     logic::hash::{client_hash, flow_hash, lot, slot_of},
 };
 
-use crate::{
-    maps::{self, LIVE},
-    scratch::scratch,
-};
+use crate::maps::{self, LIVE};
 
 /// Slots that are tried until a backend takes the flow.
 const TRIES: u32 = 128;
@@ -20,34 +17,12 @@ const COMPARED: u32 = 32;
 /// # Errors
 /// [`Reason::NoBackend`], [`Reason::BackendsFull`].
 #[inline(always)]
-pub fn backend(service_id: u32) -> Result<u32, Reason> {
-    let selected = select(service_id);
-    if selected & FAILED != 0 {
-        Err(Reason::from_index(selected as u32))
-    } else {
-        Ok(selected as u32)
-    }
-}
-
-/// In a number of [`select`]: not a backend but a reason.
-const FAILED: u64 = 1 << 63;
-
-/// A function that the verifier checks for itself, once for all that follows its loops. Gives the backend's id.
-#[unsafe(no_mangle)]
-extern "C" fn select(service_id: u32) -> u64 {
-    let (Some(scratch), Some(settings), Some(service)) =
-        (scratch(), maps::settings(), maps::service(service_id))
-    else {
-        return FAILED | Reason::Internal.index() as u64;
-    };
-    match try_select(settings, service, service_id, &scratch.packet.key) {
-        Ok(id) => id as u64,
-        Err(reason) => FAILED | reason.index() as u64,
-    }
-}
-
-#[inline(always)]
-fn try_select(settings: &Settings, service: &Service, service_id: u32, key: &FlowKey) -> Result<u32, Reason> {
+pub fn backend(
+    settings: &Settings,
+    service: &Service,
+    service_id: u32,
+    key: &FlowKey,
+) -> Result<u32, Reason> {
     let pool = Pool::of(service_id).ok_or(Reason::NoBackend)?;
     if service.strategy == Strategy::LeastConnections.number() {
         return least_connections(settings, &pool, key);

@@ -451,7 +451,7 @@ impl Fixture {
         Self::on(instance, self.pins.clone(), self.is_lent).with(services)
     }
 
-    fn with(mut self, services: &[TestService]) -> Self {
+    pub(crate) fn with(mut self, services: &[TestService]) -> Self {
         self.apply(Operation::PutSettings(SETTINGS));
         for vip in [VIP, VIP6] {
             self.apply(Operation::PutAddress(Address::from(vip), ROLE_VIP));

@@ -10,7 +10,7 @@ use lb_common::abi::{
 use xlb::datapath::{Datapath, Flow, kernel::monotonic_now};
 
 use crate::{
-    fixture::{DNS, Expected, Fixture, INGRESS, MIRROR, RELAY, SHOP, SOURCE, TX, TestService, WEB},
+    fixture::{DNS, Expected, Fixture, INGRESS, MIRROR, RELAY, SHOP, SOURCE, TX, TestService, WEB, WEB6},
     frame::{
         ACK, BALANCER_MAC, FIN_ACK, Frame, ROUTER_MAC, SYN, SYN_ACK, Transport, address, ends, tcp, udp,
     },
@@ -386,6 +386,64 @@ fn flows_that_find_no_room_in_their_bucket_are_found_in_another_in_both_directio
     assert_eq!(fixture.units().len(), 0);
 }
 
+#[test]
+fn a_flow_in_the_other_line_of_its_bucket_is_found_in_both_directions_when_its_own_line_is_empty() {
+    use lb_common::{
+        abi::{Meta, TCP, buckets},
+        logic::flow_table::{BUCKET, bucket_of, end_hash, line_of, mark_of, meta_at, other_line},
+    };
+    let seed = crate::fixture::SETTINGS.table_seed;
+    for (service, network, in_a_line) in [(WEB, "198.51", 4), (WEB6, "[2001:db8:7", 2)] {
+        let mut fixture = Fixture::with_flow_table(1024).with(&[WEB6]);
+        let mut line = None;
+        let in_one_line = (0..60_000_u32).filter_map(|number| {
+            let mut syn = tcp(CLIENT, service.vip, SYN);
+            let host = (number / 250, 1 + number % 250);
+            syn.source = address(&match service.vip.is_ipv4() {
+                true => format!("{network}.{}.{}:7000", host.0, host.1),
+                false => format!("{network}::{}:{}]:7000", host.0, host.1),
+            });
+            let key = syn.key();
+            let hash = end_hash(seed, &key.source, key.source_port, u32::from(TCP));
+            let is_there = bucket_of(hash, buckets(1024)) == 77
+                && *line.get_or_insert_with(|| line_of(hash)) == line_of(hash);
+            is_there.then_some(syn)
+        });
+        let flows: Vec<Frame> = in_one_line.take(in_a_line + 2).collect();
+        let line = line.unwrap();
+        let begin = |fixture: &mut Fixture, syn: &Frame| {
+            let expected = Expected::to_backend(&service, 0, syn, syn.source).new_flow();
+            fixture.expect("first", &syn.bytes(), expected);
+        };
+        let marks = |fixture: &mut Fixture| {
+            let words = fixture.bucket(77).0;
+            [mark_of(line), mark_of(other_line(line)), BUCKET]
+                .map(|unit| Meta(words[meta_at(unit)]).overflows())
+        };
+        flows[..in_a_line].iter().for_each(|syn| begin(&mut fixture, syn));
+        assert_eq!(marks(&mut fixture), [false; 3]);
+        let displaced = &flows[in_a_line];
+        begin(&mut fixture, displaced);
+        assert_eq!(marks(&mut fixture), [true, false, false]);
+        for syn in &flows[..in_a_line] {
+            assert_eq!(fixture.remove(syn), 1);
+        }
+        // One more, where there is room again.
+        begin(&mut fixture, &flows[in_a_line + 1]);
+        for syn in &flows[in_a_line..] {
+            let mut ack = syn.clone();
+            ack.transport = tcp(CLIENT, service.vip, ACK).transport;
+            let expected = Expected::to_backend(&service, 0, &ack, ack.source);
+            fixture.expect("of a known flow", &ack.bytes(), expected);
+            let reply = answer(&service, 0, syn.source, SYN_ACK);
+            let expected = Expected::to_client(&service, 0, &reply, &ack);
+            fixture.expect("reply", &reply.bytes(), expected);
+        }
+        assert_eq!(fixture.flows().len(), 2);
+        assert_eq!(marks(&mut fixture), [true, false, false]);
+    }
+}
+
 /// Three units for each of them in a table that is more than half full: some of either are in their second bucket.
 #[test]
 fn what_leads_from_replies_stays_wherever_there_was_room_for_it() {
@@ -437,7 +495,7 @@ fn what_leads_from_replies_to_an_open_flow_gives_way_to_none_that_opens() {
 fn packets_of_other_hosts_are_no_answers_of_processes_on_this_one() {
     use lb_common::{
         abi::{Bucket, Meta},
-        logic::flow_table::{bucket_of, end_hash, key_at, meta_at, short_key},
+        logic::flow_table::{bucket_of, end_hash, key_at, line_of, meta_at, short_key},
     };
     let mut fixture = Fixture::with_flow_table(1024);
     let key = udp(CLIENT, DNS.vip).key();
@@ -445,12 +503,13 @@ fn packets_of_other_hosts_are_no_answers_of_processes_on_this_one() {
     let hash = end_hash(seed, &key.source, key.source_port, key.protocol);
     let index = bucket_of(hash, lb_common::abi::buckets(1024));
     let mut bucket = Bucket::default();
-    bucket.0[key_at(0)] = short_key(key.source.v4_word(), key.source_port, key.destination_port);
+    let unit = line_of(hash) / 2;
+    bucket.0[key_at(unit)] = short_key(key.source.v4_word(), key.source_port, key.destination_port);
     let local = Meta::new(Kind::Short, DNS.id, DNS.backends[0].id, Forward::Local.number());
     let settings = crate::fixture::SETTINGS;
     let age =
         lb_common::logic::ageing::ticks(&settings, local.state(), xlb::datapath::kernel::monotonic_now());
-    bucket.0[meta_at(0)] = local.confirmed().with_age(age).0;
+    bucket.0[meta_at(unit)] = local.confirmed().with_age(age).0;
     fixture.put_bucket(index, bucket);
     for tags in [Tags::default(), Tags([0x8100_0001_u32.to_be(), 0])] {
         let from = std::net::SocketAddr::new("192.0.2.99".parse().unwrap(), DNS.backends[0].address.port());

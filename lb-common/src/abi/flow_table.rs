@@ -54,7 +54,7 @@ pub enum Kind {
 /// The second word of a unit: all that is known of a flow but its client.
 ///
 /// It is read and replaced as a whole. From the lowest bit: 14 bits of service id, 18 of backend id, 2 of [`Kind`], 3 of
-/// state, 3 of [`Forward`](super::Forward), 8 of age, 15 of the link to the client, 1 of the bucket, see [`Meta::overflows`].
+/// state, 3 of [`Forward`](super::Forward), 8 of age, 15 of the link to the client, 1 that is a mark, see [`Meta::overflows`].
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Meta(pub u64);
@@ -70,7 +70,7 @@ const FORWARD: u32 = 37;
 const AGE: u32 = 40;
 const LINK: u32 = 48;
 const LINK_MASK: u64 = 0x7fff;
-/// Of the first unit of a bucket; as long as the bucket is there it is not lost with a flow.
+/// A mark of the bucket or of a line, not of the flow: it is not lost with it, as long as the map is there.
 const OVERFLOWS: u64 = 1 << 63;
 /// The bits that stay the same as long as a flow does, but for the link.
 const IDENTITY: u64 = 0xffff_ffff | 3 << KIND | 7 << FORWARD;
@@ -111,7 +111,8 @@ impl Meta {
         Self(by.0 & !OVERFLOWS | self.0 & OVERFLOWS)
     }
 
-    /// Tells whether flows that belong into the bucket are in their second one, because there was no room.
+    /// Tells whether the unit has a mark: flows that belong where it stands for are elsewhere, because there was no room, see
+    /// `logic::flow_table::mark_overflow`.
     #[inline(always)]
     pub const fn overflows(self) -> bool {
         self.0 & OVERFLOWS != 0

@@ -231,7 +231,7 @@ pub fn free<W: Words>(words: &W, unit: usize) {
     replace(words, unit, Meta::EMPTY);
 }
 
-/// Writes the meta word of a unit that nobody else writes, but for the mark of its bucket.
+/// Writes the meta word of a unit that nobody else writes, but for a mark.
 #[inline(always)]
 fn replace<W: Words>(words: &W, unit: usize, meta: Meta) {
     let mut attempt = 0;
@@ -245,13 +245,22 @@ fn replace<W: Words>(words: &W, unit: usize, meta: Meta) {
     words.store(meta_at(unit), meta.0);
 }
 
-/// Notes that flows of a bucket are in their second one; tells whether that has been noted, in spite of others who write.
+/// The unit that has the mark of a bucket: flows that belong there are in their second bucket.
+pub const BUCKET: usize = 0;
+
+/// The unit that has the mark of a line: flows that are looked for there first are somewhere else. One that has no address.
 #[inline(always)]
-pub fn mark_overflow<W: Words>(words: &W) -> bool {
+pub const fn mark_of(line: usize) -> usize {
+    line / 2 + 2
+}
+
+/// Notes at a unit that flows are elsewhere; tells whether that has been noted, in spite of others who write.
+#[inline(always)]
+pub fn mark_overflow<W: Words>(words: &W, unit: usize) -> bool {
     let mut attempt = 0;
     while attempt < 4 {
-        let meta = Meta(words.load(meta_at(0)));
-        if meta.overflows() || words.swap(meta_at(0), meta.0, meta.with_overflow(true).0) {
+        let meta = Meta(words.load(meta_at(unit)));
+        if meta.overflows() || words.swap(meta_at(unit), meta.0, meta.with_overflow(true).0) {
             return true;
         }
         attempt += 1;
@@ -259,18 +268,16 @@ pub fn mark_overflow<W: Words>(words: &W) -> bool {
     false
 }
 
-/// Tells whether flows of a bucket may be in their second one.
+/// Tells whether it was noted at a unit that flows are elsewhere.
 #[inline(always)]
-pub fn overflows<W: Words>(words: &W) -> bool {
-    Meta(words.load(meta_at(0))).overflows()
+pub fn overflows<W: Words>(words: &W, unit: usize) -> bool {
+    Meta(words.load(meta_at(unit))).overflows()
 }
 
 /// What a flow is worth; who comes takes the place of the one that is worth least.
 pub mod worth {
-    /// A place without a flow.
+    /// A place without a flow, or one that is idle for too long.
     pub const NOTHING: u32 = 0;
-    /// A flow that is idle for too long.
-    pub const OVER: u32 = 1;
     /// A connection that both ends have closed, or one has reset.
     pub const CLOSED: u32 = 2;
     /// What is worth so much or more goes on.
@@ -299,7 +306,7 @@ pub fn worth(settings: &Settings, meta: Meta, now: u64) -> u32 {
     }
     let idle = ageing::idle_ticks(settings, meta, now);
     if ageing::is_over_after(settings, meta.state(), idle) {
-        return worth::OVER;
+        return worth::NOTHING;
     }
     match meta.state() {
         TcpState::Closed => worth::CLOSED,
@@ -336,6 +343,10 @@ pub fn make_room<W: Words>(
         let worth = place_worth(pair(words, unit), unit, kind, &worth_of);
         if worth < least {
             (least, chosen) = (worth, unit);
+            // The other line is read only where this one is full.
+            if worth == worth::NOTHING {
+                break;
+            }
         }
         step += if matches!(kind, Kind::Long) { 2 } else { 1 };
     }
@@ -343,6 +354,43 @@ pub fn make_room<W: Words>(
         return None;
     }
     take(words, chosen, kind, least, &worth_of)
+}
+
+/// The meta word of a unit, unless it is the second of a long flow. Read before that is asked: where no long flow is there by
+/// then, it was no address, or is another word by now.
+#[inline(always)]
+pub fn meta_of<W: Words>(words: &W, unit: usize) -> Option<Meta> {
+    let meta = Meta(words.load(meta_at(unit)));
+    (!is_address(words, unit)).then_some(meta)
+}
+
+/// Takes a place of a line where there is nothing; gives the unit. Others are not judged, and whoever is faster gets it.
+#[inline(always)]
+pub fn take_free<W: Words>(words: &W, line: usize, kind: Kind) -> Option<usize> {
+    let mut even = line / 2;
+    while even < line / 2 + 4 {
+        let (first, second) = pair(words, even);
+        if matches!(kind, Kind::Long) {
+            let busy = second.busy(Kind::Short);
+            if first.is_empty() && second.is_empty() && words.swap(meta_at(even + 1), second.0, busy.0) {
+                if words.swap(meta_at(even), first.0, first.busy(Kind::Long).0) {
+                    return Some(even);
+                }
+                words.swap(meta_at(even + 1), busy.0, second.0);
+            }
+        } else if first.is_empty() {
+            if words.swap(meta_at(even), first.0, first.busy(kind).0) {
+                return Some(even);
+            }
+        } else if !first.is(Kind::Long)
+            && second.is_empty()
+            && words.swap(meta_at(even + 1), second.0, second.busy(kind).0)
+        {
+            return Some(even + 1);
+        }
+        even += 2;
+    }
+    None
 }
 
 /// The meta words of the pair of units that a unit is of. In this order: where the first is no long flow's, the second was

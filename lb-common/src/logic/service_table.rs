@@ -82,7 +82,7 @@ pub fn in_line<W: Words>(words: &W, line: usize, key: &ServiceKey) -> Option<u32
 /// Tells whether keys of a bucket may be in their second one.
 #[inline(always)]
 pub fn overflows<W: Words>(words: &W) -> bool {
-    flow_table::overflows(words)
+    flow_table::overflows(words, flow_table::BUCKET)
 }
 
 /// The service of a key in a whole table, given its buckets by index.
@@ -125,7 +125,7 @@ fn put_where_there_is_room<W: Words>(bucket: &impl Fn(u32) -> W, key: &ServiceKe
         let words = bucket(place.bucket);
         let has_put = put_into(&words, place.line, key, service);
         if !has_put {
-            flow_table::mark_overflow(&words);
+            flow_table::mark_overflow(&words, flow_table::BUCKET);
         }
         has_put
     })
@@ -181,7 +181,7 @@ fn move_away<W: Words>(bucket: &impl Fn(u32) -> W, full: u32, key: &ServiceKey, 
     if first.bucket != full || second.bucket == full {
         return false;
     }
-    flow_table::mark_overflow(&bucket(full));
+    flow_table::mark_overflow(&bucket(full), flow_table::BUCKET);
     if !put_into(&bucket(second.bucket), second.line, key, service) {
         return false;
     }

@@ -19,7 +19,7 @@ use lb_common::{
     logic::{
         ageing,
         flow_table::{
-            Found, Words, again, at, bucket_of, client_of_long, end_hash, free_long, is_address, meta_at,
+            Found, Words, again, at, bucket_of, client_of_long, end_hash, free_long, meta_at, meta_of,
             remove, second_bucket_of, update,
         },
     },
@@ -162,13 +162,9 @@ impl Pass {
         let Some(bucket) = buckets.get(index) else {
             return;
         };
-        if is_address(bucket, unit) {
+        let Some(meta) = meta_of(bucket, unit).filter(|meta| !meta.is_empty()) else {
             return;
-        }
-        let meta = Meta(bucket.load(meta_at(unit)));
-        if meta.is_empty() {
-            return;
-        }
+        };
         if is_misplaced(unit, meta) {
             bucket.swap(meta_at(unit), meta.0, meta.emptied().0);
             return;

@@ -72,12 +72,29 @@ impl Id {
 
     fn put<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
         let room = make_room(words, line, self.kind(), limit, |_, meta| worth_of(meta))?;
-        if self.kind() == Kind::Long {
-            put_long(words, room.unit, self.key(), &self.client(), self.meta());
-        } else {
-            put(words, room.unit, self.key(), self.meta());
-        }
+        self.write(words, room.unit);
         Some(room)
+    }
+
+    /// Where there is nothing in the line, and else as [`Self::put`].
+    fn begin<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
+        let Some(unit) = take_free(words, line, self.kind()) else {
+            return self.put(words, line, limit);
+        };
+        assert_eq!(unit / 4, line / LINE);
+        self.write(words, unit);
+        Some(Room {
+            unit,
+            evicted: [Meta::EMPTY; 2],
+        })
+    }
+
+    fn write<W: Words>(self, words: &W, unit: usize) {
+        if self.kind() == Kind::Long {
+            put_long(words, unit, self.key(), &self.client(), self.meta());
+        } else {
+            put(words, unit, self.key(), self.meta());
+        }
     }
 
     fn of(meta: Meta) -> Self {
@@ -120,6 +137,7 @@ fn any_id() -> impl Strategy<Value = Id> {
 #[derive(Clone, Debug)]
 enum Step {
     Put(Id, bool, u32),
+    Begin(Id, bool, u32),
     Update(Id, TcpState),
     Remove(Id),
 }
@@ -133,7 +151,8 @@ fn any_step() -> impl Strategy<Value = Step> {
     ]);
     let limit = prop::sample::select(vec![worth::CLOSING, worth::OPEN + 1]);
     prop_oneof![
-        4 => (any_id(), any::<bool>(), limit).prop_map(|(id, line, limit)| Step::Put(id, line, limit)),
+        2 => (any_id(), any::<bool>(), limit.clone()).prop_map(|(id, line, limit)| Step::Put(id, line, limit)),
+        2 => (any_id(), any::<bool>(), limit).prop_map(|(id, line, limit)| Step::Begin(id, line, limit)),
         2 => (any_id(), state).prop_map(|(id, state)| Step::Update(id, state)),
         1 => any_id().prop_map(Step::Remove),
     ]
@@ -146,7 +165,7 @@ proptest! {
         let mut model: BTreeMap<Id, Meta> = BTreeMap::new();
         for step in steps {
             match step {
-                Step::Put(id, line, limit) => {
+                Step::Put(id, other, limit) | Step::Begin(id, other, limit) => {
                     if model.contains_key(&id) {
                         continue;
                     }
@@ -154,7 +173,12 @@ proptest! {
                         model.keys().map(|id| if id.kind() == Kind::Long { 2 } else { 1 }).sum()
                     };
                     let before = units(&model);
-                    match id.put(&words, if line { LINE } else { 0 }, limit) {
+                    let line = if other { LINE } else { 0 };
+                    let room = match step {
+                        Step::Begin(..) => id.begin(&words, line, limit),
+                        _ => id.put(&words, line, limit),
+                    };
+                    match room {
                         Some(room) => {
                             for evicted in room.evicted.into_iter().filter(|meta| !meta.is_empty()) {
                                 prop_assert!(worth_of(evicted) < limit, "{evicted:?}");
@@ -252,8 +276,8 @@ fn what_is_over_gives_way_before_what_is_closed_opening_closing_and_open() {
     let confirmed = meta(TcpState::None).confirmed();
     let second = (1 << 30, 60 << 30);
     let order = [
-        vec![worth(&settings, Meta::EMPTY, 0)],
         vec![
+            worth(&settings, Meta::EMPTY, 0),
             worth(&settings, meta(TcpState::SynSent), 1 << 39),
             worth(&settings, meta(TcpState::Established), 1 << 41),
             worth(&settings, confirmed, 1 << 39),
@@ -279,7 +303,7 @@ fn what_is_over_gives_way_before_what_is_closed_opening_closing_and_open() {
     for pair in order.windows(2) {
         assert!(pair[0].iter().max() < pair[1].iter().min(), "{order:?}");
     }
-    assert!(order[3].is_sorted() && order[5].is_sorted());
+    assert!(order[2].is_sorted() && order[4].is_sorted());
     // One datagram is no flow that goes on.
     assert_eq!(
         worth(&settings, meta(TcpState::None), 0),
@@ -471,7 +495,7 @@ fn flows_that_begin_in_one_bucket_at_once_leave_each_other_whole() {
                 .iter()
                 .flat_map(|mine| kinds.map(|others| (mine(50), others(60))))
             {
-                for steps_before in 0..60 {
+                for (steps_before, begins) in (0..60).flat_map(|steps| [(steps, false), (steps, true)]) {
                     let words = bucket();
                     let units = if fill(0).kind() == Kind::Long { 2 } else { 1 };
                     (0..filled / units).for_each(|number| put_closed(&words, fill(number)));
@@ -480,11 +504,20 @@ fn flows_that_begin_in_one_bucket_at_once_leave_each_other_whole() {
                         words: &words,
                         steps_before: Cell::new(steps_before),
                         other: RefCell::new(Some(Box::new(|| {
-                            put_by_other.set(others.put(&words, 0, worth::OPENING).is_some());
+                            let room = if begins {
+                                others.begin(&words, 0, worth::OPENING)
+                            } else {
+                                others.put(&words, 0, worth::OPENING)
+                            };
+                            put_by_other.set(room.is_some());
                         }))),
                     };
-                    let room = mine.put(&between, 0, worth::OPENING);
-                    let what = (mine, others, filled, steps_before);
+                    let room = if begins {
+                        mine.begin(&between, 0, worth::OPENING)
+                    } else {
+                        mine.put(&between, 0, worth::OPENING)
+                    };
+                    let what = (mine, others, filled, steps_before, begins);
                     drop(between);
                     assert_eq!(mine.find(&words).is_some(), room.is_some(), "{what:?}");
                     assert_eq!(others.find(&words).is_some(), put_by_other.get(), "{what:?}");
@@ -493,6 +526,136 @@ fn flows_that_begin_in_one_bucket_at_once_leave_each_other_whole() {
                         assert!(is_address(&words, unit) || !is_long, "{what:?}");
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_free_place_is_taken_in_the_line_alone_and_from_no_flow() {
+    for kind in [Id::Short as fn(u32) -> Id, Id::Long, Id::Alias] {
+        let words = bucket();
+        let in_a_line = if kind(0).kind() == Kind::Long { 2 } else { 4 };
+        for number in 0..in_a_line {
+            let unit = take_free(&words, LINE, kind(number).kind()).unwrap();
+            assert_eq!(unit / 4, 1);
+            kind(number).write(&words, unit);
+            let found = kind(number).find(&words).unwrap();
+            assert!(update(&words, &found, found.meta.with_state(TcpState::Closed)));
+        }
+        let noting = Noting(&words, RefCell::default());
+        assert_eq!(take_free(&noting, LINE, kind(99).kind()), None);
+        assert_eq!(noting.1.into_inner(), []);
+    }
+    // What is left beside a short flow is no place for a long one, but for another short one.
+    let words = bucket();
+    Id::Short(0).begin(&words, 0, worth::OPENING).unwrap();
+    assert_eq!(take_free(&words, 0, Kind::Long), Some(2));
+    assert_eq!(take_free(&words, 0, Kind::Short), Some(1));
+    assert_eq!(take_free(&words, 0, Kind::Short), None);
+}
+
+/// Whatever a client's address is, and whenever the flow begins.
+#[test]
+fn the_address_of_a_flow_that_begins_meanwhile_is_not_given_for_a_unit() {
+    let words = bucket();
+    let noting = Noting(&words, RefCell::default());
+    let like_a_long_flow = Address([0x0120, 7, 1, Kind::Long as u32]);
+    let room = make_room(&noting, 0, Kind::Long, worth::BUSY, |_, meta| worth_of(meta)).unwrap();
+    put_long(
+        &noting,
+        room.unit,
+        Id::Long(3).key(),
+        &like_a_long_flow,
+        Id::Long(3).meta(),
+    );
+    assert!(Meta(words.load(meta_at(1))).is(Kind::Long));
+    let writes = noting.1.into_inner();
+    for (step, count) in (0..4).flat_map(|step| (0..=writes.len()).map(move |count| (step, count))) {
+        let words = bucket();
+        let interfered = Interfered {
+            words: &words,
+            step: Cell::new(0),
+            writes: vec![(step, &writes[..count])],
+        };
+        let meta = meta_of(&interfered, 1);
+        assert!(
+            meta.is_none_or(|meta| meta.is_empty() || meta.is_busy()),
+            "{step} {count} {meta:?}"
+        );
+    }
+}
+
+/// Every way in which what is done with a flow falls into a mark, on one CPU.
+#[test]
+fn a_mark_that_is_set_while_a_flow_begins_changes_or_ends_stays_and_no_unit_stays_busy() {
+    let kinds = [Id::Short as fn(u32) -> Id, Id::Long, Id::Alias];
+    for (mark, kind) in [BUCKET, mark_of(0), mark_of(LINE)]
+        .iter()
+        .flat_map(|mark| kinds.map(|kind| (*mark, kind)))
+    {
+        for (line, action, steps_before) in [0, LINE]
+            .iter()
+            .flat_map(|line| (0..5).flat_map(move |action| (0..40).map(move |steps| (*line, action, steps))))
+        {
+            let words = bucket();
+            for number in 0..2 {
+                kind(number).begin(&words, line, worth::OPENING).unwrap();
+            }
+            let between = Between {
+                words: &words,
+                steps_before: Cell::new(steps_before),
+                other: RefCell::new(Some(Box::new(|| assert!(mark_overflow(&words, mark))))),
+            };
+            let found = kind(1).find(&words).unwrap();
+            match action {
+                0 => drop(kind(2).begin(&between, line, worth::OPENING)),
+                1 => drop(kind(2).put(&between, line, worth::OPENING)),
+                2 => drop(update(
+                    &between,
+                    &found,
+                    found.meta.with_state(TcpState::Established),
+                )),
+                3 => drop(remove(&between, &found)),
+                _ => {
+                    // One that is begun is given up.
+                    let kind = kind(2).kind();
+                    if let Some(unit) = take_free(&between, line, kind) {
+                        match kind {
+                            Kind::Long => free_long(&between, unit),
+                            _ => free(&between, unit),
+                        }
+                    }
+                }
+            }
+            let was_marked = between.other.borrow().is_none();
+            drop(between);
+            let what = (mark, kind(0), line, action, steps_before);
+            assert_eq!(overflows(&words, mark), was_marked, "{what:?}");
+            for unit in 0..UNITS {
+                assert!(!meta_of(&words, unit).is_some_and(Meta::is_busy), "{what:?}");
+            }
+        }
+    }
+}
+
+/// Whichever flows come and go.
+#[test]
+fn marks_of_lines_and_of_the_bucket_are_told_apart_and_outlive_the_flows_in_their_units() {
+    let marks = [BUCKET, mark_of(0), mark_of(LINE)];
+    for mark in marks {
+        let words = bucket();
+        let is_noted = || marks.map(|unit| overflows(&words, unit)) == marks.map(|unit| unit == mark);
+        assert!(mark_overflow(&words, mark) && is_noted());
+        for (kind, count) in [(Id::Short as fn(u32) -> Id, 8), (Id::Long, 4), (Id::Alias, 8)] {
+            for number in 0..count {
+                kind(number).begin(&words, 0, worth::OPENING).unwrap();
+                assert!(is_noted());
+            }
+            for number in 0..count {
+                let id = kind(number);
+                assert!(remove(&words, &id.find(&words).unwrap()));
+                assert!(is_noted(), "{id:?}");
             }
         }
     }
@@ -558,8 +721,11 @@ fn nobody_sees_the_meta_of_one_flow_with_the_key_of_another() {
                                 let meta = found.meta.with_state(state).with_age(7 * state as u8);
                                 changed += u64::from(update(words, &found, meta));
                             }
-                            None => {
+                            None if round >> 41 & 1 == 0 => {
                                 changed += u64::from(id.put(words, line, worth::BUSY).is_some());
+                            }
+                            None => {
+                                changed += u64::from(id.begin(words, line, worth::BUSY).is_some());
                             }
                         }
                     }
