@@ -165,7 +165,7 @@ pub fn of_packet(scratch: &mut Scratch, service_id: u32) -> Option<Entry> {
     }
     if let Some(found) = found {
         return Some(Entry {
-            location: location(index, &found),
+            location: location(index, found.unit),
             key: found.key,
             meta: found.meta,
         });
@@ -180,8 +180,8 @@ pub fn of_packet(scratch: &mut Scratch, service_id: u32) -> Option<Entry> {
 }
 
 #[inline(always)]
-fn location(index: u32, found: &Found) -> Location {
-    (index << 3 | found.unit as u32) as u64
+fn location(index: u32, unit: usize) -> Location {
+    (index << 3 | unit as u32) as u64
 }
 
 /// As [`find_client`], but for the line that it is in mostly.
@@ -242,7 +242,7 @@ fn place(hash: u64, round: u32) -> (u32, usize) {
 fn leave(scratch: &mut Scratch, index: u32, found: &Found) -> Location {
     scratch.found_key = found.key;
     scratch.found_meta = found.meta.0;
-    location(index, found)
+    location(index, found.unit)
 }
 
 #[inline(always)]
@@ -496,7 +496,7 @@ fn answers(
     (client_port, port): (u16, u16),
     client: Address,
 ) -> Location {
-    let location = (index << 3 | found.unit as u32) as u64;
+    let location = location(index, found.unit);
     let reply = tuple(scratch, which);
     if location == scratch.except || !is_answered_by(found.meta, port, reply, which) {
         return NOWHERE;
@@ -621,7 +621,7 @@ extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location 
     for meta in room.evicted {
         count_end(meta);
     }
-    (index << 3 | room.unit as u32) as u64
+    location(index, room.unit)
 }
 
 /// Takes a place with nothing in the line where a flow is looked for first; gives its location or [`NOWHERE`].
@@ -630,7 +630,7 @@ pub fn free_place(hash: u64, kind: Kind) -> Location {
     let (index, line) = place(hash, 0);
     let unit = bucket(index).and_then(|bucket| flow_table::take_free(&bucket, line, kind));
     match unit {
-        Some(unit) => (index << 3 | unit as u32) as u64,
+        Some(unit) => location(index, unit),
         None => NOWHERE,
     }
 }

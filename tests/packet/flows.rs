@@ -37,6 +37,17 @@ impl Fixture {
     pub(crate) fn remove(&mut self, frame: &Frame) -> u64 {
         self.datapath().remove_flows(&[frame.key()], u64::MAX).unwrap()
     }
+
+    /// Next packets of a flow on a service's first backend, from its client and in reply.
+    fn expect_to_go_on(&mut self, service: &TestService, syn: &Frame) {
+        let mut ack = syn.clone();
+        ack.transport = tcp(CLIENT, service.vip, ACK).transport;
+        let expected = Expected::to_backend(service, 0, &ack, ack.source);
+        self.expect("of a known flow", &ack.bytes(), expected);
+        let reply = answer(service, 0, syn.source, SYN_ACK);
+        let expected = Expected::to_client(service, 0, &reply, &ack);
+        self.expect("reply", &reply.bytes(), expected);
+    }
 }
 
 #[test]
@@ -374,13 +385,7 @@ fn flows_that_find_no_room_in_their_bucket_are_found_in_another_in_both_directio
     }
     assert_eq!(fixture.flows().len(), 12);
     for syn in &flows {
-        let mut ack = syn.clone();
-        ack.transport = tcp(CLIENT, WEB.vip, ACK).transport;
-        let expected = Expected::to_backend(&WEB, 0, &ack, ack.source);
-        fixture.expect("of a known flow", &ack.bytes(), expected);
-        let reply = answer(&WEB, 0, syn.source, SYN_ACK);
-        let expected = Expected::to_client(&WEB, 0, &reply, &ack);
-        fixture.expect("reply", &reply.bytes(), expected);
+        fixture.expect_to_go_on(&WEB, syn);
         assert_eq!(fixture.remove(syn), 1);
     }
     assert_eq!(fixture.units().len(), 0);
@@ -431,13 +436,7 @@ fn a_flow_in_the_other_line_of_its_bucket_is_found_in_both_directions_when_its_o
         // One more, where there is room again.
         begin(&mut fixture, &flows[in_a_line + 1]);
         for syn in &flows[in_a_line..] {
-            let mut ack = syn.clone();
-            ack.transport = tcp(CLIENT, service.vip, ACK).transport;
-            let expected = Expected::to_backend(&service, 0, &ack, ack.source);
-            fixture.expect("of a known flow", &ack.bytes(), expected);
-            let reply = answer(&service, 0, syn.source, SYN_ACK);
-            let expected = Expected::to_client(&service, 0, &reply, &ack);
-            fixture.expect("reply", &reply.bytes(), expected);
+            fixture.expect_to_go_on(&service, syn);
         }
         assert_eq!(fixture.flows().len(), 2);
         assert_eq!(marks(&mut fixture), [true, false, false]);
