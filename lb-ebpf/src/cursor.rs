@@ -6,7 +6,7 @@ use aya_ebpf::{
     bindings::xdp_md,
     helpers::generated::{bpf_csum_diff, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
 };
-use lb_common::logic::headers::{Frame, View};
+use lb_common::logic::headers::{Frame, Packet, View, decode_extensions};
 
 /// Offsets stay below this: 14 bytes of Ethernet, two VLAN tags, IPv6 with six extension headers of at most 2,048
 /// bytes, and what an ICMP error quotes. The verifier is told by a mask.
@@ -96,6 +96,27 @@ impl Frame for Cursor {
     #[inline(always)]
     fn view<const N: usize>(&self, offset: usize) -> Option<Checked> {
         Checked::between::<N>(self.data, self.data_end, offset)
+    }
+
+    #[inline(always)]
+    fn extensions(&self, packet: &mut Packet, next: u8, offset: usize) -> u32 {
+        extensions(self.context, packet, next as u32, offset as u32)
+    }
+}
+
+/// [`Frame::extensions`] of the frame of a context. A function that the verifier checks for itself, once for all offsets.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn extensions(context: *mut xdp_md, packet: *mut Packet, next: u32, offset: u32) -> u32 {
+    // SAFETY: the caller's reference, which the verifier has seen to be as long as a packet.
+    match unsafe { packet.as_mut() } {
+        Some(packet) => decode_extensions(
+            &Cursor::new(context),
+            packet,
+            next as u8,
+            offset as usize & OFFSET_MASK,
+        ),
+        None => u32::MAX,
     }
 }
 

@@ -244,10 +244,10 @@ pub fn begin(source_port: u16, client_ifindex: u32, service_id: u32) -> u64 {
     if chosen & FAILED != 0 {
         return chosen;
     }
-    if record_plain() == 0 {
+    if chosen == PLAIN && record_plain() == 0 {
         return count(service_id, source_port.into());
     }
-    let is_translated = needs_source_port();
+    let is_translated = if chosen == PLAIN { 0 } else { needs_source_port() };
     if is_translated & FAILED != 0 {
         return is_translated;
     }
@@ -269,7 +269,12 @@ pub fn begin(source_port: u16, client_ifindex: u32, service_id: u32) -> u64 {
     count(service_id, port)
 }
 
-/// Chooses a backend; leaves the flow's meta in the scratch memory. [`UNRECORDED`] where a flood is passed on.
+/// A new flow that no reply is translated of, and one that replies lead to.
+const PLAIN: u64 = 0;
+const ANSWERED: u64 = 1;
+
+/// Chooses a backend; leaves the flow's meta in the scratch memory. [`UNRECORDED`] where a flood is passed on, else [`PLAIN`]
+/// or [`ANSWERED`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
@@ -293,7 +298,13 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
                 0
             };
             scratch.began_meta = meta.with_link(link).0;
-            if is_in_flood_by(scratch) { UNRECORDED } else { 0 }
+            if is_in_flood_by(scratch) {
+                UNRECORDED
+            } else if Forward::has_reply_key(meta.forward(), scratch.packet.key.protocol) {
+                ANSWERED
+            } else {
+                PLAIN
+            }
         }
         Err(reason) => failed(reason),
     }
@@ -335,8 +346,8 @@ fn try_choose(
         .with_age(ageing::ticks(settings, state, now)))
 }
 
-/// Tells whether the new flow needs a source port other than the client's, so that its replies are told apart: by 1; the
-/// 5-tuple of its replies is left in [`Scratch::reply`].
+/// Tells whether a flow that is [`ANSWERED`] needs a source port other than the client's, so that its replies are told apart: by 1;
+/// the 5-tuple of its replies is left in [`Scratch::reply`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn needs_source_port() -> u64 {
@@ -345,9 +356,6 @@ extern "C" fn needs_source_port() -> u64 {
     };
     let meta = Meta(scratch.began_meta);
     let client = &scratch.packet.key;
-    if !Forward::has_reply_key(meta.forward(), client.protocol) {
-        return 0;
-    }
     let Some(backend) = maps::backend(meta.backend()) else {
         return failed(Reason::Internal);
     };
@@ -371,8 +379,8 @@ extern "C" fn needs_source_port() -> u64 {
     is_taken(scratch.hash).into()
 }
 
-/// Writes a new flow that no reply is translated of where there is nothing, in the line that it is looked for in first;
-/// 0 if there was room. So most are, with few steps; all others take the longer way.
+/// Writes a new flow that is [`PLAIN`] where there is nothing, in the line that it is looked for in first; 0 if there was
+/// room. So most are, with few steps; all others take the longer way.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn record_plain() -> u32 {
@@ -381,9 +389,6 @@ extern "C" fn record_plain() -> u32 {
     };
     let key = &scratch.packet.key;
     let meta = Meta(scratch.began_meta);
-    if Forward::has_reply_key(meta.forward(), key.protocol) {
-        return 1;
-    }
     let (source_port, port) = (key.source_port, key.destination_port);
     let failed = if key.source.is_v4() {
         let words = short_key(key.source.v4_word(), source_port, port);

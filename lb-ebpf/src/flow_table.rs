@@ -143,9 +143,14 @@ pub fn tuple(scratch: &Scratch, which: u32) -> &FlowKey {
 pub fn find_client(hash: u64, service_id: u32, which: u32) -> Location {
     let (index, line) = place(hash, 0);
     match client_in(index, line as u32, service_id, which) {
-        NOWHERE => find_client_elsewhere(hash, service_id, which),
+        NOWHERE if has_mark(index, mark_of(line)) => find_client_elsewhere(hash, service_id, which),
         location => location,
     }
+}
+
+#[inline(always)]
+fn has_mark(index: u32, unit: usize) -> bool {
+    bucket(index).is_some_and(|bucket| overflows(&bucket, unit))
 }
 
 /// The flow of a client's packet, by [`Scratch::hash`]. Without a call where it is in the line that most are.
@@ -184,14 +189,10 @@ fn location(index: u32, unit: usize) -> Location {
     (index << 3 | unit as u32) as u64
 }
 
-/// As [`find_client`], but for the line that it is in mostly.
+/// As [`find_client`], where the line that it is in mostly has a mark.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn find_client_elsewhere(hash: u64, service_id: u32, which: u32) -> Location {
-    let (index, line) = place(hash, 0);
-    if !bucket(index).is_some_and(|bucket| overflows(&bucket, mark_of(line))) {
-        return NOWHERE;
-    }
     for step in 1..4 {
         let (index, line) = place(hash, step >> 1);
         let line = if step & 1 == 0 { line } else { other_line(line) };
@@ -199,7 +200,7 @@ extern "C" fn find_client_elsewhere(hash: u64, service_id: u32, which: u32) -> L
         if location != NOWHERE {
             return location;
         }
-        if step == 1 && !bucket(index).is_some_and(|bucket| overflows(&bucket, BUCKET)) {
+        if step == 1 && !has_mark(index, BUCKET) {
             return NOWHERE;
         }
     }
@@ -299,7 +300,7 @@ pub fn find_reply(hash: u64, which: u32) -> Location {
             1 => BUCKET,
             _ => continue,
         };
-        if !bucket(index).is_some_and(|bucket| overflows(&bucket, mark)) {
+        if !has_mark(index, mark) {
             break;
         }
     }
@@ -539,11 +540,36 @@ pub fn backend_port(port: u16, backend: &Backend) -> u16 {
     if backend.port == 0 { port } else { backend.port }
 }
 
-/// What a flow is worth now, see [`flow_table::worth`]; an alias is worth what its flow is.
+/// What is at a unit for a flow of a kind is worth, see [`flow_table::in_the_way`]. A function that the verifier checks for
+/// itself, once for all units.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn worth_now(key: u64, meta: u64) -> u32 {
-    let (Some(settings), mut meta) = (maps::settings(), Meta(meta)) else {
+extern "C" fn worth_at(index: u32, unit: u32, kind: u32) -> u32 {
+    let Some(bucket) = bucket(index) else {
+        return worth::BUSY;
+    };
+    let kind = if kind == Kind::Long as u32 {
+        Kind::Long
+    } else {
+        Kind::Short
+    };
+    let Some(places) = flow_table::in_the_way(&bucket, unit as usize & 7, kind) else {
+        return worth::BUSY;
+    };
+    let mut most = worth::NOTHING;
+    for (unit, meta) in places {
+        if !meta.is_empty() {
+            let worth = worth_now(bucket.load(key_at(unit)), meta);
+            most = if worth > most { worth } else { most };
+        }
+    }
+    most
+}
+
+/// What a flow is worth now, see [`flow_table::worth`]; an alias is worth what its flow is.
+#[inline(always)]
+fn worth_now(key: u64, mut meta: Meta) -> u32 {
+    let Some(settings) = maps::settings() else {
         return worth::BUSY;
     };
     if meta.is(Kind::Alias) && !meta.is_busy() {
@@ -608,13 +634,7 @@ extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location 
         return NOWHERE;
     };
     let line = line as usize & LINE;
-    let worth = |unit, meta: Meta| {
-        if meta.is_empty() {
-            worth::NOTHING
-        } else {
-            worth_now(bucket.load(key_at(unit)), meta.0)
-        }
-    };
+    let worth = |unit| worth_at(index, unit as u32, kind as u32);
     let Some(room) = flow_table::make_room(&bucket, line, kind, limit, worth) else {
         return NOWHERE;
     };
@@ -627,33 +647,42 @@ extern "C" fn room_in(index: u32, line: u32, kind: u32, limit: u32) -> Location 
 /// Takes a place with nothing in the line where a flow is looked for first; gives its location or [`NOWHERE`].
 #[inline(always)]
 pub fn free_place(hash: u64, kind: Kind) -> Location {
-    let (index, line) = place(hash, 0);
-    let unit = bucket(index).and_then(|bucket| flow_table::take_free(&bucket, line, kind));
-    match unit {
-        Some(unit) => location(index, unit),
+    match take_free(hash, kind) {
+        Some((index, _, unit)) => location(index, unit),
         None => NOWHERE,
     }
+}
+
+#[inline(always)]
+fn take_free(hash: u64, kind: Kind) -> Option<(u32, InKernel, usize)> {
+    let (index, line) = place(hash, 0);
+    let bucket = bucket(index)?;
+    let unit = flow_table::take_free(&bucket, line, kind)?;
+    Some((index, bucket, unit))
 }
 
 /// Writes the flow of the packet in the scratch memory into such a place; 0 if there was one.
 #[inline(always)]
 pub fn put_in_free_place(scratch: &Scratch, meta: Meta, key: u64) -> u32 {
-    let (index, line) = place(scratch.hash, 0);
-    let Some(bucket) = bucket(index) else {
+    let kind = if meta.is(Kind::Long) {
+        Kind::Long
+    } else {
+        Kind::Short
+    };
+    let Some((_, bucket, unit)) = take_free(scratch.hash, kind) else {
         return 1;
     };
-    if meta.is(Kind::Long) {
-        let Some(unit) = flow_table::take_free(&bucket, line, Kind::Long) else {
-            return 1;
-        };
-        flow_table::put_long(&bucket, unit & 6, key, &scratch.packet.key.source, meta);
-    } else {
-        let Some(unit) = flow_table::take_free(&bucket, line, Kind::Short) else {
-            return 1;
-        };
-        flow_table::put(&bucket, unit & 7, key, meta);
-    }
+    write(scratch, &bucket, unit, key, meta);
     0
+}
+
+#[inline(always)]
+fn write(scratch: &Scratch, bucket: &InKernel, unit: usize, key: u64, meta: Meta) {
+    if meta.is(Kind::Long) {
+        flow_table::put_long(bucket, unit & 6, key, &scratch.packet.key.source, meta);
+    } else {
+        flow_table::put(bucket, unit & 7, key, meta);
+    }
 }
 
 /// Counts the end of a flow that another takes the place of.
@@ -674,13 +703,7 @@ pub extern "C" fn put(location: Location, key: u64, meta: u64) -> u32 {
     let (Some(scratch), Some(bucket)) = (scratch(), bucket((location >> 3) as u32)) else {
         return 1;
     };
-    let meta = Meta(meta);
-    if meta.is(Kind::Long) {
-        let client = &scratch.packet.key.source;
-        flow_table::put_long(&bucket, location as usize & 6, key, client, meta);
-    } else {
-        flow_table::put(&bucket, location as usize & 7, key, meta);
-    }
+    write(scratch, &bucket, location as usize, key, Meta(meta));
     0
 }
 

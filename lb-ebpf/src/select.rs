@@ -5,7 +5,10 @@ use lb_common::{
     logic::hash::{client_hash, flow_hash, lot, slot_of},
 };
 
-use crate::maps::{self, LIVE};
+use crate::{
+    maps::{self, LIVE},
+    scratch::scratch,
+};
 
 /// Slots that are tried until a backend takes the flow.
 const TRIES: u32 = 128;
@@ -25,7 +28,7 @@ pub fn backend(
 ) -> Result<u32, Reason> {
     let pool = Pool::of(service_id).ok_or(Reason::NoBackend)?;
     if service.strategy == Strategy::LeastConnections.number() {
-        return least_connections(settings, &pool, key);
+        return chosen(least_connections(pool.line, pool.header.members));
     }
     let slots = pool.header.slots;
     let (start, stride) = if service.strategy == Strategy::RoundRobin.number() {
@@ -39,22 +42,11 @@ pub fn backend(
         // A full backend's flows spread over the others.
         (slot_of(hash, slots), 1 + (hash as u32 & 0xfff))
     };
-    let mut reason = Reason::NoBackend;
-    let mut position = start;
-    for _ in 0..TRIES {
-        let id = pool.at(position);
-        if id != 0
-            && let Some(backend) = maps::backend(id)
-        {
-            if takes_more(id, backend) {
-                return Ok(id);
-            }
-            reason = Reason::BackendsFull;
-        }
-        // A division, which the first one does without.
-        position = (position + stride) % slots;
+    let mut id = pool.taker(start);
+    if !is_backend(id) {
+        id = taker_after(service_id, start, stride, id);
     }
-    Err(reason)
+    chosen(id)
 }
 
 /// The pool of a service: who gets its new flows.
@@ -76,27 +68,80 @@ impl Pool {
         (header.slots != 0 && header.members != 0).then_some(Self { line, header })
     }
 
-    /// The id of the backend that a slot leads to; 0 where there is none.
+    /// The id of the backend that a slot leads to, if it takes a flow; else [`NOBODY`] or [`FULL`].
     #[inline(always)]
-    fn at(&self, slot: u32) -> u32 {
+    fn taker(&self, slot: u32) -> u32 {
         let PoolHeader {
             ranks, bits, members, ..
         } = self.header;
-        member(self.line, members, ranks, bits, slot)
-    }
-
-    /// The id of the member of a rank; 0 where there is none.
-    #[inline(always)]
-    fn member(&self, rank: u32) -> u32 {
-        member(self.line, self.header.members, 0, 0, rank)
+        taker(self.line, members, ranks, bits, slot)
     }
 }
 
-/// The id of the member of a pool that a slot leads to, by ranks of some bits or by itself; 0 where there is none. A function
-/// that the verifier checks for itself, once for all tries.
+/// No backend's id: there is none.
+const NOBODY: u32 = 0;
+/// No backend's id: it takes no more flows.
+const FULL: u32 = u32::MAX;
+
+/// Tells whether it is an id. Both at once: of each way through a loop the verifier follows all that come after.
+#[inline(always)]
+const fn is_backend(id: u32) -> bool {
+    id.wrapping_sub(1) < FULL - 1
+}
+
+/// An id; else why there is none, of [`NOBODY`] and [`FULL`].
+#[inline(always)]
+const fn chosen(id: u32) -> Result<u32, Reason> {
+    if is_backend(id) {
+        return Ok(id);
+    }
+    Err(if id == NOBODY {
+        Reason::NoBackend
+    } else {
+        Reason::BackendsFull
+    })
+}
+
+/// The id of the first backend of a service's pool, behind a slot that leads to none, that takes a flow; else [`NOBODY`] or
+/// [`FULL`], which that slot gave `others` of. A function that the verifier checks for itself, once for all strategies.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn member(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
+extern "C" fn taker_after(service_id: u32, slot: u32, stride: u32, mut others: u32) -> u32 {
+    let Some(pool) = Pool::of(service_id) else {
+        return NOBODY;
+    };
+    let mut slot = slot;
+    for _ in 1..TRIES {
+        slot = (slot + stride) % pool.header.slots;
+        let id = pool.taker(slot);
+        if is_backend(id) {
+            return id;
+        }
+        others |= id;
+    }
+    others
+}
+
+/// As [`Pool::taker`]. A function that the verifier checks for itself, once for all tries.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn taker(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
+    let id = member(pool, members, ranks, bits, slot);
+    match maps::backend(id) {
+        Some(backend) if id != NOBODY => {
+            if takes_more(id, backend) {
+                id
+            } else {
+                FULL
+            }
+        }
+        _ => NOBODY,
+    }
+}
+
+/// The id of the member of a pool that a slot leads to, by ranks of some bits or by itself; 0 where there is none.
+#[inline(always)]
+fn member(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
     let rank = if bits == 0 {
         slot
     } else {
@@ -119,39 +164,41 @@ fn word(line: u32, part: &Part) -> u32 {
     }
 }
 
-/// The backend with the fewest live flows for its weight.
-#[inline(always)]
-fn least_connections(settings: &Settings, pool: &Pool, key: &FlowKey) -> Result<u32, Reason> {
-    let length = pool.header.members;
-    let hash = flow_hash(settings.seed, key);
-    let start = hash as u32 % length;
-    let (mut best, mut best_live, mut best_weight, mut best_lot) = (0, 0, 0, 0);
-    let mut reason = Reason::NoBackend;
+/// The id of the backend of a pool with the fewest live flows for its weight, for the packet in the scratch memory; else
+/// [`NOBODY`] or [`FULL`]. A function that the verifier checks for itself, as few services need it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn least_connections(pool: u32, members: u32) -> u32 {
+    let (Some(scratch), Some(settings)) = (scratch(), maps::settings()) else {
+        return NOBODY;
+    };
+    let hash = flow_hash(settings.seed, &scratch.packet.key);
+    let (mut best, mut best_live, mut best_weight, mut best_lot) = (NOBODY, 0, 0, 0);
+    let mut others = NOBODY;
     for position in 0..COMPARED {
-        if position >= length {
+        if position >= members {
             break;
         }
-        let id = pool.member((start + position) % length);
-        let Some(backend) = maps::backend(id) else {
+        let rank = (hash as u32 % members + position) % members;
+        let id = taker(pool, members, 0, 0, rank);
+        if !is_backend(id) {
+            others |= id;
             continue;
-        };
-        if id == 0 || backend.weight == 0 {
+        }
+        let weight = maps::backend(id).map_or(0, |backend| backend.weight as u64);
+        if weight == 0 {
             continue;
         }
         let live = live(id);
-        if backend.max_connections != 0 && live >= backend.max_connections as u64 {
-            reason = Reason::BackendsFull;
-            continue;
-        }
         // (live + 1) / weight of each, without a division.
-        let (load, least) = ((live + 1) * best_weight, (best_live + 1) * backend.weight as u64);
+        let (load, least) = ((live + 1) * best_weight, (best_live + 1) * weight);
         // Among equals the flow's hash decides: by their order, one beside a busier one would get the other's share.
         let lot = lot(hash, id);
-        if best == 0 || load < least || (load == least && lot < best_lot) {
-            (best, best_live, best_weight, best_lot) = (id, live, backend.weight as u64, lot);
+        if best == NOBODY || load < least || (load == least && lot < best_lot) {
+            (best, best_live, best_weight, best_lot) = (id, live, weight, lot);
         }
     }
-    if best == 0 { Err(reason) } else { Ok(best) }
+    if best == NOBODY { others } else { best }
 }
 
 /// This CPU's next position in the sequence of a service.

@@ -123,12 +123,6 @@ impl Meta {
         Self(self.0 & !OVERFLOWS | if overflows { OVERFLOWS } else { 0 })
     }
 
-    /// As [`Self::busy`], of the kind of this one.
-    #[inline(always)]
-    pub const fn busy_alike(self) -> Self {
-        Self(NOBODY | self.0 & 3 << KIND)
-    }
-
     #[inline(always)]
     pub const fn is_busy(self) -> bool {
         self.0 & SERVICE_MASK == NOBODY

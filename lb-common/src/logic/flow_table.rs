@@ -326,21 +326,21 @@ pub struct Room {
 }
 
 /// Makes room for a flow: the place that is worth least, and less than `limit`, of the line first and then of the other.
-/// Nothing where there is none, or others are faster. `worth_of` is given a unit and its meta.
+/// Nothing where there is none, or others are faster. `worth_at` tells what has to go at a unit, see [`place_worth`].
 #[inline(always)]
 pub fn make_room<W: Words>(
     words: &W,
     line: usize,
     kind: Kind,
     limit: u32,
-    worth_of: impl Fn(usize, Meta) -> u32,
+    worth_at: impl Fn(usize) -> u32,
 ) -> Option<Room> {
     let (mut least, mut chosen) = (limit, UNITS);
     let first = line / 2;
     let mut step = 0;
     while step < UNITS {
         let unit = (first + step) & (UNITS - 1);
-        let worth = place_worth(pair(words, unit), unit, kind, &worth_of);
+        let worth = worth_at(unit);
         if worth < least {
             (least, chosen) = (worth, unit);
             // The other line is read only where this one is full.
@@ -353,7 +353,7 @@ pub fn make_room<W: Words>(
     if chosen == UNITS {
         return None;
     }
-    take(words, chosen, kind, least, &worth_of)
+    take(words, chosen, kind, least, worth_at)
 }
 
 /// The meta word of a unit, unless it is the second of a long flow. Read before that is asked: where no long flow is there by
@@ -403,32 +403,46 @@ fn pair<W: Words>(words: &W, unit: usize) -> (Meta, Meta) {
     (first, second)
 }
 
-/// What of a pair of units has to go for a flow of a kind at one of them.
+/// What has to go for a flow of a kind at a unit, or two: their units and metas. Nothing where it cannot be there.
 #[inline(always)]
-fn place_worth(
-    (first, second): (Meta, Meta),
-    unit: usize,
-    kind: Kind,
-    worth_of: &impl Fn(usize, Meta) -> u32,
-) -> u32 {
+pub fn in_the_way<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<[(usize, Meta); 2]> {
+    let (first, second) = pair(words, unit);
     let even = unit & !1;
-    if first.is(Kind::Long) {
+    let (first, second) = ((even, first), (even + 1, second));
+    let nothing = (even, Meta::EMPTY);
+    if first.1.is(Kind::Long) {
         // Of the two units that it takes the first one is free for a short flow.
         return if unit == even {
-            worth_of(even, first)
+            Some([first, nothing])
         } else {
-            worth::BUSY
+            None
         };
     }
-    if !matches!(kind, Kind::Long) {
-        return if unit == even {
-            worth_of(even, first)
-        } else {
-            worth_of(unit, second)
-        };
+    if matches!(kind, Kind::Long) {
+        return Some([first, second]);
     }
-    let (a, b) = (worth_of(even, first), worth_of(even + 1, second));
-    if a > b { a } else { b }
+    Some([if unit == even { first } else { second }, nothing])
+}
+
+/// What is at a unit for a flow of a kind is worth. `worth_of` is given a unit and its meta.
+#[inline(always)]
+pub fn place_worth<W: Words>(
+    words: &W,
+    unit: usize,
+    kind: Kind,
+    worth_of: impl Fn(usize, Meta) -> u32,
+) -> u32 {
+    let Some(places) = in_the_way(words, unit, kind) else {
+        return worth::BUSY;
+    };
+    let mut most = worth::NOTHING;
+    for (unit, meta) in places {
+        if !meta.is_empty() {
+            let worth = worth_of(unit, meta);
+            most = if worth > most { worth } else { most };
+        }
+    }
+    most
 }
 
 #[inline(always)]
@@ -437,12 +451,12 @@ fn take<W: Words>(
     unit: usize,
     kind: Kind,
     worth: u32,
-    worth_of: &impl Fn(usize, Meta) -> u32,
+    worth_at: impl Fn(usize) -> u32,
 ) -> Option<Room> {
     let even = unit & !1;
     let (first, second) = pair(words, unit);
-    // Others may have come since it was judged.
-    if first.is_busy() || place_worth((first, second), unit, kind, worth_of) > worth {
+    // Others may have come since it was judged, or come now: then the swap fails.
+    if first.is_busy() || worth_at(unit) > worth {
         return None;
     }
     if first.is(Kind::Long) {

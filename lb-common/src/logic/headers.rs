@@ -30,6 +30,15 @@ pub trait Frame {
     fn length_in_stack(&self) -> Option<usize> {
         None
     }
+
+    /// [`decode_extensions`] of this frame: in the kernel that may be a function that the verifier checks for itself.
+    #[inline(always)]
+    fn extensions(&self, packet: &mut Packet, next: u8, offset: usize) -> u32
+    where
+        Self: Sized,
+    {
+        decode_extensions(self, packet, next, offset)
+    }
 }
 
 /// Reads at offsets within the bytes that [`Frame::view`] has checked; words come as they lie in memory.
@@ -160,7 +169,7 @@ pub fn decode<F: Frame>(frame: &F, packet: &mut Packet) -> Result<Kind, Undecoda
     }
     match ether_type {
         ethertype::IPV4 => decode_ipv4(frame, packet, ip_offset),
-        ethertype::IPV6 => uncode(decode_ipv6(frame, packet, ip_offset)),
+        ethertype::IPV6 => decode_ipv6(frame, packet, ip_offset),
         _ => Err(Undecodable::NotTransport(Reason::NotIp)),
     }
 }
@@ -247,15 +256,8 @@ fn decode_ipv4<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Re
     decode_transport(frame, packet, protocol, ip_offset + header_length, offset)
 }
 
-/// As [`decode_ipv4`]; a function of its own in the kernel, where its loop would be checked again for all that follows.
-/// Gives the result as a number, see [`uncode`].
-#[inline(never)]
-fn decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> u32 {
-    code(try_decode_ipv6(frame, packet, ip_offset))
-}
-
 #[inline(always)]
-fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Result<Kind, Undecodable> {
+fn decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Result<Kind, Undecodable> {
     let Some(ip) = frame.view::<{ Ipv6Hdr::LEN }>(ip_offset) else {
         return Err(Undecodable::NotTransport(Reason::NotIp));
     };
@@ -291,15 +293,36 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
     packet.dont_fragment = 1;
     packet.identification = 0;
     packet.fragment = Fragment::Whole as u8;
-    // Before the headers that may follow: what comes behind their loop the verifier checks a hundred times.
     if frame.length_in_stack().is_none()
         && (!may_be_source_v6(&packet.key.source) || packet.key.source.0 == packet.key.destination.0)
     {
         return malformed(Reason::BadSourceAddress);
     }
 
-    let mut next = ip.u8(offset_of!(Ipv6Hdr, next_hdr));
-    let mut offset = ip_offset + Ipv6Hdr::LEN;
+    let next = ip.u8(offset_of!(Ipv6Hdr, next_hdr));
+    let offset = ip_offset + Ipv6Hdr::LEN;
+    if next == TCP || next == UDP {
+        return decode_transport(frame, packet, next, offset, 0);
+    }
+    uncode(frame.extensions(packet, next, offset))
+}
+
+/// Decodes what follows an IPv6 header, if it is not what most packets have: a header of the type `next` and at the offset.
+/// Gives the result as a number, see [`uncode`]. In the kernel a function of its own, where its loop would be checked again
+/// for all that follows.
+#[inline(never)]
+pub fn decode_extensions<F: Frame>(frame: &F, packet: &mut Packet, next: u8, offset: usize) -> u32 {
+    code(try_decode_extensions(frame, packet, next, offset))
+}
+
+#[inline(always)]
+fn try_decode_extensions<F: Frame>(
+    frame: &F,
+    packet: &mut Packet,
+    mut next: u8,
+    mut offset: usize,
+) -> Result<Kind, Undecodable> {
+    let malformed = |reason| Err(Undecodable::Malformed(reason));
     let mut fragment_offset = 0;
     for _ in 0..MAX_EXTENSION_HEADERS {
         if !is_extension(next) {
@@ -338,7 +361,7 @@ fn try_decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -
             break;
         }
     }
-    if offset > end {
+    if offset > packet.end as usize {
         return malformed(Reason::BadExtensionHeader);
     }
     if is_extension(next) && packet.fragment != Fragment::Later as u8 {

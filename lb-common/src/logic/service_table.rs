@@ -2,8 +2,8 @@
 //! at one cache line, however many services there are.
 
 use super::flow_table::{
-    self, Found, Words, bucket_of, key_at, line_of, make_room, meta_at, other_line, put, put_long,
-    second_bucket_of,
+    self, Found, Words, bucket_of, key_at, line_of, make_room, meta_at, other_line, place_worth, put,
+    put_long, second_bucket_of,
 };
 use crate::abi::{Address, Kind, LINE, Meta, SERVICE_BUCKETS, ServiceKey, UNITS};
 
@@ -134,7 +134,7 @@ fn put_where_there_is_room<W: Words>(bucket: &impl Fn(u32) -> W, key: &ServiceKe
 fn put_into<W: Words>(words: &W, line: usize, key: &ServiceKey, service: u32) -> bool {
     let (kind, word) = words_of(key);
     let worth = |_: usize, meta: Meta| if meta.is_empty() { 0 } else { u32::MAX };
-    let Some(room) = make_room(words, line, kind, 1, worth) else {
+    let Some(room) = make_room(words, line, kind, 1, |unit| place_worth(words, unit, kind, worth)) else {
         return false;
     };
     let meta = Meta::new(kind, service, 0, 0);

@@ -71,7 +71,7 @@ impl Id {
     }
 
     fn put<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
-        let room = make_room(words, line, self.kind(), limit, |_, meta| worth_of(meta))?;
+        let room = make_room(words, line, self.kind(), limit, worth_at(words, self.kind()))?;
         self.write(words, room.unit);
         Some(room)
     }
@@ -112,6 +112,10 @@ impl Id {
 /// As [`worth`], of flows that are not idle.
 fn worth_of(meta: Meta) -> u32 {
     worth(&settings(), meta, 0)
+}
+
+fn worth_at<W: Words>(words: &W, kind: Kind) -> impl Fn(usize) -> u32 {
+    move |unit| place_worth(words, unit, kind, |_, meta| worth_of(meta))
 }
 
 fn settings() -> Settings {
@@ -250,8 +254,8 @@ proptest! {
                 prop_assert_eq!(other.overflows(), overflows);
             }
             prop_assert!(meta.is_of_same(meta.with_age(!age).with_state(TcpState::Closed).with_link(1)));
-            prop_assert!(!meta.is_of_same(meta.busy_alike()) && meta.busy_alike().is(kind));
-            prop_assert!(meta.busy_alike().is_busy());
+            let busy = meta.busy(kind);
+            prop_assert!(!meta.is_of_same(busy) && busy.is(kind) && busy.is_busy());
         }
     }
 
@@ -561,7 +565,7 @@ fn the_address_of_a_flow_that_begins_meanwhile_is_not_given_for_a_unit() {
     let words = bucket();
     let noting = Noting(&words, RefCell::default());
     let like_a_long_flow = Address([0x0120, 7, 1, Kind::Long as u32]);
-    let room = make_room(&noting, 0, Kind::Long, worth::BUSY, |_, meta| worth_of(meta)).unwrap();
+    let room = make_room(&noting, 0, Kind::Long, worth::BUSY, worth_at(&noting, Kind::Long)).unwrap();
     put_long(
         &noting,
         room.unit,
@@ -668,7 +672,7 @@ fn an_address_is_taken_for_no_flow() {
     let (key, meta) = (flow.key(), flow.meta().0);
     let imitating = Address([key as u32, (key >> 32) as u32, meta as u32, (meta >> 32) as u32]);
     let long = Id::Long(3);
-    let room = make_room(&words, 0, Kind::Long, worth::BUSY, |_, meta| worth_of(meta)).unwrap();
+    let room = make_room(&words, 0, Kind::Long, worth::BUSY, worth_at(&words, Kind::Long)).unwrap();
     put_long(&words, room.unit, long.key(), &imitating, long.meta());
     assert_eq!((words.load(key_at(1)), words.load(meta_at(1))), (key, meta));
     assert_eq!(flow.find(&words), None);
@@ -800,7 +804,7 @@ fn a_meta_holds_the_highest_ids_and_is_not_taken_for_one_that_is_being_written()
             (service, backend, 5)
         );
         assert!(meta.is(Kind::Long) && !meta.is_busy() && !meta.is_left());
-        assert!(meta.busy_alike().is_busy());
+        assert!(meta.busy(Kind::Long).is_busy());
         let other = Meta::new(Kind::Long, service, backend ^ 1 << 17, 5);
         assert!(!meta.is_of_same(other));
     }
