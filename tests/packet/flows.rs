@@ -443,11 +443,11 @@ fn a_flow_in_the_other_line_of_its_bucket_is_found_in_both_directions_when_its_o
     }
 }
 
-/// Three units for each of them in a table that is more than half full: some of either are in their second bucket.
+/// Three units for each of them in a table that is two fifths full: some of either are in their second bucket.
 #[test]
 fn what_leads_from_replies_stays_wherever_there_was_room_for_it() {
     let mut fixture = Fixture::with_flow_table(1024);
-    let number_of = 240_u32;
+    let number_of = 200_u32;
     let mut sent = Vec::new();
     for number in 0..number_of {
         let mut syn = tcp(CLIENT, SHOP.vip, SYN);

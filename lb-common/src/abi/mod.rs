@@ -40,7 +40,7 @@ pub use settings::{Settings, SettingsFlags};
 pub use source_filter::{FILTER_ALLOW, FILTER_DENY, FilterKey, SourceKey, SourceRate};
 
 /// Version of the map layouts, part of the pin path: a daemon never reads maps of another layout.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// Services that the maps can be made for: ids have 14 bits, of which one stands for none.
 pub const MAX_SERVICES: u32 = 16_383;

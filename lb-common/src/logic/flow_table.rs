@@ -7,7 +7,7 @@
 #[cfg(not(target_arch = "bpf"))]
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use super::{ageing, hash::siphash13};
+use super::{ageing, hash::siphash13_and};
 use crate::abi::{Address, Kind, LINE, Meta, Settings, TcpState, UNITS};
 
 /// The words of a bucket in memory that others write, too.
@@ -60,15 +60,13 @@ impl<const N: usize> Words for [AtomicU64; N] {
 /// For a client's packet it is the source, for a reply the destination. So both directions of `nat` find the same entry.
 #[inline(always)]
 pub fn end_hash(seed: [u64; 2], address: &Address, port: u16, protocol: u32) -> u64 {
-    let rest = (protocol as u64) << 16 | port as u64;
+    let rest = ((protocol & 0xff) as u64) << 16 | port as u64;
     let [a, b, c, d] = &address.0;
     if address.is_v4() {
-        return siphash13(seed, [(*d as u64) << 32 | rest]);
+        return siphash13_and(seed, [], rest << 32 | *d as u64, 7);
     }
-    siphash13(
-        seed,
-        [(*a as u64) << 32 | *b as u64, (*c as u64) << 32 | *d as u64, rest],
-    )
+    let words = [(*a as u64) << 32 | *b as u64, (*c as u64) << 32 | *d as u64];
+    siphash13_and(seed, words, rest, 3)
 }
 
 /// Index of the bucket for a hash.
