@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{exit, fail, require_root, start_log};
-use crate::{config, daemon, instance::Instance};
+use crate::{allocator, config, daemon, instance::Instance};
 
 /// Runs the daemon in the foreground, with its log on stderr
 #[derive(Debug, clap::Args)]
@@ -14,6 +14,7 @@ pub struct Args {
 }
 
 pub fn run(instance: Instance, socket: Option<PathBuf>, args: Args) -> u8 {
+    allocator::keep_little();
     let config = match config::load(&args.config) {
         Ok(config) => config,
         Err(error) => {
