@@ -11,13 +11,14 @@ use core::{
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
     btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    helpers::bpf_get_smp_processor_id,
     macros::btf_map,
 };
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
     DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FilterKey, FragmentKey, FragmentPorts, LINE_WORDS,
     LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_FRAGMENTS, MAX_SOURCE_FILTERS, MAX_SOURCES, PerCpu,
-    REASON_COUNT, SERVICE_BUCKETS, Service, Settings, SourceKey, SourceRate, buckets, place_of,
+    REASON_ENTRIES, SERVICE_BUCKETS, Service, Settings, SourceKey, SourceRate, buckets, of_cpu, place_of,
 };
 
 use crate::bucket::InKernel;
@@ -124,18 +125,28 @@ static ROUND_ROBIN: PerCpuArray<u32, { DEFAULT_SERVICES as usize }> = PerCpuArra
 #[btf_map]
 pub static PER_CPU: PerCpuArray<PerCpu, 1> = PerCpuArray::new();
 
-/// By reason: packets that belong to no service.
+/// By CPU and reason: packets that belong to no service. The daemon reads this and the next ones through their memory. They
+/// are not arrays for each CPU: of those the kernel allocates entry by entry, looks up where one is in one more cache line,
+/// and copies each out by itself.
 #[btf_map]
-static COUNTERS: PerCpuArray<Count, { REASON_COUNT as usize }> = PerCpuArray::new();
+static COUNTERS: Array<Count, { REASON_ENTRIES as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// By service id and reason.
+/// By service id and CPU, and then by reason.
 #[btf_map]
-static SERVICE_COUNTERS: PerCpuArray<Count, { (DEFAULT_SERVICES * REASON_COUNT) as usize }> =
-    PerCpuArray::new();
+static SERVICE_COUNTERS: Array<
+    Count,
+    { (DEFAULT_SERVICES * REASON_ENTRIES) as usize },
+    { BPF_F_MMAPABLE as usize },
+> = Array::new();
 
-/// By backend id.
+/// By backend id and CPU.
 #[btf_map]
-static BACKEND_COUNTERS: PerCpuArray<BackendCounters, { BACKEND_ENTRIES }> = PerCpuArray::new();
+static BACKEND_COUNTERS: Array<BackendCounters, { BACKEND_ENTRIES }, { BPF_F_MMAPABLE as usize }> =
+    Array::new();
+
+/// CPUs that have counters of their own. The daemon sets it at load time, and makes room for those of all.
+#[unsafe(no_mangle)]
+static CPUS: u32 = 1;
 
 #[inline(always)]
 pub fn flow_buckets() -> u32 {
@@ -202,14 +213,16 @@ pub fn openings() -> Option<&'static mut Openings> {
 #[inline(always)]
 pub fn counter(reason: u32) -> Option<&'static mut Count> {
     // SAFETY: the entry is this CPU's own and the program is not interrupted by itself.
-    COUNTERS.get_ptr_mut(reason).map(|count| unsafe { &mut *count })
+    COUNTERS
+        .get_ptr_mut(of_this_cpu(0) * REASON_ENTRIES + reason)
+        .map(|count| unsafe { &mut *count })
 }
 
 #[inline(always)]
 pub fn service_counter(service_id: u32, reason: u32) -> Option<&'static mut Count> {
     // SAFETY: as in `counter`.
     SERVICE_COUNTERS
-        .get_ptr_mut(service_id * REASON_COUNT + reason)
+        .get_ptr_mut(of_this_cpu(service_id) * REASON_ENTRIES + reason)
         .map(|count| unsafe { &mut *count })
 }
 
@@ -217,8 +230,15 @@ pub fn service_counter(service_id: u32, reason: u32) -> Option<&'static mut Coun
 pub fn backend_counters(backend_id: u32) -> Option<&'static mut BackendCounters> {
     // SAFETY: as in `counter`.
     BACKEND_COUNTERS
-        .get_ptr_mut(backend_id)
+        .get_ptr_mut(of_this_cpu(backend_id))
         .map(|counters| unsafe { &mut *counters })
+}
+
+#[inline(always)]
+fn of_this_cpu(id: u32) -> u32 {
+    // SAFETY: read as volatile, since the value is another one than the compiler sees; and the helper needs nothing.
+    let (cpus, cpu) = unsafe { (read_volatile(&raw const CPUS), bpf_get_smp_processor_id()) };
+    of_cpu(id, cpus, cpu)
 }
 
 /// Counts a flow that began on a backend.

@@ -19,7 +19,7 @@ use aya::{
 use lb_common::{
     abi::{
         Address, Backend, BackendCounters, BackendFlags, Bucket, ClientLink, Count, FlowKey, Forward,
-        FragmentKey, FragmentPorts, Kind, Link, LiveCount, MAX_CLIENT_LINKS, Meta, PerCpu, REASON_COUNT,
+        FragmentKey, FragmentPorts, Kind, Link, LiveCount, MAX_CLIENT_LINKS, Meta, PerCpu, REASON_ENTRIES,
         ROLE_BACKEND, ROLE_VIP, Reason, Service, ServiceKey, Settings, SettingsFlags, SourceKey, SourceRate,
         Strategy, TCP, Totals, UDP, UNITS, buckets,
     },
@@ -312,7 +312,10 @@ impl Instance {
         // Those of services and backends went with them.
         self.zero("PER_CPU", [0], PerCpu::default());
         self.zero("OPENINGS", [0], [0_u64; 2]);
-        self.zero("COUNTERS", 0..REASON_COUNT, Count::default());
+        let cpus = nr_cpus().unwrap() as u32;
+        for index in 0..cpus * REASON_ENTRIES {
+            self.empty("COUNTERS", index, Count::default());
+        }
         self.zero("ROUND_ROBIN", services, 0_u32);
     }
 
@@ -795,6 +798,7 @@ impl Counted {
                     forwarded: grown(&counters.forwarded, &before.forwarded),
                     returned: grown(&counters.returned, &before.returned),
                     flows: counters.flows - before.flows,
+                    ..BackendCounters::default()
                 };
                 (*id, moved)
             })

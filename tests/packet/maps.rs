@@ -8,7 +8,7 @@ use std::{
 
 use aya::{
     maps::{
-        Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, PerCpuArray,
+        Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData,
         lpm_trie::{Key, LpmTrie},
     },
     util::nr_cpus,
@@ -17,7 +17,7 @@ use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
     DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FEW_SLOTS, FILTER_ALLOW, FILTER_DENY, FilterKey,
     Forward, LINE_WORDS, LiveCount, MANY_SLOTS, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_MEMBERS,
-    MAX_SOURCE_FILTERS, PerCpu, PoolLine, REASON_COUNT, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service,
+    MAX_SOURCE_FILTERS, PerCpu, PoolLine, REASON_ENTRIES, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service,
     ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP, buckets, flows,
 };
 use lb_common::logic::hash::{flow_hash, siphash13, slot_of};
@@ -625,7 +625,7 @@ fn a_pinned_map_of_another_build_is_refused_with_what_to_do() {
     });
     // As from a build that knows one reason less, whose counters lie elsewhere.
     let fewer = refusal(|pins| {
-        let map = PerCpuArray::<MapData, [u8; 16]>::create(REASON_COUNT - 1, 0).unwrap();
+        let map = Array::<MapData, [u8; 16]>::create(REASON_ENTRIES - 4, 0).unwrap();
         map.pin(pins.map("COUNTERS")).unwrap();
     });
     for (error, map) in [
@@ -644,6 +644,7 @@ fn a_pinned_map_of_another_build_is_refused_with_what_to_do() {
 #[test]
 fn the_objects_maps_have_the_sizes_of_the_shared_types() {
     let fixture = Fixture::empty(DEFAULT_FLOWS);
+    let cpus = nr_cpus().unwrap() as u32;
     for (name, key, value, entries) in [
         ("SETTINGS", 4, size_of::<Settings>(), 1),
         (
@@ -668,18 +669,18 @@ fn the_objects_maps_have_the_sizes_of_the_shared_types() {
         ("FLOWS", 4, size_of::<Bucket>(), buckets(DEFAULT_FLOWS)),
         ("CLIENT_LINKS", 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
         ("PER_CPU", 4, size_of::<PerCpu>(), 1),
-        ("COUNTERS", 4, size_of::<Count>(), REASON_COUNT),
+        ("COUNTERS", 4, size_of::<Count>(), cpus * REASON_ENTRIES),
         (
             "SERVICE_COUNTERS",
             4,
             size_of::<Count>(),
-            DEFAULT_SERVICES * REASON_COUNT,
+            DEFAULT_SERVICES * cpus * REASON_ENTRIES,
         ),
         (
             "BACKEND_COUNTERS",
             4,
             size_of::<BackendCounters>(),
-            DEFAULT_BACKENDS + 1,
+            (DEFAULT_BACKENDS + 1) * cpus,
         ),
     ] {
         let info = MapData::from_pin(fixture.pins().map(name))
@@ -837,7 +838,7 @@ fn ten_thousand_services_of_ten_backends_of_their_own_take_less_than_256_mebibyt
         "{told} told, {counted} counted"
     );
     // What each CPU has of its own counts once here: machines differ in how many they have.
-    let of_cpus = 16 * u64::from(sizes.services * REASON_COUNT) + 40 * u64::from(sizes.backends + 1);
+    let of_cpus = 16 * u64::from(sizes.services * REASON_ENTRIES) + 64 * u64::from(sizes.backends + 1);
     let others = of_cpus * (nr_cpus().unwrap() as u64 - 1);
     assert!(
         counted - others < 256 << 20,

@@ -35,7 +35,18 @@ pub struct PerCpu {
 /// See [`PerCpu::scratch`].
 pub type Scratch = [[u64; 8]; 6];
 
-/// What a backend was sent and has answered, for each CPU; indexed by backend id.
+/// Where the counters of an id are that one CPU has: those of each CPU side by side, those of the next id behind them. So those
+/// of few ids are together, however many there is room for.
+#[inline(always)]
+pub const fn of_cpu(id: u32, cpus: u32, cpu: u32) -> u32 {
+    id * cpus + cpu
+}
+
+/// Counters by reason that a CPU has of a service: one for each, and as many more as fill a cache line, which another CPU's
+/// would share.
+pub const REASON_ENTRIES: u32 = super::REASON_COUNT.next_multiple_of(4);
+
+/// What a backend was sent and has answered, for each CPU; by [`of_cpu`]. A cache line, so that no CPU writes another's.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct BackendCounters {
@@ -45,9 +56,10 @@ pub struct BackendCounters {
     pub returned: Count,
     /// Flows that were put on this backend.
     pub flows: u64,
+    pub _pad: [u64; 3],
 }
 
-const _: () = assert!(size_of::<BackendCounters>() == 40);
+const _: () = assert!(size_of::<BackendCounters>() == 64);
 
 /// Flows of a backend that began and that ended, on all CPUs; indexed by backend id.
 ///

@@ -23,7 +23,7 @@ mod source_filter;
 pub use address::Address;
 pub use backend::{Backend, BackendFlags};
 pub use bench::{BenchProgress, BenchTemplate, FloorBackend, FloorBucket, TEMPLATE_WORDS};
-pub use counters::{BackendCounters, Count, LiveCount, PerCpu, Scratch, Totals};
+pub use counters::{BackendCounters, Count, LiveCount, PerCpu, REASON_ENTRIES, Scratch, Totals, of_cpu};
 pub use decap_reason::{DECAP_REASON_COUNT, DecapReason};
 pub use flow::{FlowKey, TcpState};
 pub use flow_table::{Bucket, Kind, LINE, Meta, UNITS, WORDS, buckets, flows, opening_budget};

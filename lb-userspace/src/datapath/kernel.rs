@@ -11,8 +11,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, Pod, include_bytes_aligned,
     maps::{
-        Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapType, PerCpuArray, PerCpuValues,
-        loaded_maps,
+        Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapType, PerCpuArray, loaded_maps,
         lpm_trie::{self, LpmTrie},
     },
     programs::{
@@ -24,18 +23,18 @@ use aya::{
 };
 use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, ClientLink, Count, FilterKey, FlowKey,
-    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, PerCpu, REASON_COUNT, SERVICE_BUCKETS,
-    Service, Settings, SettingsFlags, buckets, flows,
+    LiveCount, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_SOURCE_FILTERS, PerCpu, REASON_COUNT, REASON_ENTRIES,
+    SERVICE_BUCKETS, Service, Settings, SettingsFlags, buckets, flows, of_cpu,
 };
 use nix::time::{ClockId, clock_gettime};
 use tracing::warn;
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::{FromBytes, Immutable, IntoBytes, transmute};
 
 use super::{
     AttachMode, Contents, Counters, Datapath, DatapathError, Flow, LinkKind, Operation, Pins, Position,
     Sizes,
     barrier::{self, Barrier},
-    counters,
+    counters::{self, CountersById},
     flow_table::{Context, FlowTable, MapOf},
     local,
     lookup::{AddressFilter, ServiceKeys},
@@ -72,10 +71,14 @@ pub struct Attachment {
     pub fallback: Option<String>,
 }
 
+const COUNT_WORDS: usize = size_of::<Count>() / 8;
+
 /// The maps and the program of one instance.
 pub struct KernelDatapath {
     pins: Pins,
     sizes: Sizes,
+    /// CPUs that there may be.
+    cpus: u32,
     /// Whether the maps were made just now and nothing was done with them.
     is_new: Cell<bool>,
     /// Holds the program; the maps are taken out of it.
@@ -90,9 +93,10 @@ pub struct KernelDatapath {
     source_filters: LpmTrie<MapData, Raw<FilterKey>, u32>,
     flow_table: FlowTable,
     per_cpu: PerCpuArray<MapData, Raw<PerCpu>>,
-    reasons: PerCpuArray<MapData, Raw<Count>>,
-    service_counters: PerCpuArray<MapData, Raw<Count>>,
-    backend_counters: PerCpuArray<MapData, Raw<BackendCounters>>,
+    /// Of no service, as if of one with the id 0.
+    reasons: CountersById<COUNT_WORDS>,
+    service_counters: CountersById<COUNT_WORDS>,
+    backend_counters: CountersById<{ size_of::<BackendCounters>() / 8 }>,
 }
 
 impl fmt::Debug for KernelDatapath {
@@ -120,8 +124,8 @@ struct FilterEntry {
     key: FilterKey,
 }
 
-/// Every map of the object that is pinned, for such sizes.
-fn maps(sizes: &Sizes) -> [Layout; 16] {
+/// Every map of the object that is pinned, for such sizes and so many CPUs.
+fn maps(sizes: &Sizes, cpus: u32) -> [Layout; 16] {
     use MapType::{Array, ArrayOfMaps, Hash, LpmTrie, PerCpuArray};
     let Sizes {
         flows,
@@ -138,7 +142,6 @@ fn maps(sizes: &Sizes) -> [Layout; 16] {
     // Id 0 means "none".
     let backend_entries = backends + 1;
     let filter = 8 * ADDRESS_FILTER_WORDS as usize;
-    let service_counters = services * REASON_COUNT;
     [
         layout("SETTINGS", Array, 4, size_of::<Settings>(), 1),
         layout(ADDRESSES, Hash, size_of::<Address>(), 4, services + backends),
@@ -159,20 +162,26 @@ fn maps(sizes: &Sizes) -> [Layout; 16] {
         layout(FLOWS, Array, 4, size_of::<Bucket>(), buckets(flows)),
         layout(CLIENT_LINKS, Array, 4, size_of::<ClientLink>(), MAX_CLIENT_LINKS),
         layout("PER_CPU", PerCpuArray, 4, size_of::<PerCpu>(), 1),
-        layout("COUNTERS", PerCpuArray, 4, size_of::<Count>(), REASON_COUNT),
         layout(
-            SERVICE_COUNTERS,
-            PerCpuArray,
+            COUNTERS,
+            Array,
             4,
             size_of::<Count>(),
-            service_counters,
+            of_cpu(1, cpus, 0) * REASON_ENTRIES,
+        ),
+        layout(
+            SERVICE_COUNTERS,
+            Array,
+            4,
+            size_of::<Count>(),
+            of_cpu(services, cpus, 0) * REASON_ENTRIES,
         ),
         layout(
             BACKEND_COUNTERS,
-            PerCpuArray,
+            Array,
             4,
             size_of::<BackendCounters>(),
-            backend_entries,
+            of_cpu(backend_entries, cpus, 0),
         ),
     ]
 }
@@ -218,6 +227,7 @@ const ADDRESSES: &str = "ADDRESSES";
 const ADDRESS_FILTER: &str = "ADDRESS_FILTER";
 const SERVICE_KEYS: &str = "SERVICE_KEYS";
 const SERVICES: &str = "SERVICES";
+const COUNTERS: &str = "COUNTERS";
 const SERVICE_COUNTERS: &str = "SERVICE_COUNTERS";
 const ROUND_ROBIN: &str = "ROUND_ROBIN";
 const POOLS: &str = "POOLS";
@@ -230,6 +240,8 @@ const LIVE: &str = "LIVE";
 const CLIENT_LINKS: &str = "CLIENT_LINKS";
 /// The program's own word for how many entries [`FLOWS`] has.
 const FLOW_BUCKETS: &str = "FLOW_BUCKETS";
+/// That for how many CPUs have counters.
+const CPUS: &str = "CPUS";
 
 impl KernelDatapath {
     /// Loads the program on the maps that an earlier daemon has pinned, or on new ones of such sizes.
@@ -240,14 +252,17 @@ impl KernelDatapath {
     pub fn open(pins: Pins, sizes: Sizes) -> Result<Self, DatapathError> {
         pins.create()?;
         let sizes = pinned_sizes(&pins, sizes)?;
-        let is_new = maps(&sizes).iter().all(|layout| !pins.map(layout.name).exists());
+        let cpus = nr_cpus().map_err(|(path, source)| DatapathError::new("read", path, source))? as u32;
+        let maps = maps(&sizes, cpus);
+        let is_new = maps.iter().all(|layout| !pins.map(layout.name).exists());
         let flow_buckets = buckets(sizes.flows);
         let mut loader = EbpfLoader::new();
         loader
             .override_global(FLOW_BUCKETS, &flow_buckets, true)
+            .override_global(CPUS, &cpus, true)
             .map_max_entries(ROUND_ROBIN, sizes.services);
-        for layout in maps(&sizes) {
-            check_pinned(&pins, &layout)?;
+        for layout in &maps {
+            check_pinned(&pins, layout)?;
             loader
                 .map_max_entries(layout.name, layout.entries)
                 .map_pin_path(layout.name, pins.map(layout.name));
@@ -261,6 +276,10 @@ impl KernelDatapath {
 
         let data = |name: &str| pinned(&pins.map(name), name);
         let converted = |name: &str, error: MapError| failed("open", name, error);
+        let by_reason = |name: &str, ids| {
+            CountersById::new(data(name)?.fd().as_fd(), ids, cpus, REASON_ENTRIES)
+                .map_err(|source| DatapathError::new("open", name, source))
+        };
         let addresses: HashMap<MapData, Raw<Address>, u32> =
             hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?;
         let mut present = Vec::new();
@@ -292,14 +311,19 @@ impl KernelDatapath {
             )
             .map_err(|source| DatapathError::new("open", FLOWS, source))?,
             per_cpu: per_cpu(data("PER_CPU")?).map_err(|error| converted("PER_CPU", error))?,
-            reasons: per_cpu(data("COUNTERS")?).map_err(|error| converted("COUNTERS", error))?,
-            service_counters: per_cpu(data("SERVICE_COUNTERS")?)
-                .map_err(|error| converted("SERVICE_COUNTERS", error))?,
-            backend_counters: per_cpu(data("BACKEND_COUNTERS")?)
-                .map_err(|error| converted("BACKEND_COUNTERS", error))?,
+            reasons: by_reason(COUNTERS, 1)?,
+            service_counters: by_reason(SERVICE_COUNTERS, sizes.services)?,
+            backend_counters: CountersById::new(
+                data(BACKEND_COUNTERS)?.fd().as_fd(),
+                sizes.backends + 1,
+                cpus,
+                1,
+            )
+            .map_err(|source| DatapathError::new("open", BACKEND_COUNTERS, source))?,
             ebpf,
             pins,
             sizes,
+            cpus,
             is_new: Cell::new(is_new),
         })
     }
@@ -328,7 +352,7 @@ impl KernelDatapath {
 
     /// What the maps take.
     pub fn memory(&self) -> MapMemory {
-        let maps = maps(&self.sizes);
+        let maps = maps(&self.sizes, self.cpus);
         let of = |names: &[&str]| {
             let named = maps.iter().filter(|layout| names.contains(&layout.name));
             named.map(Layout::memory).sum()
@@ -527,18 +551,6 @@ impl KernelDatapath {
         let result = with(&self.flow_table, &mut context);
         problem.map_or(Ok(result), Err)
     }
-
-    fn clear_service_counters(&mut self, service: u32) -> Result<(), DatapathError> {
-        for reason in 0..REASON_COUNT {
-            zero(
-                &mut self.service_counters,
-                service * REASON_COUNT + reason,
-                Count::default(),
-            )
-            .map_err(|error| failed("clear", format!("SERVICE_COUNTERS[{service}]"), error))?;
-        }
-        Ok(())
-    }
 }
 
 /// What the configuration asks for.
@@ -619,8 +631,9 @@ impl Datapath for KernelDatapath {
                     .set(*id, Raw(Backend::default()), 0)
                     .map_err(|error| failed("delete", &object, error))?;
                 self.flow_table.clear_live(*id).map_err(unmapped(LIVE))?;
-                zero(&mut self.backend_counters, *id, BackendCounters::default())
-                    .map_err(|error| failed("clear", &object, error))
+                (self.backend_counters.clear(*id)).map_err(|source| {
+                    DatapathError::new("clear", format!("{BACKEND_COUNTERS}[{id}]"), source)
+                })
             }
             Operation::PutPool(service, pool) => self.pools.put(*service, pool),
             Operation::RemovePool(service) => self.pools.remove(*service),
@@ -632,7 +645,9 @@ impl Datapath for KernelDatapath {
                 self.services
                     .set(*id, Raw(Service::default()), 0)
                     .map_err(|error| failed("delete", format!("SERVICES[{id}]"), error))?;
-                self.clear_service_counters(*id)
+                (self.service_counters.clear(*id)).map_err(|source| {
+                    DatapathError::new("clear", format!("{SERVICE_COUNTERS}[{id}]"), source)
+                })
             }
             Operation::PutServiceKey(key, id) => self.service_keys.insert(key, *id).map_err(|source| {
                 DatapathError::new("update", format!("{SERVICE_KEYS}[{}]", key.vip), source)
@@ -711,15 +726,25 @@ impl Datapath for KernelDatapath {
             totals: per_cpu.iter().map(|Raw(per_cpu)| per_cpu.totals).collect(),
             ..Counters::default()
         };
-        result.reasons =
-            by_reason(&self.reasons, 0).map_err(|error| DatapathError::new("read", "COUNTERS", error))?;
-        for service in services {
-            let counts = by_reason(&self.service_counters, service * REASON_COUNT)
-                .map_err(|error| DatapathError::new("read", format!("SERVICE_COUNTERS[{service}]"), error))?;
-            result.services.insert(*service, counts);
-        }
-        result.backends = by_backend(&self.backend_counters, backends, self.sizes.backends + 1)
-            .map_err(|error| DatapathError::new("read", BACKEND_COUNTERS, error))?;
+        let by_reason = |entries: &[[u64; COUNT_WORDS]]| -> Vec<Count> {
+            let entries = entries.iter().take(REASON_COUNT as usize);
+            entries.map(|entry| transmute!(*entry)).collect()
+        };
+        (self.reasons)
+            .read(&[0], |_, entries| result.reasons = by_reason(entries))
+            .map_err(unmapped(COUNTERS))?;
+        (self.service_counters)
+            .read(services, |id, entries| {
+                result.services.insert(id, by_reason(entries));
+            })
+            .map_err(unmapped(SERVICE_COUNTERS))?;
+        (self.backend_counters)
+            .read(backends, |id, entries| {
+                result
+                    .backends
+                    .extend(entries.iter().map(|entry| (id, transmute!(*entry))));
+            })
+            .map_err(unmapped(BACKEND_COUNTERS))?;
         Ok(result)
     }
 }
@@ -779,52 +804,6 @@ pub fn monotonic_now() -> u64 {
         .unwrap_or(0)
 }
 
-/// The counters of all reasons from an index on, those of all CPUs together.
-fn by_reason(map: &PerCpuArray<MapData, Raw<Count>>, first: u32) -> io::Result<Vec<Count>> {
-    let cpus = nr_cpus().map_err(|(_, error)| error)?;
-    let counts: Vec<Count> =
-        syscall::some_per_cpu(map.map().fd().as_fd(), first, REASON_COUNT as usize, cpus)?;
-    Ok((counts.chunks(cpus))
-        .map(|of_cpus| {
-            let mut total = Count::default();
-            of_cpus.iter().for_each(|count| counters::add(&mut total, count));
-            total
-        })
-        .collect())
-}
-
-/// The counters of backends in the order of their ids, those of all CPUs together; ids beyond the end have none.
-fn by_backend(
-    map: &PerCpuArray<MapData, Raw<BackendCounters>>,
-    ids: &[u32],
-    entries: u32,
-) -> io::Result<Vec<(u32, BackendCounters)>> {
-    /// Read at once: with an entry each, ten thousand backends would be as many system calls every second.
-    const AT_ONCE: u32 = 1024;
-    let cpus = nr_cpus().map_err(|(_, error)| error)?;
-    let mut totals = Vec::with_capacity(ids.len());
-    let mut sorted: Vec<u32> = ids.iter().copied().filter(|id| *id < entries).collect();
-    sorted.sort_unstable();
-    let mut rest = &sorted[..];
-    while let Some(first) = rest.first().copied() {
-        let (these, others) = rest.split_at(rest.partition_point(|id| *id - first < AT_ONCE));
-        rest = others;
-        let last = these.last().copied().unwrap_or(first);
-        let count = (last - first + 1) as usize;
-        let values: Vec<BackendCounters> = syscall::some_per_cpu(map.map().fd().as_fd(), first, count, cpus)?;
-        for id in these {
-            let mut total = BackendCounters::default();
-            for cpu in values.iter().skip((id - first) as usize * cpus).take(cpus) {
-                counters::add(&mut total.forwarded, &cpu.forwarded);
-                counters::add(&mut total.returned, &cpu.returned);
-                total.flows += cpu.flows;
-            }
-            totals.push((*id, total));
-        }
-    }
-    Ok(totals)
-}
-
 /// A counter of all CPUs together.
 pub(super) fn sum(map: &PerCpuArray<MapData, Raw<Count>>, index: u32) -> Result<Count, MapError> {
     let mut total = Count::default();
@@ -832,15 +811,6 @@ pub(super) fn sum(map: &PerCpuArray<MapData, Raw<Count>>, index: u32) -> Result<
         counters::add(&mut total, count);
     }
     Ok(total)
-}
-
-fn zero<T>(map: &mut PerCpuArray<MapData, Raw<T>>, index: u32, value: T) -> Result<(), MapError>
-where
-    Raw<T>: Pod,
-    T: Copy,
-{
-    let cpus = nr_cpus().map_err(|(_, error)| MapError::IoError(error))?;
-    map.set(index, PerCpuValues::try_from(vec![Raw(value); cpus])?, 0)
 }
 
 /// Attaches in the mode that is asked for: for `auto` in native mode, and in generic mode where that is refused.

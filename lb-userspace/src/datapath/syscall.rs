@@ -142,59 +142,29 @@ where
     }
 }
 
-/// Reads elements of an array map that has one for each of so many CPUs, from an index on: those of the first index,
-/// one for each CPU, then those of the next.
-///
-/// # Errors
-/// What the kernel says to `BPF_MAP_LOOKUP_BATCH` (Linux 5.13 for this type of map); the map ends before.
-pub(super) fn some_per_cpu<V>(
-    map: BorrowedFd<'_>,
-    first: u32,
-    count: usize,
-    cpus: usize,
-) -> io::Result<Vec<V>>
-where
-    V: FromBytes + IntoBytes + Immutable + Clone,
-{
-    // The kernel rounds what it copies up to this.
-    const { assert!(size_of::<V>().is_multiple_of(8)) };
-    let mut keys = vec![0u32; count];
-    let mut values = vec![zeroed::<V>(); count * cpus];
-    // The kernel begins after this one.
-    let (before, mut next) = (first.wrapping_sub(1), 0u32);
-    let mut attributes = BatchAttributes {
-        in_batch: if first == 0 { 0 } else { (&raw const before) as u64 },
-        out_batch: (&raw mut next) as u64,
-        keys: keys.as_mut_ptr() as u64,
-        values: values.as_mut_ptr() as u64,
-        count: count as u32,
-        map_fd: map.as_raw_fd() as u32,
-        ..BatchAttributes::default()
-    };
-    match bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes) {
-        // The last element is one of them.
-        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
-        _ => {}
-    }
-    if attributes.count as usize == count && keys.first() == Some(&first) {
-        Ok(values)
-    } else {
-        Err(io::ErrorKind::UnexpectedEof.into())
-    }
-}
-
 /// Puts maps into an array of maps, from an index on.
 ///
 /// # Errors
 /// What the kernel says to `BPF_MAP_UPDATE_BATCH` (Linux 5.19 for this type of map).
 pub(super) fn put_maps(outer: BorrowedFd<'_>, first: u32, maps: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let keys: Vec<u32> = (first..).take(maps.len()).collect();
     let values: Vec<u32> = maps.iter().map(|map| map.as_raw_fd() as u32).collect();
+    put_some(outer, first, &values)
+}
+
+/// Writes elements of an array map, from an index on.
+///
+/// # Errors
+/// What the kernel says to `BPF_MAP_UPDATE_BATCH` (Linux 5.6); the map ends before.
+pub(super) fn put_some<V>(map: BorrowedFd<'_>, first: u32, values: &[V]) -> io::Result<()>
+where
+    V: IntoBytes + Immutable,
+{
+    let keys: Vec<u32> = (first..).take(values.len()).collect();
     let mut attributes = BatchAttributes {
         keys: keys.as_ptr() as u64,
         values: values.as_ptr() as u64,
         count: values.len() as u32,
-        map_fd: outer.as_raw_fd() as u32,
+        map_fd: map.as_raw_fd() as u32,
         ..BatchAttributes::default()
     };
     bpf(BPF_MAP_UPDATE_BATCH, &mut attributes).map(drop)
