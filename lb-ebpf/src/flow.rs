@@ -271,10 +271,10 @@ pub fn begin(source_port: u16, client_ifindex: u32, service_id: u32) -> u64 {
 
 /// A new flow that no reply is translated of, and one that replies lead to.
 const PLAIN: u64 = 0;
-const ANSWERED: u64 = 1;
+const REPLIED: u64 = 1;
 
 /// Chooses a backend; leaves the flow's meta in the scratch memory. [`UNRECORDED`] where a flood is passed on, else [`PLAIN`]
-/// or [`ANSWERED`].
+/// or [`REPLIED`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
@@ -301,7 +301,7 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
             if is_in_flood_by(scratch) {
                 UNRECORDED
             } else if Forward::has_reply_key(meta.forward(), scratch.packet.key.protocol) {
-                ANSWERED
+                REPLIED
             } else {
                 PLAIN
             }
@@ -346,7 +346,7 @@ fn try_choose(
         .with_age(ageing::ticks(settings, state, now)))
 }
 
-/// Tells whether a flow that is [`ANSWERED`] needs a source port other than the client's, so that its replies are told apart: by 1;
+/// Tells whether a flow that is [`REPLIED`] needs a source port other than the client's, so that its replies are told apart: by 1;
 /// the 5-tuple of its replies is left in [`Scratch::reply`].
 #[unsafe(no_mangle)]
 #[inline(never)]

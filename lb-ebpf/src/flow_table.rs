@@ -540,7 +540,7 @@ pub fn backend_port(port: u16, backend: &Backend) -> u16 {
     if backend.port == 0 { port } else { backend.port }
 }
 
-/// What is at a unit for a flow of a kind is worth, see [`flow_table::in_the_way`]. A function that the verifier checks for
+/// What has to go at a unit for a flow of a kind, as [`flow_table::place_worth`]. A function that the verifier checks for
 /// itself, once for all units.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -553,17 +553,8 @@ extern "C" fn worth_at(index: u32, unit: u32, kind: u32) -> u32 {
     } else {
         Kind::Short
     };
-    let Some(places) = flow_table::in_the_way(&bucket, unit as usize & 7, kind) else {
-        return worth::BUSY;
-    };
-    let mut most = worth::NOTHING;
-    for (unit, meta) in places {
-        if !meta.is_empty() {
-            let worth = worth_now(bucket.load(key_at(unit)), meta);
-            most = if worth > most { worth } else { most };
-        }
-    }
-    most
+    let worth_of = |unit, meta| worth_now(bucket.load(key_at(unit)), meta);
+    flow_table::place_worth(&bucket, unit as usize & 7, kind, worth_of)
 }
 
 /// What a flow is worth now, see [`flow_table::worth`]; an alias is worth what its flow is.
@@ -653,6 +644,7 @@ pub fn free_place(hash: u64, kind: Kind) -> Location {
     }
 }
 
+/// Takes such a place; gives the index of its bucket, the bucket and the unit.
 #[inline(always)]
 fn take_free(hash: u64, kind: Kind) -> Option<(u32, InKernel, usize)> {
     let (index, line) = place(hash, 0);
@@ -676,6 +668,7 @@ pub fn put_in_free_place(scratch: &Scratch, meta: Meta, key: u64) -> u32 {
     0
 }
 
+/// Writes a flow, or an alias, at a unit that was taken for it.
 #[inline(always)]
 fn write(scratch: &Scratch, bucket: &InKernel, unit: usize, key: u64, meta: Meta) {
     if meta.is(Kind::Long) {

@@ -102,8 +102,8 @@ const fn chosen(id: u32) -> Result<u32, Reason> {
     })
 }
 
-/// The id of the first backend of a service's pool, behind a slot that leads to none, that takes a flow; else [`NOBODY`] or
-/// [`FULL`], which that slot gave `others` of. A function that the verifier checks for itself, once for all strategies.
+/// The id of the backend of the first slot of a service's pool after `slot`, by `stride`, that takes a flow; else [`NOBODY`] or
+/// [`FULL`], with `others` for `slot` itself. A function that the verifier checks for itself, once for all strategies.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn taker_after(service_id: u32, slot: u32, stride: u32, mut others: u32) -> u32 {

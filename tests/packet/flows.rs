@@ -443,24 +443,44 @@ fn a_flow_in_the_other_line_of_its_bucket_is_found_in_both_directions_when_its_o
     }
 }
 
-/// Three units for each of them in a table that is two fifths full: some of either are in their second bucket.
+/// Three units for each of them in a table that is more than half full: some of either are in their second bucket.
 #[test]
 fn what_leads_from_replies_stays_wherever_there_was_room_for_it() {
+    use lb_common::{
+        abi::{Address, Meta, TCP, buckets},
+        logic::flow_table::{bucket_of, end_hash, key_at, meta_at},
+    };
     let mut fixture = Fixture::with_flow_table(1024);
-    let number_of = 200_u32;
+    let number_of = 240_u32;
     let mut sent = Vec::new();
     for number in 0..number_of {
         let mut syn = tcp(CLIENT, SHOP.vip, SYN);
-        syn.source = address(&format!("198.51.{}.{}:7000", number / 250, 1 + number % 250));
-        sent.push((syn.clone(), fixture.run(&syn.bytes())));
-    }
-    assert_eq!(fixture.units_of(Kind::Alias), number_of as usize);
-    fixture.tidy();
-    fixture.tidy();
-    assert_eq!(fixture.units_of(Kind::Alias), number_of as usize);
-    for (syn, (_, output)) in sent {
+        syn.source = address(&format!("198.51.{}.{}:7003", number / 250, 1 + number % 250));
+        let (_, output) = fixture.run(&syn.bytes());
         // The source port that the backend sees.
-        let port = u16::from_be_bytes([output[34], output[35]]);
+        sent.push((syn, u16::from_be_bytes([output[34], output[35]])));
+    }
+    let mut elsewhere = |kind, ends: &mut dyn Iterator<Item = (Address, u16, u16)>| {
+        ends.filter(|(address, port, source_port)| {
+            let seed = crate::fixture::SETTINGS.table_seed;
+            let hash = end_hash(seed, address, port.to_be(), u32::from(TCP));
+            let words = fixture.bucket(bucket_of(hash, buckets(1024))).0;
+            !(0..8).any(|unit| {
+                Meta(words[meta_at(unit)]).is(kind)
+                    && (words[key_at(unit)] >> 32) as u16 == source_port.to_be()
+            })
+        })
+        .count()
+    };
+    let clients = |(syn, port): &(Frame, u16)| (Address::from(syn.source.ip()), syn.source.port(), *port);
+    let given = |(_, port): &(Frame, u16)| (Address::from(SOURCE), *port, *port);
+    assert!(elsewhere(Kind::Long, &mut sent.iter().map(clients)) > 0);
+    assert!(elsewhere(Kind::Alias, &mut sent.iter().map(given)) > 0);
+    assert_eq!(fixture.units_of(Kind::Alias), number_of as usize);
+    fixture.tidy();
+    fixture.tidy();
+    assert_eq!(fixture.units_of(Kind::Alias), number_of as usize);
+    for (syn, port) in sent {
         let reply = answer(&SHOP, 0, std::net::SocketAddr::new(SOURCE, port), SYN_ACK);
         let expected = Expected::to_client(&SHOP, 0, &reply, &syn);
         fixture.expect("reply", &reply.bytes(), expected);

@@ -403,7 +403,7 @@ fn pair<W: Words>(words: &W, unit: usize) -> (Meta, Meta) {
 
 /// What has to go for a flow of a kind at a unit, or two: their units and metas. Nothing where it cannot be there.
 #[inline(always)]
-pub fn in_the_way<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<[(usize, Meta); 2]> {
+fn in_the_way<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<[(usize, Meta); 2]> {
     let (first, second) = pair(words, unit);
     let even = unit & !1;
     let (first, second) = ((even, first), (even + 1, second));
@@ -422,7 +422,7 @@ pub fn in_the_way<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<[(usiz
     Some([if unit == even { first } else { second }, nothing])
 }
 
-/// What is at a unit for a flow of a kind is worth. `worth_of` is given a unit and its meta.
+/// What has to go at a unit for a flow of a kind: the worth of the flow that is worth most. `worth_of` is given a unit and its meta.
 #[inline(always)]
 pub fn place_worth<W: Words>(
     words: &W,

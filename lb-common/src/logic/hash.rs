@@ -1,7 +1,7 @@
-//! SipHash-1-3 over words of fixed number (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012).
+//! SipHash-1-3 over a fixed number of bytes (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012).
 //!
-//! The input of `n` words is hashed as its `8 * n` bytes in little-endian order, so that the result is that of
-//! any other SipHash-1-3. The key is secret and shared by the nodes that serve the same VIPs: who cannot know it
+//! The input of `n` words is hashed as its `8 * n` bytes in little-endian order, and so is what is left over of a word: the
+//! result is that of any other SipHash-1-3. The key is secret and shared by the nodes that serve the same VIPs: who cannot know it
 //! cannot choose addresses that all fall on one backend.
 
 use crate::abi::FlowKey;
@@ -29,6 +29,7 @@ pub fn siphash13<const N: usize>(key: [u64; 2], words: [u64; N]) -> u64 {
 /// Hashes `N` 64-bit words and what is left over, of seven bytes at most, under a 128-bit key: a round less than for a word more.
 #[inline(always)]
 pub fn siphash13_and<const N: usize>(key: [u64; 2], words: [u64; N], left: u64, left_bytes: u64) -> u64 {
+    debug_assert!(left_bytes < 8 && left >> (8 * left_bytes) == 0);
     let mut v = [
         key[0] ^ 0x736f_6d65_7073_6575,
         key[1] ^ 0x646f_7261_6e64_6f6d,

@@ -31,8 +31,9 @@ pub trait Frame {
         None
     }
 
-    /// [`decode_extensions`] of this frame: in the kernel that may be a function that the verifier checks for itself.
-    #[inline(always)]
+    /// [`decode_extensions`] of this frame: a function of its own in the kernel, where its loop would be checked again for all
+    /// that follows.
+    #[inline(never)]
     fn extensions(&self, packet: &mut Packet, next: u8, offset: usize) -> u32
     where
         Self: Sized,
@@ -308,9 +309,8 @@ fn decode_ipv6<F: Frame>(frame: &F, packet: &mut Packet, ip_offset: usize) -> Re
 }
 
 /// Decodes what follows an IPv6 header, if it is not what most packets have: a header of the type `next` and at the offset.
-/// Gives the result as a number, see [`uncode`]. In the kernel a function of its own, where its loop would be checked again
-/// for all that follows.
-#[inline(never)]
+/// Gives the result as a number, see [`uncode`].
+#[inline(always)]
 pub fn decode_extensions<F: Frame>(frame: &F, packet: &mut Packet, next: u8, offset: usize) -> u32 {
     code(try_decode_extensions(frame, packet, next, offset))
 }

@@ -3,7 +3,7 @@
 
 use super::flow_table::{
     self, Found, Words, bucket_of, key_at, line_of, make_room, meta_at, other_line, place_worth, put,
-    put_long, second_bucket_of,
+    put_long, second_bucket_of, worth,
 };
 use crate::abi::{Address, Kind, LINE, Meta, SERVICE_BUCKETS, ServiceKey, UNITS};
 
@@ -133,8 +133,9 @@ fn put_where_there_is_room<W: Words>(bucket: &impl Fn(u32) -> W, key: &ServiceKe
 
 fn put_into<W: Words>(words: &W, line: usize, key: &ServiceKey, service: u32) -> bool {
     let (kind, word) = words_of(key);
-    let worth = |_: usize, meta: Meta| if meta.is_empty() { 0 } else { u32::MAX };
-    let Some(room) = make_room(words, line, kind, 1, |unit| place_worth(words, unit, kind, worth)) else {
+    // What is there stays.
+    let worth_at = |unit| place_worth(words, unit, kind, |_, _| worth::BUSY);
+    let Some(room) = make_room(words, line, kind, worth::CLOSED, worth_at) else {
         return false;
     };
     let meta = Meta::new(kind, service, 0, 0);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lb_common::{
     abi::{
-        MANY_SLOTS,
+        DEFAULT_BACKENDS, MANY_SLOTS,
         Reason::{BackendsFull, Rejected},
         Strategy,
     },
@@ -254,5 +254,43 @@ fn a_backend_that_has_as_many_flows_as_it_takes_gets_no_more_and_the_others_get_
         let five = backends(&mut fixture, (6000..6006).map(|number| flow(&WEB, number, SYN)));
         assert_eq!(counts(&five)[&Some(BACKENDS[1])], 5);
         assert_eq!(five.iter().filter(|backend| backend.is_none()).count(), 1);
+    }
+}
+
+#[test]
+fn a_hundred_and_twenty_eight_slots_are_tried_and_what_is_full_is_told_from_what_is_not_there() {
+    const NOT_THERE: u32 = DEFAULT_BACKENDS + 2;
+    let [full, free, _] = BACKENDS;
+    let mut fixture = Fixture::of(&[WEB]);
+    stay_on_this_cpu();
+    with_strategy(
+        &mut fixture,
+        &WEB,
+        Strategy::RoundRobin,
+        &[full],
+        |id, backend| backend.max_connections = u32::from(id == full),
+    );
+    let first = [flow(&WEB, 0, SYN)];
+    assert_eq!(backends(&mut fixture, first.into_iter()), [Some(full)]);
+    // The turn is now at the second slot: the first one is the last that is tried.
+    let mut slots = vec![full; 128];
+    slots[0] = free;
+    fixture.sequence(&WEB, &slots);
+    let last = [flow(&WEB, 1, SYN)];
+    assert_eq!(backends(&mut fixture, last.into_iter()), [Some(free)]);
+    let mut none_free = vec![full; 128];
+    none_free[5] = NOT_THERE;
+    let of_a_thousand = [vec![full; 999], vec![free]].concat();
+    for sequence in [
+        &none_free[..],
+        &of_a_thousand,
+        &[NOT_THERE, full],
+        &[full, NOT_THERE],
+    ] {
+        fixture.sequence(&WEB, sequence);
+        for number in 2..4 {
+            let dropped = Expected::dropped(BackendsFull).of(&WEB);
+            fixture.expect("full", &flow(&WEB, number, SYN).bytes(), dropped);
+        }
     }
 }

@@ -271,6 +271,19 @@ proptest! {
     }
 }
 
+/// Where it is another, a new daemon finds no flow of those before: then `LAYOUT_VERSION` is another, too.
+#[test]
+fn the_hash_of_a_clients_end_is_that_of_this_layout() {
+    let seed = [0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908];
+    let of = |address| end_hash(seed, &address, 443_u16.to_be(), 6);
+    let v4 = of(Address::from_v4_word(u32::from_ne_bytes([192, 0, 2, 1])));
+    let v6 = of(Address([0x2001_0db8_u32.to_be(), 0, 0, 1_u32.to_be()]));
+    assert_eq!(
+        (crate::abi::LAYOUT_VERSION, v4, v6),
+        (5, 0x8849_affe_f1b3_fca9, 0x3d01_8275_d3ad_ae11)
+    );
+}
+
 /// Flows that are worth least first.
 #[test]
 fn what_is_over_gives_way_before_what_is_closed_opening_closing_and_open() {
