@@ -381,8 +381,12 @@ pub(crate) fn unique_pins() -> Pins {
 
 /// Runs on one CPU from now on: positions in a sequence are each CPU's own.
 pub(crate) fn stay_on_this_cpu() {
+    stay_on_cpu(nix::sched::sched_getcpu().unwrap());
+}
+
+/// Runs on this CPU from now on.
+pub(crate) fn stay_on_cpu(cpu: usize) {
     let mut cpus = CpuSet::new();
-    let cpu = nix::sched::sched_getcpu().unwrap();
     cpus.set(cpu).unwrap();
     sched_setaffinity(Pid::from_raw(0), &cpus).unwrap();
 }

@@ -30,7 +30,10 @@ use xlb::{
 };
 
 use crate::{
-    fixture::{EVERY, Expected, Fixture, SETTINGS, TestBackend, WEB, stay_on_this_cpu, unique_pins},
+    fixture::{
+        EVERY, Expected, Fixture, SETTINGS, SHOP, TestBackend, TestService, WEB, stay_on_cpu,
+        stay_on_this_cpu, unique_pins,
+    },
     frame::{ACK, Frame, SYN, packet_of, tcp},
 };
 
@@ -450,16 +453,40 @@ fn live_flows_are_adjusted_and_survive_a_restart() {
 }
 
 #[test]
-fn the_counters_of_an_entry_that_is_removed_start_from_zero() {
+fn what_each_processor_has_counted_is_added_up_and_goes_with_its_entry_alone() {
     let mut fixture = Fixture::new();
-    let empty = Fixture::empty(1024).counted();
-    fixture.run(&tcp("198.51.100.7:5000", WEB.vip, SYN).bytes());
+    let cpus = nr_cpus().unwrap();
+    for cpu in 0..cpus {
+        stay_on_cpu(cpu);
+        for service in [WEB, SHOP] {
+            let syn = tcp(&format!("198.51.100.7:{}", 5000 + cpu), service.vip, SYN);
+            fixture.run(&syn.bytes());
+        }
+    }
+    let counted = fixture.counted();
+    let of = |service: &TestService| {
+        let backend = &counted.backends[&service.backends[0].id];
+        let reasons = counted.reasons.iter();
+        let packets = reasons.filter(|((id, _), _)| *id == Some(service.id));
+        let packets: u64 = packets.map(|(_, count)| count.packets).sum();
+        (packets, backend.forwarded.packets, backend.flows)
+    };
+    let each = cpus as u64;
+    assert_eq!((of(&WEB), of(&SHOP)), ((each, each, each), (each, each, each)));
+
     fixture.apply(Operation::RemoveBackend(WEB.backends[0].id));
     fixture.apply(Operation::RemoveService(WEB.id));
-    let counted = fixture.counted();
-    assert_eq!(counted.backends, empty.backends);
-    assert_eq!(counted.reasons, empty.reasons);
-    assert_eq!(counted.totals.transmitted, 1, "totals are not of the service");
+    let mut expected = counted.clone();
+    expected.backends.remove(&WEB.backends[0].id);
+    expected.reasons.retain(|(id, _), _| *id != Some(WEB.id));
+    let mut remaining = fixture.counted();
+    assert_eq!(
+        remaining.backends.remove(&WEB.backends[0].id).unwrap_or_default(),
+        BackendCounters::default()
+    );
+    assert_eq!(remaining.backends, expected.backends);
+    assert_eq!(remaining.reasons, expected.reasons);
+    assert_eq!(remaining.totals, counted.totals, "totals are not of the service");
 }
 
 #[test]
