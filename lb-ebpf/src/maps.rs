@@ -144,7 +144,8 @@ static SERVICE_COUNTERS: Array<
 static BACKEND_COUNTERS: Array<BackendCounters, { BACKEND_ENTRIES }, { BPF_F_MMAPABLE as usize }> =
     Array::new();
 
-/// CPUs that have counters of their own. The daemon sets it at load time, and makes room for those of all.
+/// CPUs that have counters of their own: those with a lower number. The daemon sets it at load time, and makes room for those
+/// of all.
 #[unsafe(no_mangle)]
 static CPUS: u32 = 1;
 
@@ -214,7 +215,7 @@ pub fn openings() -> Option<&'static mut Openings> {
 pub fn counter(reason: u32) -> Option<&'static mut Count> {
     // SAFETY: the entry is this CPU's own and the program is not interrupted by itself.
     COUNTERS
-        .get_ptr_mut(of_this_cpu(0) * REASON_ENTRIES + reason)
+        .get_ptr_mut(of_this_cpu(0)? * REASON_ENTRIES + reason)
         .map(|count| unsafe { &mut *count })
 }
 
@@ -222,7 +223,7 @@ pub fn counter(reason: u32) -> Option<&'static mut Count> {
 pub fn service_counter(service_id: u32, reason: u32) -> Option<&'static mut Count> {
     // SAFETY: as in `counter`.
     SERVICE_COUNTERS
-        .get_ptr_mut(of_this_cpu(service_id) * REASON_ENTRIES + reason)
+        .get_ptr_mut(of_this_cpu(service_id)? * REASON_ENTRIES + reason)
         .map(|count| unsafe { &mut *count })
 }
 
@@ -230,15 +231,16 @@ pub fn service_counter(service_id: u32, reason: u32) -> Option<&'static mut Coun
 pub fn backend_counters(backend_id: u32) -> Option<&'static mut BackendCounters> {
     // SAFETY: as in `counter`.
     BACKEND_COUNTERS
-        .get_ptr_mut(of_this_cpu(backend_id))
+        .get_ptr_mut(of_this_cpu(backend_id)?)
         .map(|counters| unsafe { &mut *counters })
 }
 
+/// Nothing on a CPU that no room was made for: it would write another's.
 #[inline(always)]
-fn of_this_cpu(id: u32) -> u32 {
+fn of_this_cpu(id: u32) -> Option<u32> {
     // SAFETY: read as volatile, since the value is another one than the compiler sees; and the helper needs nothing.
     let (cpus, cpu) = unsafe { (read_volatile(&raw const CPUS), bpf_get_smp_processor_id()) };
-    of_cpu(id, cpus, cpu)
+    (cpu < cpus).then(|| of_cpu(id, cpus, cpu))
 }
 
 /// Counts a flow that began on a backend.

@@ -29,7 +29,7 @@ use lb_common::{
     },
 };
 use nix::{
-    sched::{CpuSet, sched_setaffinity},
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     unistd::Pid,
 };
 use xlb::{
@@ -382,6 +382,13 @@ pub(crate) fn unique_pins() -> Pins {
 /// Runs on one CPU from now on: positions in a sequence are each CPU's own.
 pub(crate) fn stay_on_this_cpu() {
     stay_on_cpu(nix::sched::sched_getcpu().unwrap());
+}
+
+/// The CPUs that this thread may run on.
+pub(crate) fn allowed_cpus() -> Vec<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap();
+    (0..CpuSet::count()).filter(is_allowed).collect()
 }
 
 /// Runs on this CPU from now on.

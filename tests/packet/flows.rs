@@ -443,7 +443,7 @@ fn a_flow_in_the_other_line_of_its_bucket_is_found_in_both_directions_when_its_o
     }
 }
 
-/// Three units for each of them in a table that is more than half full: some of either are in their second bucket.
+/// Three units for each of them in a table that is almost half full: some of either are in their second bucket.
 #[test]
 fn what_leads_from_replies_stays_wherever_there_was_room_for_it() {
     use lb_common::{

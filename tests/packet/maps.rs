@@ -1,6 +1,7 @@
 //! The maps themselves: what is written is read back, survives a restart, and maps of another build are refused.
 
 use std::{
+    collections::BTreeMap,
     fmt::Debug,
     net::{Ipv4Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd},
@@ -17,8 +18,9 @@ use lb_common::abi::{
     ADDRESS_FILTER_WORDS, Address, Backend, BackendCounters, Bucket, CHUNK_LINES, ClientLink, Count,
     DEFAULT_BACKENDS, DEFAULT_FLOWS, DEFAULT_SERVICES, FEW_SLOTS, FILTER_ALLOW, FILTER_DENY, FilterKey,
     Forward, LINE_WORDS, LiveCount, MANY_SLOTS, MAX_CHUNKS, MAX_CLIENT_LINKS, MAX_MEMBERS,
-    MAX_SOURCE_FILTERS, PerCpu, PoolLine, REASON_ENTRIES, ROLE_BACKEND, ROLE_VIP, SERVICE_BUCKETS, Service,
-    ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP, buckets, flows,
+    MAX_SOURCE_FILTERS, PerCpu, PoolLine, REASON_ENTRIES, ROLE_BACKEND, ROLE_VIP, Reason, SERVICE_BUCKETS,
+    Service, ServiceFlags, ServiceKey, Settings, SourceKey, SourceRate, Strategy, TCP, Tags, UDP, buckets,
+    flows,
 };
 use lb_common::logic::hash::{flow_hash, siphash13, slot_of};
 use xlb::{
@@ -31,7 +33,7 @@ use xlb::{
 
 use crate::{
     fixture::{
-        EVERY, Expected, Fixture, SETTINGS, SHOP, TestBackend, TestService, WEB, stay_on_cpu,
+        EVERY, Expected, Fixture, SETTINGS, SHOP, TestBackend, TestService, WEB, allowed_cpus, stay_on_cpu,
         stay_on_this_cpu, unique_pins,
     },
     frame::{ACK, Frame, SYN, packet_of, tcp},
@@ -454,39 +456,78 @@ fn live_flows_are_adjusted_and_survive_a_restart() {
 
 #[test]
 fn what_each_processor_has_counted_is_added_up_and_goes_with_its_entry_alone() {
+    const FLOWS: u64 = 40;
     let mut fixture = Fixture::new();
-    let cpus = nr_cpus().unwrap();
-    for cpu in 0..cpus {
-        stay_on_cpu(cpu);
-        for service in [WEB, SHOP] {
-            let syn = tcp(&format!("198.51.100.7:{}", 5000 + cpu), service.vip, SYN);
-            fixture.run(&syn.bytes());
+    for service in [WEB, SHOP] {
+        let both: Vec<u32> = service.backends.iter().map(|backend| backend.id).collect();
+        fixture.sequence(&service, &both);
+    }
+    let cpus = allowed_cpus();
+    for cpu in &cpus {
+        stay_on_cpu(*cpu);
+        for number in 0..FLOWS {
+            for service in [WEB, SHOP] {
+                let source = format!("198.51.{cpu}.7:{}", 5000 + number);
+                fixture.run(&tcp(&source, service.vip, SYN).bytes());
+            }
         }
     }
     let counted = fixture.counted();
     let of = |service: &TestService| {
-        let backend = &counted.backends[&service.backends[0].id];
         let reasons = counted.reasons.iter();
         let packets = reasons.filter(|((id, _), _)| *id == Some(service.id));
         let packets: u64 = packets.map(|(_, count)| count.packets).sum();
-        (packets, backend.forwarded.packets, backend.flows)
+        let backends = service
+            .backends
+            .iter()
+            .map(|backend| counted.backends[&backend.id]);
+        let backends: Vec<_> = backends.map(|of| (of.forwarded.packets, of.flows)).collect();
+        assert!(backends.iter().all(|(packets, _)| *packets > 0), "{backends:?}");
+        let sums = backends
+            .iter()
+            .fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1));
+        (packets, sums.0, sums.1)
     };
-    let each = cpus as u64;
-    assert_eq!((of(&WEB), of(&SHOP)), ((each, each, each), (each, each, each)));
+    let all = FLOWS * cpus.len() as u64;
+    assert_eq!((of(&WEB), of(&SHOP)), ((all, all, all), (all, all, all)));
 
-    fixture.apply(Operation::RemoveBackend(WEB.backends[0].id));
+    // Those before and after it have been counted, too.
+    let removed = SHOP.backends[0].id;
+    fixture.apply(Operation::RemoveBackend(removed));
     fixture.apply(Operation::RemoveService(WEB.id));
     let mut expected = counted.clone();
-    expected.backends.remove(&WEB.backends[0].id);
+    expected.backends.remove(&removed);
     expected.reasons.retain(|(id, _), _| *id != Some(WEB.id));
     let mut remaining = fixture.counted();
-    assert_eq!(
-        remaining.backends.remove(&WEB.backends[0].id).unwrap_or_default(),
-        BackendCounters::default()
-    );
+    let left = remaining.backends.remove(&removed).unwrap_or_default();
+    assert_eq!(left, BackendCounters::default());
     assert_eq!(remaining.backends, expected.backends);
     assert_eq!(remaining.reasons, expected.reasons);
     assert_eq!(remaining.totals, counted.totals, "totals are not of the service");
+}
+
+#[test]
+fn counters_are_told_of_the_last_entry_and_of_none_beyond() {
+    let mut fixture = Fixture::empty(1024);
+    let (services, backends) = (DEFAULT_SERVICES, DEFAULT_BACKENDS);
+    let counters = fixture
+        .datapath()
+        .counters(
+            &[services, services - 1, 0],
+            &[backends + 1, backends, u32::MAX, 1],
+        )
+        .unwrap();
+    let none = vec![Count::default(); Reason::ALL.len()];
+    assert_eq!(
+        counters.services,
+        BTreeMap::from([(0, none.clone()), (services - 1, none)])
+    );
+    let zero = BackendCounters::default();
+    assert_eq!(counters.backends, [(1, zero), (backends, zero)]);
+    fixture.apply(Operation::PutBackend(backends, Backend::default()));
+    fixture.apply(Operation::RemoveBackend(backends));
+    fixture.apply(Operation::PutService(services - 1, Service::default()));
+    fixture.apply(Operation::RemoveService(services - 1));
 }
 
 #[test]
@@ -650,9 +691,10 @@ fn a_pinned_map_of_another_build_is_refused_with_what_to_do() {
         let map = HashMap::<MapData, u32, [u8; size_of::<Settings>()]>::create(1, 0).unwrap();
         map.pin(pins.map("SETTINGS")).unwrap();
     });
-    // As from a build that knows one reason less, whose counters lie elsewhere.
+    // As from a build that knows some reasons less, whose counters lie elsewhere.
     let fewer = refusal(|pins| {
-        let map = Array::<MapData, [u8; 16]>::create(REASON_ENTRIES - 4, 0).unwrap();
+        let map =
+            Array::<MapData, [u8; 16]>::create(nr_cpus().unwrap() as u32 * (REASON_ENTRIES - 4), 0).unwrap();
         map.pin(pins.map("COUNTERS")).unwrap();
     });
     for (error, map) in [

@@ -97,7 +97,7 @@ reasons! {
     Internal, "internal", Dropped, "The maps contradict each other; a bug to report.";
 }
 
-/// Number of reasons: the stride of the counters of a service.
+/// Number of reasons.
 pub const REASON_COUNT: u32 = Reason::ALL.len() as u32;
 
 impl Reason {
@@ -114,7 +114,10 @@ impl Reason {
 
 #[cfg(test)]
 mod tests {
+    use core::hash::Hasher;
     use std::collections::BTreeSet;
+
+    use siphasher::sip::SipHasher13;
 
     use super::*;
 
@@ -126,6 +129,20 @@ mod tests {
         }
         assert_eq!(REASON_COUNT as usize, Reason::ALL.len());
         assert_eq!(Reason::from_index(REASON_COUNT), Reason::Internal);
+    }
+
+    /// Where they are others, or in another order, counters of a former build have other names: then `LAYOUT_VERSION` is another,
+    /// too.
+    #[test]
+    fn reasons_are_those_of_this_layout() {
+        let mut names = SipHasher13::new();
+        Reason::ALL
+            .iter()
+            .for_each(|reason| names.write(reason.name().as_bytes()));
+        assert_eq!(
+            (crate::abi::LAYOUT_VERSION, REASON_COUNT, names.finish()),
+            (5, 41, 0x010f_abcf_af80_8fce)
+        );
     }
 
     #[test]

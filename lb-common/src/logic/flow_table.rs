@@ -422,7 +422,8 @@ fn in_the_way<W: Words>(words: &W, unit: usize, kind: Kind) -> Option<[(usize, M
     Some([if unit == even { first } else { second }, nothing])
 }
 
-/// What has to go at a unit for a flow of a kind: the worth of the flow that is worth most. `worth_of` is given a unit and its meta.
+/// What has to go at a unit for a flow of a kind: the worth of the flow that is worth most. `worth_of` is given a unit and its
+/// meta.
 #[inline(always)]
 pub fn place_worth<W: Words>(
     words: &W,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io,
+    fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::atomic::Ordering,
 };
@@ -102,8 +102,40 @@ impl<const N: usize> CountersById<N> {
     }
 }
 
-/// Adds one count to another.
-pub(super) fn add(sum: &mut Count, count: &Count) {
-    sum.packets += count.packets;
-    sum.bytes += count.bytes;
+/// The number that all CPUs that there may ever be are below.
+///
+/// # Errors
+/// The kernel's list of them cannot be read, or is none.
+pub(super) fn cpus() -> io::Result<u32> {
+    let list = fs::read_to_string(POSSIBLE_CPUS)?;
+    after_the_last(&list).ok_or_else(|| io::Error::other(format!("{:?} is no list of CPUs", list.trim())))
+}
+
+/// Ranges in ascending order, such as `0-3` or `0,2,4-5`: numbers may be left out.
+pub(super) const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
+
+fn after_the_last(list: &str) -> Option<u32> {
+    let last = list.trim().rsplit([',', '-']).next()?;
+    last.parse::<u32>().ok()?.checked_add(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_for_the_cpu_with_the_highest_number() {
+        let lists = [
+            "0\n",
+            "0-7\n",
+            "0,2,4\n",
+            "0-1,4-5,8-9,12-13\n",
+            "0-3,17\n",
+            "",
+            "all",
+        ];
+        let expected = [Some(1), Some(8), Some(5), Some(14), Some(18), None, None];
+        assert_eq!(lists.map(after_the_last), expected);
+        assert!(cpus().unwrap() >= 1);
+    }
 }

@@ -19,7 +19,6 @@ use super::{
     DatapathError,
     kernel::{
         Attachment, Mode, Raw, attach_link, failed, load_despite_signals, named_map, named_program, obtain,
-        sum,
     },
 };
 
@@ -167,6 +166,16 @@ impl Decap {
             .collect::<Result<_, MapError>>()
             .map_err(|error| failed("read", COUNTERS, error))
     }
+}
+
+/// A counter of all CPUs together.
+fn sum(map: &PerCpuArray<MapData, Raw<Count>>, index: u32) -> Result<Count, MapError> {
+    let mut total = Count::default();
+    for Raw(count) in map.get(&index, 0)?.iter() {
+        total.packets += count.packets;
+        total.bytes += count.bytes;
+    }
+    Ok(total)
 }
 
 /// Entries of the map of sources: bits, address, and 1 where the prefix is allowed.

@@ -34,7 +34,7 @@ use super::{
     AttachMode, Contents, Counters, Datapath, DatapathError, Flow, LinkKind, Operation, Pins, Position,
     Sizes,
     barrier::{self, Barrier},
-    counters::{self, CountersById},
+    counters::{self, CountersById, POSSIBLE_CPUS},
     flow_table::{Context, FlowTable, MapOf},
     local,
     lookup::{AddressFilter, ServiceKeys},
@@ -77,7 +77,7 @@ const COUNT_WORDS: usize = size_of::<Count>() / 8;
 pub struct KernelDatapath {
     pins: Pins,
     sizes: Sizes,
-    /// CPUs that there may be.
+    /// The number that those of all CPUs are below.
     cpus: u32,
     /// Whether the maps were made just now and nothing was done with them.
     is_new: Cell<bool>,
@@ -252,7 +252,7 @@ impl KernelDatapath {
     pub fn open(pins: Pins, sizes: Sizes) -> Result<Self, DatapathError> {
         pins.create()?;
         let sizes = pinned_sizes(&pins, sizes)?;
-        let cpus = nr_cpus().map_err(|(path, source)| DatapathError::new("read", path, source))? as u32;
+        let cpus = counters::cpus().map_err(|source| DatapathError::new("read", POSSIBLE_CPUS, source))?;
         let maps = maps(&sizes, cpus);
         let is_new = maps.iter().all(|layout| !pins.map(layout.name).exists());
         let flow_buckets = buckets(sizes.flows);
@@ -804,15 +804,6 @@ pub fn monotonic_now() -> u64 {
         .unwrap_or(0)
 }
 
-/// A counter of all CPUs together.
-pub(super) fn sum(map: &PerCpuArray<MapData, Raw<Count>>, index: u32) -> Result<Count, MapError> {
-    let mut total = Count::default();
-    for Raw(count) in map.get(&index, 0)?.iter() {
-        counters::add(&mut total, count);
-    }
-    Ok(total)
-}
-
 /// Attaches in the mode that is asked for: for `auto` in native mode, and in generic mode where that is refused.
 pub(super) fn obtain<T>(
     interface: &str,
@@ -990,8 +981,8 @@ pub(super) fn runs(link: &FdLink, own: &ProgramInfo) -> bool {
 
 /// Tells whether two programs have the same instructions on the same maps, so that one need not replace the other.
 ///
-/// Each has a map of its own for its constants. They are not compared: but for a barrier all that is there is
-/// [`FLOW_BUCKETS`], which is the same for the same flow table.
+/// Each has a map of its own for its constants. They are not compared: but for a barrier all that is there are
+/// [`FLOW_BUCKETS`] and [`CPUS`], which are the same for the same flow table and counters.
 pub(super) fn same_program(one: &ProgramInfo, other: &ProgramInfo) -> bool {
     let constants: Vec<u32> = loaded_maps()
         .flatten()
