@@ -25,13 +25,18 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// Begins to make them, where there is a processor to spare.
+    /// Begins to make them, where there is more than one processor.
     pub(super) fn of(tables: Vec<Arc<RankTable>>) -> Self {
         if tables.len() < 2 {
             return Self::default();
         }
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let threads = (processors - 1).min(MAX_THREADS);
+        // On that of the caller, too, who waits for them more than they for him.
+        let threads = if processors > 1 {
+            processors.min(MAX_THREADS)
+        } else {
+            0
+        };
         let tables = Arc::new(tables);
         let mut made = Vec::new();
         for first in 0..threads {
