@@ -102,12 +102,18 @@ async fn a_timeout_beyond_the_clock_is_no_panic() {
 async fn probes_leave_no_time_wait() {
     let listening = Server::start(hang).await;
     let answering = answering("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+    // A port may be one that waits for another test's connection.
+    let ports = [listening.address.port(), answering.address.port()];
+    let before = ports.map(time_waits);
     for _ in 0..10 {
         try_probe(listening.address, tcp(), GENEROUS).await.unwrap();
         try_probe(answering.address, http("/"), GENEROUS).await.unwrap();
     }
-    assert_eq!(time_waits(listening.address.port()), 0);
-    assert_eq!(time_waits(answering.address.port()), 0);
+    let after = ports.map(time_waits);
+    assert!(
+        after[0] <= before[0] && after[1] <= before[1],
+        "{before:?} {after:?}"
+    );
 }
 
 #[tokio::test]
