@@ -276,10 +276,6 @@ impl KernelDatapath {
 
         let data = |name: &str| pinned(&pins.map(name), name);
         let converted = |name: &str, error: MapError| failed("open", name, error);
-        let by_reason = |name: &str, ids| {
-            CountersById::new(data(name)?.fd().as_fd(), ids, cpus, REASON_ENTRIES)
-                .map_err(|source| DatapathError::new("open", name, source))
-        };
         let addresses: HashMap<MapData, Raw<Address>, u32> =
             hash(data("ADDRESSES")?).map_err(|error| converted("ADDRESSES", error))?;
         let mut present = Vec::new();
@@ -311,15 +307,9 @@ impl KernelDatapath {
             )
             .map_err(|source| DatapathError::new("open", FLOWS, source))?,
             per_cpu: per_cpu(data("PER_CPU")?).map_err(|error| converted("PER_CPU", error))?,
-            reasons: by_reason(COUNTERS, 1)?,
-            service_counters: by_reason(SERVICE_COUNTERS, sizes.services)?,
-            backend_counters: CountersById::new(
-                data(BACKEND_COUNTERS)?.fd().as_fd(),
-                sizes.backends + 1,
-                cpus,
-                1,
-            )
-            .map_err(|source| DatapathError::new("open", BACKEND_COUNTERS, source))?,
+            reasons: counters_by_id(&pins, COUNTERS, 1, cpus, REASON_ENTRIES)?,
+            service_counters: counters_by_id(&pins, SERVICE_COUNTERS, sizes.services, cpus, REASON_ENTRIES)?,
+            backend_counters: counters_by_id(&pins, BACKEND_COUNTERS, sizes.backends + 1, cpus, 1)?,
             ebpf,
             pins,
             sizes,
@@ -933,6 +923,18 @@ fn pinned_sizes(pins: &Pins, wanted: Sizes) -> Result<Sizes, DatapathError> {
 
 fn pinned(path: &Path, name: &str) -> Result<MapData, DatapathError> {
     MapData::from_pin(path).map_err(|error| failed("open", name, error))
+}
+
+fn counters_by_id<const N: usize>(
+    pins: &Pins,
+    name: &str,
+    ids: u32,
+    cpus: u32,
+    each: u32,
+) -> Result<CountersById<N>, DatapathError> {
+    let map = pinned(&pins.map(name), name)?;
+    CountersById::new(map.fd().as_fd(), ids, cpus, each)
+        .map_err(|source| DatapathError::new("open", name, source))
 }
 
 fn entries(name: &str, map: &MapData) -> Result<u32, DatapathError> {

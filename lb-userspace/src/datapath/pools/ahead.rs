@@ -1,4 +1,4 @@
-//! Slot tables that are made on other processors while those before them are written.
+//! Slot tables that are made on all processors while those before them are written.
 
 use std::{
     num::NonZero,
