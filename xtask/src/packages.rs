@@ -10,6 +10,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::process;
 
+const BACKPORTS: &str = "bookworm-backports";
+
 /// Installs packages; each comes with the reason, which is shown.
 ///
 /// # Errors
@@ -20,25 +22,40 @@ pub(crate) fn install(packages: &[(&str, &str)]) -> Result<()> {
     }
     process::require_root("installing Debian packages")?;
     let names: Vec<&str> = packages.iter().map(|(name, _)| *name).collect();
-    // The lists are empty in a container's image, and old ones name packages that the mirror no longer has.
-    if let Err(error) = install_now(&names) {
+    let tell = |error: &anyhow::Error| {
         eprintln!("  {}", error.to_string().lines().next().unwrap_or_default());
-        process::run_quietly(
-            "apt-get update: the package lists are missing or old",
-            process::as_root("apt-get").args(["-q", "update"]),
-        )?;
-        install_now(&names)?;
-    }
-    Ok(())
+    };
+    let Err(error) = install_now(&[], &names) else {
+        return Ok(());
+    };
+    tell(&error);
+    // The lists are empty in a container's image, and old ones name packages that the mirror no longer has.
+    process::run_quietly(
+        "apt-get update: the package lists are missing or old",
+        process::as_root("apt-get").args(["-q", "update"]),
+    )?;
+    let Err(error) = install_now(&[], &names) else {
+        return Ok(());
+    };
+    tell(&error);
+    // What the machine has of the backports may not go with what is older: qemu-utils with qemu-system-x86.
+    let Ok(lists) = private_lists() else {
+        return Err(error);
+    };
+    install_now(
+        &[&lists[..], &["-t".to_owned(), BACKPORTS.to_owned()]].concat(),
+        &names,
+    )
 }
 
-fn install_now(names: &[&str]) -> Result<()> {
+fn install_now(options: &[String], names: &[&str]) -> Result<()> {
     let servers = ["nginx", "haproxy"];
     let new = servers.map(|name| (name, process::find_program(name).is_none()));
     process::run_quietly(
         &format!("apt-get install {}", names.join(" ")),
         process::as_root("env")
             .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y"])
+            .args(options)
             // Nothing of the user's is removed to make room for ours.
             .args([
                 "--no-remove",
@@ -165,7 +182,7 @@ fn private_lists() -> Result<Vec<String>> {
     .flat_map(|option| ["-o".to_owned(), option])
     .collect();
     process::run_quietly(
-        "apt-get update with lists of our own: the machine's lists do not have the kernel",
+        "apt-get update with lists of our own: the machine's do not have what is needed",
         Command::new("apt-get")
             .args(&options)
             .args(["-q", "-o", "APT::Sandbox::User=", "update"]),
@@ -191,7 +208,7 @@ fn bookworm_sources(mirrors: &str) -> Option<String> {
         "deb {keyring} {main} bookworm main\n\
          deb {keyring} {main} bookworm-updates main\n\
          deb {keyring} {security} bookworm-security main\n\
-         deb {keyring} {main} bookworm-backports main\n"
+         deb {keyring} {main} {BACKPORTS} main\n"
     ))
 }
 
