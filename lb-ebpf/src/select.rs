@@ -42,7 +42,10 @@ pub fn backend(
         // A full backend's flows spread over the others.
         (slot_of(hash, slots), 1 + (hash as u32 & 0xfff))
     };
-    let mut id = pool.taker(start);
+    let PoolHeader {
+        ranks, bits, members, ..
+    } = pool.header;
+    let mut id = try_taker(pool.line, members, ranks, bits, start);
     if !is_backend(id) {
         id = taker_after(service_id, start, stride, id);
     }
@@ -126,6 +129,11 @@ extern "C" fn taker_after(service_id: u32, slot: u32, stride: u32, mut others: u
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn taker(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
+    try_taker(pool, members, ranks, bits, slot)
+}
+
+#[inline(always)]
+fn try_taker(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
     let id = member(pool, members, ranks, bits, slot);
     match maps::backend(id) {
         Some(backend) if id != NOBODY => {
