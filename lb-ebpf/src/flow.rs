@@ -381,9 +381,8 @@ extern "C" fn needs_source_port() -> u64 {
 
 /// Writes a new flow that is [`PLAIN`] where there is nothing, in the line that it is looked for in first; 0 if there was
 /// room. So most are, with few steps; all others take the longer way.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn record_plain() -> u32 {
+#[inline(always)]
+fn record_plain() -> u32 {
     let Some(scratch) = scratch() else {
         return 1;
     };
