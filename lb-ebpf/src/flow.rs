@@ -230,14 +230,26 @@ const fn failed(reason: Reason) -> u64 {
     FAILED | reason.index() as u64
 }
 
-/// Puts a client's packet that belongs to no flow on a backend and records the flow.
-///
-/// Its parts are functions that the verifier checks for themselves: it is the longest way, few packets take it, and the
-/// parts use the same stack one after the other. What they tell each other is in the scratch memory. Gives the flow as
-/// a number, see [`Known::from_bits`].
+/// Puts a client's packet that belongs to no flow on a backend and records the flow. Gives the flow as a number, see
+/// [`Known::from_bits`].
 #[inline(always)]
 pub fn begin(source_port: u16, client_ifindex: u32, service_id: u32) -> u64 {
-    let chosen = choose(client_ifindex, service_id);
+    begin_on(choose(client_ifindex, service_id), source_port, service_id)
+}
+
+/// As [`begin`], where replies need no way back to the client.
+#[inline(always)]
+pub fn begin_local(source_port: u16, service_id: u32) -> u64 {
+    begin_on(choose_local(service_id), source_port, service_id)
+}
+
+/// Records a flow of which was [chosen](choose).
+///
+/// What most new flows do is without a call, which costs more than all that it does. The rest are functions that the
+/// verifier checks for themselves: it is the longest way, few packets take it, and the parts use the same stack one after
+/// the other. What they tell each other is in the scratch memory.
+#[inline(always)]
+fn begin_on(chosen: u64, source_port: u16, service_id: u32) -> u64 {
     if chosen == UNRECORDED {
         return count_unrecorded(service_id);
     }
@@ -275,9 +287,8 @@ const REPLIED: u64 = 1;
 
 /// Chooses a backend; leaves the flow's meta in the scratch memory. [`UNRECORDED`] where a flood is passed on, else [`PLAIN`]
 /// or [`REPLIED`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
+#[inline(always)]
+fn choose(client_ifindex: u32, service_id: u32) -> u64 {
     // One after the other, or the compiler adds to the first before it is checked, which Linux 6.12 refuses.
     let Some(scratch) = scratch() else {
         return failed(Reason::Internal);
@@ -308,6 +319,13 @@ extern "C" fn choose(client_ifindex: u32, service_id: u32) -> u64 {
         }
         Err(reason) => failed(reason),
     }
+}
+
+/// As [`choose`], for [`begin_local`]. A function that the verifier checks for itself, once for TCP and UDP.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn choose_local(service_id: u32) -> u64 {
+    choose(0, service_id)
 }
 
 /// Read as volatile each time: the verifier then has one case to follow for all that comes, and not two.

@@ -116,7 +116,7 @@ fn over_tcp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> 
     let known = match Known::from_bits(flow::known_local(service_id), service_id) {
         Ok(known) => known,
         Err(_) if opens(tcp_flags) => match Known::from_bits(
-            flow::begin(scratch.packet.key.source_port, 0, service_id),
+            flow::begin_local(scratch.packet.key.source_port, service_id),
             service_id,
         ) {
             Ok(known) => known,
@@ -146,7 +146,7 @@ fn over_udp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> 
     let known = match Known::from_bits(flow::known_local(service_id), service_id) {
         Ok(known) => Ok(known),
         Err(_) => Known::from_bits(
-            flow::begin(scratch.packet.key.source_port, 0, service_id),
+            flow::begin_local(scratch.packet.key.source_port, service_id),
             service_id,
         ),
     };

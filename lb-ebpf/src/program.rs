@@ -24,6 +24,7 @@ use crate::{
 };
 
 #[xdp(frags)]
+#[inline(always)]
 pub fn xlb(context: XdpContext) -> u32 {
     let Some((totals, scratch)) = per_cpu() else {
         return XDP_DROP;
