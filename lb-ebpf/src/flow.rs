@@ -22,9 +22,9 @@ use crate::{
     cursor::Cursor,
     flood::{self, is_over_budget, needs_no_record},
     flow_table::{
-        self, Entry, LEFT, NOWHERE, WRITING, count_end, find_client, find_reply, free_place, free_room,
-        hash_of_client, hash_of_reply, hash_of_scratch_reply, make_room, of, put, put_in_free_place,
-        take_back,
+        self, Entry, LEFT, Location, NOWHERE, WRITING, count_end, find_client, find_reply, free_place,
+        free_room, hash_of_client, hash_of_reply, hash_of_scratch_reply, is_alone, make_room, of, put,
+        put_in_free_place, take_back,
     },
     maps,
     scratch::{Scratch, scratch},
@@ -256,7 +256,12 @@ fn begin_on(chosen: u64, source_port: u16, service_id: u32) -> u64 {
     if chosen & FAILED != 0 {
         return chosen;
     }
-    if chosen == PLAIN && record_plain() == 0 {
+    let is_recorded = if chosen == PLAIN {
+        record_plain()
+    } else {
+        record_replied() == 0
+    };
+    if is_recorded {
         return count(service_id, source_port.into());
     }
     let is_translated = if chosen == PLAIN { 0 } else { needs_source_port() };
@@ -381,13 +386,7 @@ extern "C" fn needs_source_port() -> u64 {
     if source.0 == Address::default().0 {
         return failed(Reason::NoSourceAddress);
     }
-    scratch.reply = FlowKey {
-        source: backend.address.by_words(),
-        destination: source,
-        source_port: backend_port(client, backend),
-        destination_port: client.source_port,
-        protocol: client.protocol,
-    };
+    scratch.reply = reply_key(client, source, backend);
     if meta.forward() == Forward::FullNat.number() {
         return 1;
     }
@@ -397,30 +396,99 @@ extern "C" fn needs_source_port() -> u64 {
     is_taken(scratch.hash).into()
 }
 
-/// Writes a new flow that is [`PLAIN`] where there is nothing, in the line that it is looked for in first; 0 if there was
-/// room. So most are, with few steps; all others take the longer way.
+/// Writes a new flow that is [`PLAIN`] where there is nothing, in the line that it is looked for in first; tells whether there
+/// was room. So most are, with few steps; all others take the longer way.
 #[inline(always)]
-fn record_plain() -> u32 {
+fn record_plain() -> bool {
+    let Some(scratch) = scratch() else {
+        return false;
+    };
+    let meta = Meta(scratch.began_meta);
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return false;
+    };
+    put_new(scratch, backend) != NOWHERE
+}
+
+/// As [`record_plain`], of a flow that is [`REPLIED`], and keeps its client's port since no other has it in that line: 0 if
+/// so. A function that the verifier checks for itself; the two are not one, since the call costs as much as all that it does.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn record_replied() -> u32 {
     let Some(scratch) = scratch() else {
         return 1;
     };
-    let key = &scratch.packet.key;
     let meta = Meta(scratch.began_meta);
-    let (source_port, port) = (key.source_port, key.destination_port);
-    let failed = if key.source.is_v4() {
-        let words = short_key(key.source.v4_word(), source_port, port);
-        put_in_free_place(scratch, meta.of_kind(Kind::Short), words)
-    } else {
-        let Some(backend) = maps::backend(meta.backend()) else {
-            return 1;
-        };
-        let words = long_key(source_port, port, source_port, backend.generation);
-        put_in_free_place(scratch, meta.of_kind(Kind::Long), words)
+    let Some(backend) = maps::backend(meta.backend()) else {
+        return 1;
     };
-    if failed == 0 {
+    if meta.forward() == Forward::FullNat.number() {
+        return 1;
+    }
+    let client = &scratch.packet.key;
+    scratch.reply = reply_key(client, client.source.by_words(), backend);
+    scratch.except = NOWHERE;
+    if !is_alone(scratch, scratch.hash) {
+        return 1;
+    }
+    let location = put_new(scratch, backend);
+    if location == NOWHERE {
+        return 1;
+    }
+    // As in `claim`.
+    scratch.except = location;
+    if is_alone(scratch, scratch.hash) {
+        return 0;
+    }
+    take_back(location, scratch.began_meta);
+    1
+}
+
+/// Writes a new flow that keeps its client's port in a place with nothing, see [`put_in_free_place`].
+#[inline(always)]
+fn put_new(scratch: &mut Scratch, backend: &Backend) -> Location {
+    let key = &scratch.packet.key;
+    let (kind, words) = if key.source.is_v4() {
+        (Kind::Short, own_short_key(key))
+    } else {
+        (Kind::Long, own_long_key(key, backend))
+    };
+    let meta = Meta(scratch.began_meta).of_kind(kind);
+    scratch.began_meta = meta.0;
+    let location = put_in_free_place(scratch, meta, words);
+    if location != NOWHERE {
         flood::count();
     }
-    failed
+    location
+}
+
+/// Key of a flow over IPv4 that keeps its client's port.
+#[inline(always)]
+fn own_short_key(key: &FlowKey) -> u64 {
+    short_key(key.source.v4_word(), key.source_port, key.destination_port)
+}
+
+/// Key of any flow that keeps its client's port.
+#[inline(always)]
+fn own_long_key(key: &FlowKey, backend: &Backend) -> u64 {
+    long_key(
+        key.source_port,
+        key.destination_port,
+        key.source_port,
+        backend.generation,
+    )
+}
+
+/// The 5-tuple of a backend's replies to a client that it sees by this address and the client's port.
+#[inline(always)]
+fn reply_key(client: &FlowKey, source: Address, backend: &Backend) -> FlowKey {
+    FlowKey {
+        source: backend.address.by_words(),
+        destination: source,
+        source_port: backend_port(client, backend),
+        destination_port: client.source_port,
+        protocol: client.protocol,
+    }
 }
 
 /// Makes room for the new flow; gives its location. Where there is none, a flow without replies to translate goes on
@@ -479,11 +547,11 @@ extern "C" fn record(location: u64) -> u64 {
     let Some(backend) = maps::backend(meta.backend()) else {
         return failed(Reason::Internal);
     };
-    let (source_port, port) = (key.source_port, key.destination_port);
+    let source_port = key.source_port;
     let words = if meta.is(Kind::Short) {
-        short_key(key.source.v4_word(), source_port, port)
+        own_short_key(key)
     } else {
-        long_key(source_port, port, source_port, backend.generation)
+        own_long_key(key, backend)
     };
     put(location, words, meta.0);
     if !Forward::has_reply_key(meta.forward(), key.protocol) {

@@ -307,6 +307,56 @@ pub fn find_reply(hash: u64, which: u32) -> Location {
     nowhere
 }
 
+/// What keys of flows that a 5-tuple may be that of replies of have in common.
+struct ReplyKeys {
+    alias: u64,
+    short: u64,
+    long: u64,
+}
+
+impl ReplyKeys {
+    #[inline(always)]
+    fn of(reply: &FlowKey) -> Self {
+        Self {
+            alias: alias_key(0, 0, reply.destination_port, reply.source_port),
+            short: short_key(reply.destination.v4_word(), reply.destination_port, 0),
+            long: reply.destination_port as u64,
+        }
+    }
+
+    #[inline(always)]
+    fn are_of_alias(&self, key: u64) -> bool {
+        key & ALIASED_PORTS == self.alias
+    }
+
+    #[inline(always)]
+    fn are_of_flow(&self, key: u64) -> bool {
+        key & CLIENT == self.short || key & CLIENT_PORT == self.long
+    }
+}
+
+/// Tells that no other flow than that at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`], of this hash, for its
+/// replies. Where that takes more than a look at the keys of one line, the answer is `false`.
+#[inline(always)]
+pub fn is_alone(scratch: &Scratch, hash: u64) -> bool {
+    let keys = ReplyKeys::of(&scratch.reply);
+    let (index, line) = place(hash, 0);
+    let Some(bucket) = bucket(index) else {
+        return false;
+    };
+    let first = line / 2;
+    let mut step = 0;
+    while step < 4 {
+        let unit = first + step;
+        let key = bucket.load(key_at(unit));
+        if (keys.are_of_alias(key) || keys.are_of_flow(key)) && location(index, unit) != scratch.except {
+            return false;
+        }
+        step += 1;
+    }
+    !overflows(&bucket, mark_of(line))
+}
+
 /// As [`find_reply`], in one line of a bucket.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -314,24 +364,21 @@ extern "C" fn reply_in(index: u32, line: u32, which: u32) -> Location {
     let (Some(scratch), Some(bucket)) = (scratch(), bucket(index)) else {
         return NOWHERE;
     };
-    let reply = tuple(scratch, which);
-    let short = short_key(reply.destination.v4_word(), reply.destination_port, 0);
-    let long = reply.destination_port as u64;
-    let alias = alias_key(0, 0, reply.destination_port, reply.source_port);
+    let keys = ReplyKeys::of(tuple(scratch, which));
     let first = (line as usize & LINE) / 2;
     let mut nowhere = NOWHERE;
     for step in 0..4 {
         let unit = first + step;
         // Told apart here, but for a few, since each call costs more than this.
         let key = bucket.load(key_at(unit));
-        if key & ALIASED_PORTS == alias {
+        if keys.are_of_alias(key) {
             match aliased(index, unit as u32, which) {
                 NOWHERE => {}
                 LEFT => nowhere = LEFT,
                 location => return location,
             }
         }
-        if key & CLIENT == short || key & CLIENT_PORT == long {
+        if keys.are_of_flow(key) {
             match replied(index, unit as u32, which) {
                 NOWHERE => {}
                 LEFT => nowhere = LEFT,
@@ -653,19 +700,19 @@ fn take_free(hash: u64, kind: Kind) -> Option<(u32, InKernel, usize)> {
     Some((index, bucket, unit))
 }
 
-/// Writes the flow of the packet in the scratch memory into such a place; 0 if there was one.
+/// Writes the flow of the packet in the scratch memory into such a place; gives its location or [`NOWHERE`].
 #[inline(always)]
-pub fn put_in_free_place(scratch: &Scratch, meta: Meta, key: u64) -> u32 {
+pub fn put_in_free_place(scratch: &Scratch, meta: Meta, key: u64) -> Location {
     let kind = if meta.is(Kind::Long) {
         Kind::Long
     } else {
         Kind::Short
     };
-    let Some((_, bucket, unit)) = take_free(scratch.hash, kind) else {
-        return 1;
+    let Some((index, bucket, unit)) = take_free(scratch.hash, kind) else {
+        return NOWHERE;
     };
     write(scratch, &bucket, unit, key, meta);
-    0
+    location(index, unit)
 }
 
 /// Writes a flow, or an alias, at a unit that was taken for it.
