@@ -37,7 +37,12 @@ pub fn xlb(context: XdpContext) -> u32 {
 fn balance(context: *mut xdp_md, frame: Cursor, scratch: &mut Scratch) -> Verdict {
     let ends = ends(&frame);
     if ends.is_foreign() {
-        scratch.bytes = frame.length();
+        // Of what says that it is longer than the part that can be viewed, the kernel is asked: that is a call.
+        scratch.bytes = if address_filter::packet_end(&frame) <= frame.viewable() {
+            frame.viewable() as u64
+        } else {
+            frame.length()
+        };
         return Verdict::pass(Reason::NotForService);
     }
     let decoded = decode(&frame, &mut scratch.packet);

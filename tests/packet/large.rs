@@ -3,7 +3,7 @@
 use lb_common::{
     abi::{
         BackendFlags,
-        Reason::{BadIpLength, Rejected, Reset, TooBigAnswered},
+        Reason::{BadIpLength, NotForService, Rejected, Reset, TooBigAnswered},
         Tags,
     },
     logic::icmp,
@@ -14,7 +14,7 @@ use crate::{
         DIRECT, DIRECT6, DNS, DNS6, EVERY, Expected, Fixture, GUE, GUE6_UDP, SHOP, SHOP6, TUNNEL, TUNNEL6,
         TX, TestService, WEB, WEB6,
     },
-    frame::{Frame, Outer, ends, packet_of, vlan},
+    frame::{Frame, Outer, address, ends, packet_of, vlan},
 };
 
 /// More than a page, which is what one buffer has.
@@ -133,6 +133,19 @@ fn a_large_frame_is_cut_to_what_answers_it() {
         };
         let expected = Expected::answered(Rejected, frame.error(error, quoted).bytes());
         fixture.expect("unreachable", &frame.bytes(), expected.of(&service));
+    }
+}
+
+/// That it is longer than what is viewed of it is asked of the kernel only where its header says so.
+#[test]
+fn a_large_frame_for_another_host_is_counted_whole() {
+    let mut fixture = Fixture::of(&EVERY);
+    for (service, elsewhere) in [(WEB, "203.0.113.200:80"), (WEB6, "[2001:db8:ffff::1]:80")] {
+        let mut frame = large(&service);
+        frame.destination = address(elsewhere);
+        fixture.expect("large", &frame.bytes(), Expected::passed(NotForService));
+        frame.payload.truncate(100);
+        fixture.expect("small", &frame.bytes(), Expected::passed(NotForService));
     }
 }
 

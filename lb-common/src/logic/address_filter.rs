@@ -91,6 +91,20 @@ pub fn ends<F: Frame>(frame: &F, word: impl Fn(u32) -> u64) -> Ends {
     }
 }
 
+/// Offset in bytes at which the packet of a frame of [foreign](Ends::is_foreign) ends says that it ends.
+#[inline(always)]
+pub fn packet_end<F: Frame>(frame: &F) -> usize {
+    let Some(view) = frame.view::<20>(0) else {
+        return usize::MAX;
+    };
+    let (start, length) = if view.u16(12) == ethertype::IPV4 {
+        (14, view.u16(16))
+    } else {
+        (54, view.u16(18))
+    };
+    start + u16::from_be(length) as usize
+}
+
 #[inline(always)]
 const fn is_transport(protocol: u8) -> bool {
     protocol == TCP || protocol == UDP
