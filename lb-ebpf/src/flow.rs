@@ -233,36 +233,38 @@ const fn failed(reason: Reason) -> u64 {
 /// Puts a client's packet that belongs to no flow on a backend and records the flow. Gives the flow as a number, see
 /// [`Known::from_bits`].
 #[inline(always)]
-pub fn begin(source_port: u16, client_ifindex: u32, service_id: u32) -> u64 {
-    begin_on(choose(client_ifindex, service_id), source_port, service_id)
+pub fn begin(scratch: &mut Scratch, client_ifindex: u32, service_id: u32) -> u64 {
+    let chosen = choose(scratch, client_ifindex, service_id);
+    begin_on(scratch, chosen, service_id)
 }
 
 /// As [`begin`], where replies need no way back to the client.
 #[inline(always)]
-pub fn begin_local(source_port: u16, service_id: u32) -> u64 {
-    begin_on(choose_local(service_id), source_port, service_id)
+pub fn begin_local(scratch: &mut Scratch, service_id: u32) -> u64 {
+    let chosen = choose_local(service_id);
+    begin_on(scratch, chosen, service_id)
 }
 
-/// Records a flow of which was [chosen](choose).
+/// Records the flow that a backend was [chosen](choose) for.
 ///
-/// What most new flows do is without a call, which costs more than all that it does. The rest are functions that the
-/// verifier checks for themselves: it is the longest way, few packets take it, and the parts use the same stack one after
-/// the other. What they tell each other is in the scratch memory.
+/// Most new flows that no reply is translated of need no call for that. The rest are functions that the verifier checks for
+/// themselves: it is the longest way, few packets take it, and the parts use the same stack one after the other. What they
+/// tell each other is in the scratch memory.
 #[inline(always)]
-fn begin_on(chosen: u64, source_port: u16, service_id: u32) -> u64 {
+fn begin_on(scratch: &mut Scratch, chosen: u64, service_id: u32) -> u64 {
     if chosen == UNRECORDED {
-        return count_unrecorded(service_id);
+        return count_unrecorded(scratch, service_id);
     }
     if chosen & FAILED != 0 {
         return chosen;
     }
     let is_recorded = if chosen == PLAIN {
-        record_plain()
+        record_plain(scratch)
     } else {
         record_replied() == 0
     };
     if is_recorded {
-        return count(service_id, source_port.into());
+        return count(scratch, service_id, scratch.packet.key.source_port);
     }
     let is_translated = if chosen == PLAIN { 0 } else { needs_source_port() };
     if is_translated & FAILED != 0 {
@@ -270,7 +272,7 @@ fn begin_on(chosen: u64, source_port: u16, service_id: u32) -> u64 {
     }
     let location = room(is_translated as u32);
     if location == UNRECORDED {
-        return count_unrecorded(service_id);
+        return count_unrecorded(scratch, service_id);
     }
     if location & FAILED != 0 {
         return location;
@@ -283,7 +285,7 @@ fn begin_on(chosen: u64, source_port: u16, service_id: u32) -> u64 {
     if port & FAILED != 0 {
         return port;
     }
-    count(service_id, port)
+    count(scratch, service_id, port as u16)
 }
 
 /// A new flow that no reply is translated of, and one that replies lead to.
@@ -293,11 +295,7 @@ const REPLIED: u64 = 1;
 /// Chooses a backend; leaves the flow's meta in the scratch memory. [`UNRECORDED`] where a flood is passed on, else [`PLAIN`]
 /// or [`REPLIED`].
 #[inline(always)]
-fn choose(client_ifindex: u32, service_id: u32) -> u64 {
-    // One after the other, or the compiler adds to the first before it is checked, which Linux 6.12 refuses.
-    let Some(scratch) = scratch() else {
-        return failed(Reason::Internal);
-    };
+fn choose(scratch: &mut Scratch, client_ifindex: u32, service_id: u32) -> u64 {
     let (Some(settings), Some(service)) = (maps::settings(), maps::service(service_id)) else {
         return failed(Reason::Internal);
     };
@@ -330,7 +328,11 @@ fn choose(client_ifindex: u32, service_id: u32) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn choose_local(service_id: u32) -> u64 {
-    choose(0, service_id)
+    // Before anything else is looked up, or the compiler adds to it before it is checked, which Linux 6.12 refuses.
+    match scratch() {
+        Some(scratch) => choose(scratch, 0, service_id),
+        None => failed(Reason::Internal),
+    }
 }
 
 /// Read as volatile each time: the verifier then has one case to follow for all that comes, and not two.
@@ -399,19 +401,15 @@ extern "C" fn needs_source_port() -> u64 {
 /// Writes a new flow that is [`PLAIN`] where there is nothing, in the line that it is looked for in first; tells whether there
 /// was room. So most are, with few steps; all others take the longer way.
 #[inline(always)]
-fn record_plain() -> bool {
-    let Some(scratch) = scratch() else {
-        return false;
-    };
-    let meta = Meta(scratch.began_meta);
-    let Some(backend) = maps::backend(meta.backend()) else {
-        return false;
-    };
-    put_new(scratch, backend) != NOWHERE
+fn record_plain(scratch: &mut Scratch) -> bool {
+    match maps::backend(Meta(scratch.began_meta).backend()) {
+        Some(backend) => put_new(scratch, backend) != NOWHERE,
+        None => false,
+    }
 }
 
-/// As [`record_plain`], of a flow that is [`REPLIED`], and keeps its client's port since no other has it in that line: 0 if
-/// so. A function that the verifier checks for itself; the two are not one, since the call costs as much as all that it does.
+/// As [`record_plain`], of a flow that is [`REPLIED`] and keeps its client's port, since nobody else has it: 0 if so. A
+/// function that the verifier checks for itself; one alone, since a call may cost as much as all that it does.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn record_replied() -> u32 {
@@ -422,29 +420,28 @@ extern "C" fn record_replied() -> u32 {
     let Some(backend) = maps::backend(meta.backend()) else {
         return 1;
     };
-    if meta.forward() == Forward::FullNat.number() {
+    let client = &scratch.packet.key;
+    if meta.forward() == Forward::FullNat.number() || client.source.0 == Address::default().0 {
         return 1;
     }
-    let client = &scratch.packet.key;
     scratch.reply = reply_key(client, client.source.by_words(), backend);
-    scratch.except = NOWHERE;
-    if !is_alone(scratch, scratch.hash) {
+    if !is_alone(scratch, NOWHERE) {
         return 1;
     }
     let location = put_new(scratch, backend);
     if location == NOWHERE {
         return 1;
     }
-    // As in `claim`.
-    scratch.except = location;
-    if is_alone(scratch, scratch.hash) {
+    // Another CPU may have written one that has it, too: both see that, or one does.
+    if is_alone(scratch, location) {
         return 0;
     }
     take_back(location, scratch.began_meta);
     1
 }
 
-/// Writes a new flow that keeps its client's port in a place with nothing, see [`put_in_free_place`].
+/// Writes a new flow that keeps its client's port in a place with nothing, see [`put_in_free_place`]; leaves the kind of its
+/// record in [`Scratch::began_meta`].
 #[inline(always)]
 fn put_new(scratch: &mut Scratch, backend: &Backend) -> Location {
     let key = &scratch.packet.key;
@@ -568,10 +565,7 @@ extern "C" fn record(location: u64) -> u64 {
 
 /// Counts a new flow that goes on without a record; gives it as a number.
 #[inline(always)]
-fn count_unrecorded(service_id: u32) -> u64 {
-    let Some(scratch) = scratch() else {
-        return failed(Reason::Internal);
-    };
+fn count_unrecorded(scratch: &Scratch, service_id: u32) -> u64 {
     let meta = Meta(scratch.began_meta);
     let packet = &scratch.packet;
     // Of the others nobody knows which is the first.
@@ -585,10 +579,7 @@ fn count_unrecorded(service_id: u32) -> u64 {
 
 /// Counts the new flow; gives it as a number.
 #[inline(always)]
-fn count(service_id: u32, port: u64) -> u64 {
-    let Some(scratch) = scratch() else {
-        return failed(Reason::Internal);
-    };
+fn count(scratch: &Scratch, service_id: u32, source_port: u16) -> u64 {
     let meta = Meta(scratch.began_meta);
     if let Some(counters) = maps::backend_counters(meta.backend()) {
         counters.flows += 1;
@@ -596,7 +587,7 @@ fn count(service_id: u32, port: u64) -> u64 {
     if !ageing::has_ended(meta.forward(), meta.state()) {
         maps::count_opened(meta.backend());
     }
-    begun(meta, service_id, port as u16)
+    begun(meta, service_id, source_port)
 }
 
 /// A new flow as a number.

@@ -6,9 +6,9 @@ use lb_common::{
     logic::{
         ageing,
         flow_table::{
-            self, ALIASED_PORTS, BUCKET, CLIENT, CLIENT_PORT, Found, PORTS, Words, alias_key, bucket_of,
-            end_hash, key_at, line_of, long_key, mark_of, mark_overflow, meta_at, other_line, overflows,
-            second_bucket_of, short_key, worth,
+            self, ALIASED_PORTS, BUCKET, CLIENT, CLIENT_PORT, Found, PORTS, ReplyKeys, Words, alias_key,
+            bucket_of, end_hash, key_at, line_of, long_key, mark_of, mark_overflow, meta_at, other_line,
+            overflows, second_bucket_of, short_key, worth,
         },
     },
 };
@@ -307,54 +307,18 @@ pub fn find_reply(hash: u64, which: u32) -> Location {
     nowhere
 }
 
-/// What keys of flows that a 5-tuple may be that of replies of have in common.
-struct ReplyKeys {
-    alias: u64,
-    short: u64,
-    long: u64,
-}
-
-impl ReplyKeys {
-    #[inline(always)]
-    fn of(reply: &FlowKey) -> Self {
-        Self {
-            alias: alias_key(0, 0, reply.destination_port, reply.source_port),
-            short: short_key(reply.destination.v4_word(), reply.destination_port, 0),
-            long: reply.destination_port as u64,
-        }
-    }
-
-    #[inline(always)]
-    fn are_of_alias(&self, key: u64) -> bool {
-        key & ALIASED_PORTS == self.alias
-    }
-
-    #[inline(always)]
-    fn are_of_flow(&self, key: u64) -> bool {
-        key & CLIENT == self.short || key & CLIENT_PORT == self.long
-    }
-}
-
-/// Tells that no other flow than that at [`Scratch::except`] has the 5-tuple in [`Scratch::reply`], of this hash, for its
-/// replies. Where that takes more than a look at the keys of one line, the answer is `false`.
+/// Tells that no other flow than that at a location has the 5-tuple in [`Scratch::reply`], which ends where the packet in the
+/// scratch memory comes from, for its replies. `false` where that takes more than a look at one bucket.
 #[inline(always)]
-pub fn is_alone(scratch: &Scratch, hash: u64) -> bool {
-    let keys = ReplyKeys::of(&scratch.reply);
-    let (index, line) = place(hash, 0);
-    let Some(bucket) = bucket(index) else {
-        return false;
+pub fn is_alone(scratch: &Scratch, own: Location) -> bool {
+    let (index, line) = place(scratch.hash, 0);
+    let own = if own == NOWHERE {
+        None
+    } else {
+        Some(own as usize & 7)
     };
-    let first = line / 2;
-    let mut step = 0;
-    while step < 4 {
-        let unit = first + step;
-        let key = bucket.load(key_at(unit));
-        if (keys.are_of_alias(key) || keys.are_of_flow(key)) && location(index, unit) != scratch.except {
-            return false;
-        }
-        step += 1;
-    }
-    !overflows(&bucket, mark_of(line))
+    bucket(index)
+        .is_some_and(|bucket| flow_table::is_alone(&bucket, line, &ReplyKeys::of(&scratch.reply), own))
 }
 
 /// As [`find_reply`], in one line of a bucket.

@@ -115,14 +115,13 @@ fn over_tcp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> 
     };
     let known = match Known::from_bits(flow::known_local(service_id), service_id) {
         Ok(known) => known,
-        Err(_) if opens(tcp_flags) => match Known::from_bits(
-            flow::begin_local(scratch.packet.key.source_port, service_id),
-            service_id,
-        ) {
-            Ok(known) => known,
-            Err(Reason::NoBackend) => return refused(Reason::Refused, occupied),
-            Err(reason) => return reason,
-        },
+        Err(_) if opens(tcp_flags) => {
+            match Known::from_bits(flow::begin_local(scratch, service_id), service_id) {
+                Ok(known) => known,
+                Err(Reason::NoBackend) => return refused(Reason::Refused, occupied),
+                Err(reason) => return reason,
+            }
+        }
         Err(_) if tcp_flags & flags::RST != 0 => return Reason::NoFlow,
         // The socket is gone, which the stack says by a reset.
         Err(_) => return refused(Reason::Refused, occupied),
@@ -145,10 +144,7 @@ fn over_tcp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> 
 fn over_udp(context: *mut __sk_buff, scratch: &mut Scratch, service_id: u32) -> Reason {
     let known = match Known::from_bits(flow::known_local(service_id), service_id) {
         Ok(known) => Ok(known),
-        Err(_) => Known::from_bits(
-            flow::begin_local(scratch.packet.key.source_port, service_id),
-            service_id,
-        ),
+        Err(_) => Known::from_bits(flow::begin_local(scratch, service_id), service_id),
     };
     let known = match known {
         Ok(known) => known,

@@ -24,6 +24,7 @@ use crate::{
 };
 
 #[xdp(frags)]
+// What the macro makes calls it.
 #[inline(always)]
 pub fn xlb(context: XdpContext) -> u32 {
     let Some((totals, scratch)) = per_cpu() else {
@@ -120,11 +121,7 @@ fn from_client(
     let known = match flow::known(settings, &frame, scratch, service_id) {
         Some(known) => known,
         None => {
-            let begun = flow::begin(
-                scratch.packet.key.source_port,
-                frame.ingress_ifindex(),
-                service_id,
-            );
+            let begun = flow::begin(scratch, frame.ingress_ifindex(), service_id);
             match Known::from_bits(begun, service_id) {
                 Ok(known) => known,
                 Err(Reason::NoBackend) => return answer::rejection(context, scratch, verdict),

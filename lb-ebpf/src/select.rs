@@ -42,10 +42,7 @@ pub fn backend(
         // A full backend's flows spread over the others.
         (slot_of(hash, slots), 1 + (hash as u32 & 0xfff))
     };
-    let PoolHeader {
-        ranks, bits, members, ..
-    } = pool.header;
-    let mut id = try_taker(pool.line, members, ranks, bits, start);
+    let mut id = pool.taker_at(start);
     if !is_backend(id) {
         id = taker_after(service_id, start, stride, id);
     }
@@ -73,11 +70,11 @@ impl Pool {
 
     /// The id of the backend that a slot leads to, if it takes a flow; else [`NOBODY`] or [`FULL`].
     #[inline(always)]
-    fn taker(&self, slot: u32) -> u32 {
+    fn taker_at(&self, slot: u32) -> u32 {
         let PoolHeader {
             ranks, bits, members, ..
         } = self.header;
-        taker(self.line, members, ranks, bits, slot)
+        taker_of(self.line, members, ranks, bits, slot)
     }
 }
 
@@ -116,7 +113,10 @@ extern "C" fn taker_after(service_id: u32, slot: u32, stride: u32, mut others: u
     let mut slot = slot;
     for _ in 1..TRIES {
         slot = (slot + stride) % pool.header.slots;
-        let id = pool.taker(slot);
+        let PoolHeader {
+            ranks, bits, members, ..
+        } = pool.header;
+        let id = taker(pool.line, members, ranks, bits, slot);
         if is_backend(id) {
             return id;
         }
@@ -125,15 +125,15 @@ extern "C" fn taker_after(service_id: u32, slot: u32, stride: u32, mut others: u
     others
 }
 
-/// As [`Pool::taker`]. A function that the verifier checks for itself, once for all tries.
+/// As [`Pool::taker_at`]. A function that the verifier checks for itself, once for all tries after the first.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn taker(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
-    try_taker(pool, members, ranks, bits, slot)
+    taker_of(pool, members, ranks, bits, slot)
 }
 
 #[inline(always)]
-fn try_taker(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
+fn taker_of(pool: u32, members: u32, ranks: u32, bits: u32, slot: u32) -> u32 {
     let id = member(pool, members, ranks, bits, slot);
     match maps::backend(id) {
         Some(backend) if id != NOBODY => {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use lb_common::abi::Reason::{NotForService, TtlExceeded};
 
 use crate::{
-    fixture::{DNS, Expected, Fixture, MIRROR, OTHER_INTERFACE, REDIRECT, WEB},
+    fixture::{DNS, EVERY, Expected, Fixture, MIRROR, OTHER_INTERFACE, REDIRECT, WEB, WEB6},
     frame::{ACK, Frame, IP, PSH, SYN, SYN_ACK, TRANSPORT, Transport, address, ends, tcp, udp},
 };
 
@@ -47,6 +47,28 @@ fn a_connection_goes_to_its_backend_and_back() {
             Expected::to_client(&WEB, 0, &data, &syn),
         );
     }
+}
+
+/// The second half of a flow's record has the address, which looks like the key of a flow that has the port.
+#[test]
+fn a_flow_over_ipv6_from_a_port_that_its_address_begins_with_is_recorded_once() {
+    let mut fixture = Fixture::of(&EVERY);
+    let client = "[2001:db8:7::7]:8193"; // 0x2001
+    let syn = tcp(client, WEB6.vip, SYN);
+    let to_backend = Expected::to_backend(&WEB6, 0, &syn, syn.source);
+    fixture.expect("SYN", &syn.bytes(), to_backend.new_flow());
+    assert_eq!(fixture.flows().len(), 1);
+    assert_eq!(fixture.live(WEB6.backends[0].id), 1);
+    let transport = Transport::Tcp {
+        flags: SYN_ACK,
+        options: vec![],
+    };
+    let reply = Frame::answer(WEB6.backends[0].address, syn.source, transport);
+    fixture.expect(
+        "SYN, ACK",
+        &reply.bytes(),
+        Expected::to_client(&WEB6, 0, &reply, &syn),
+    );
 }
 
 #[test]

@@ -91,7 +91,8 @@ pub fn ends<F: Frame>(frame: &F, word: impl Fn(u32) -> u64) -> Ends {
     }
 }
 
-/// Offset in bytes at which the packet of a frame of [foreign](Ends::is_foreign) ends says that it ends.
+/// Offset in bytes at which the packet of a frame of [foreign](Ends::is_foreign) ends says that it ends; the largest where
+/// it does not say (jumbograms, RFC 2675, and Linux's BIG TCP).
 #[inline(always)]
 pub fn packet_end<F: Frame>(frame: &F) -> usize {
     let Some(view) = frame.view::<20>(0) else {
@@ -102,7 +103,11 @@ pub fn packet_end<F: Frame>(frame: &F) -> usize {
     } else {
         (54, view.u16(18))
     };
-    start + u16::from_be(length) as usize
+    if length == 0 {
+        usize::MAX
+    } else {
+        start + u16::from_be(length) as usize
+    }
 }
 
 #[inline(always)]

@@ -8,7 +8,7 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::{ageing, hash::siphash13_and};
-use crate::abi::{Address, Kind, LINE, Meta, Settings, TcpState, UNITS};
+use crate::abi::{Address, FlowKey, Kind, LINE, Meta, Settings, TcpState, UNITS};
 
 /// The words of a bucket in memory that others write, too.
 pub trait Words {
@@ -139,6 +139,61 @@ pub const fn alias_key(bucket: u32, unit: usize, source_port: u16, backend_port:
 
 /// The bits of an alias's key that a reply can tell.
 pub const ALIASED_PORTS: u64 = !0xffff_ffff;
+
+/// What the key of a flow, or of an alias, has in it if replies of a 5-tuple may be its.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplyKeys {
+    alias: u64,
+    short: u64,
+    long: u64,
+}
+
+impl ReplyKeys {
+    #[inline(always)]
+    pub fn of(reply: &FlowKey) -> Self {
+        Self {
+            alias: alias_key(0, 0, reply.destination_port, reply.source_port),
+            short: short_key(reply.destination.v4_word(), reply.destination_port, 0),
+            long: reply.destination_port as u64,
+        }
+    }
+
+    #[inline(always)]
+    pub const fn are_of_alias(&self, key: u64) -> bool {
+        key & ALIASED_PORTS == self.alias
+    }
+
+    #[inline(always)]
+    pub const fn are_of_flow(&self, key: u64) -> bool {
+        key & CLIENT == self.short || key & CLIENT_PORT == self.long
+    }
+}
+
+/// Tells that no unit of a bucket but `own` holds a flow that replies may be of, or an alias of one, and that none is in
+/// another bucket; that of a line whose flows all replies to the client's address and port are looked for among first.
+///
+/// Of two who write such flows, and ask after that, at most one is told so: keys are there before flows are seen, marks
+/// before flows are elsewhere, and flows are published by a swap.
+#[inline(always)]
+pub fn is_alone<W: Words>(words: &W, line: usize, keys: &ReplyKeys, own: Option<usize>) -> bool {
+    let mut step = 0;
+    while step < UNITS {
+        if step == UNITS / 2 && !overflows(words, mark_of(line)) {
+            return true;
+        }
+        let unit = (line / 2 + step) & (UNITS - 1);
+        step += 1;
+        let key = words.load(key_at(unit));
+        if !keys.are_of_alias(key) && !keys.are_of_flow(key) || own == Some(unit) {
+            continue;
+        }
+        // What is gone leaves its key. Who writes a key has made the unit busy before.
+        if meta_of(words, unit).is_some_and(|meta| !meta.is_empty() && !meta.is_left()) {
+            return false;
+        }
+    }
+    !overflows(words, BUCKET)
+}
 
 /// A flow as it was found: the indices are good for [`update`] and [`remove`] as long as its meta is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -380,10 +435,7 @@ pub fn take_free<W: Words>(words: &W, line: usize, kind: Kind) -> Option<usize> 
             if words.swap(meta_at(even), first.0, first.busy(kind).0) {
                 return Some(even);
             }
-        } else if !first.is(Kind::Long)
-            && second.is_empty()
-            && words.swap(meta_at(even + 1), second.0, second.busy(kind).0)
-        {
+        } else if !first.is(Kind::Long) && second.is_empty() && take_second(words, even, second, kind) {
             return Some(even + 1);
         }
         even += 2;
@@ -444,6 +496,23 @@ pub fn place_worth<W: Words>(
     most
 }
 
+/// Takes the second unit of a pair, if this is still its meta, for a flow that needs no other; tells whether it did.
+///
+/// A long flow may have taken the pair since that was read, with an address whose end is the same word: clients choose their
+/// addresses. Then the word is put back. Who takes the pair has its second unit first, so that none comes from now on.
+#[inline(always)]
+fn take_second<W: Words>(words: &W, even: usize, second: Meta, kind: Kind) -> bool {
+    let busy = second.busy(kind);
+    if !words.swap(meta_at(even + 1), second.0, busy.0) {
+        return false;
+    }
+    if !Meta(words.load(meta_at(even))).is(Kind::Long) {
+        return true;
+    }
+    words.swap(meta_at(even + 1), busy.0, second.0);
+    false
+}
+
 #[inline(always)]
 fn take<W: Words>(
     words: &W,
@@ -474,7 +543,13 @@ fn take<W: Words>(
     }
     if !matches!(kind, Kind::Long) {
         let meta = if unit == even { first } else { second };
-        if meta.is_busy() || !words.swap(meta_at(unit), meta.0, meta.busy(kind).0) {
+        let is_taken = !meta.is_busy()
+            && if unit == even {
+                words.swap(meta_at(even), meta.0, meta.busy(kind).0)
+            } else {
+                take_second(words, even, meta, kind)
+            };
+        if !is_taken {
             return None;
         }
         return Some(Room {

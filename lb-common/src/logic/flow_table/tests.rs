@@ -1,6 +1,6 @@
 use core::{
     cell::{Cell, RefCell},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use std::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::abi::{Forward, WORDS};
+use crate::abi::{Forward, MAX_SERVICES, WORDS};
 
 type Bucket = [AtomicU64; WORDS];
 
@@ -56,8 +56,12 @@ impl Id {
 
     /// Different for each.
     fn meta(self) -> Meta {
+        self.meta_of(3)
+    }
+
+    fn meta_of(self, service: u32) -> Meta {
         let (Self::Short(number) | Self::Long(number) | Self::Alias(number)) = self;
-        Meta::new(self.kind(), 3, 1 + number, Forward::Nat.number())
+        Meta::new(self.kind(), service, 1 + number, Forward::Nat.number())
             .with_state(TcpState::SynSent)
             .with_link(1 + number)
     }
@@ -71,29 +75,37 @@ impl Id {
     }
 
     fn put<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
+        self.put_as(words, line, limit, self.meta())
+    }
+
+    fn put_as<W: Words>(self, words: &W, line: usize, limit: u32, meta: Meta) -> Option<Room> {
         let room = make_room(words, line, self.kind(), limit, worth_at(words, self.kind()))?;
-        self.write(words, room.unit);
+        self.write(words, room.unit, meta);
         Some(room)
     }
 
     /// Where there is nothing in the line, and else as [`Self::put`].
     fn begin<W: Words>(self, words: &W, line: usize, limit: u32) -> Option<Room> {
+        self.begin_as(words, line, limit, self.meta())
+    }
+
+    fn begin_as<W: Words>(self, words: &W, line: usize, limit: u32, meta: Meta) -> Option<Room> {
         let Some(unit) = take_free(words, line, self.kind()) else {
-            return self.put(words, line, limit);
+            return self.put_as(words, line, limit, meta);
         };
         assert_eq!(unit / 4, line / LINE);
-        self.write(words, unit);
+        self.write(words, unit, meta);
         Some(Room {
             unit,
             evicted: [Meta::EMPTY; 2],
         })
     }
 
-    fn write<W: Words>(self, words: &W, unit: usize) {
+    fn write<W: Words>(self, words: &W, unit: usize, meta: Meta) {
         if self.kind() == Kind::Long {
-            put_long(words, unit, self.key(), &self.client(), self.meta());
+            put_long(words, unit, self.key(), &self.client(), meta);
         } else {
-            put(words, unit, self.key(), self.meta());
+            put(words, unit, self.key(), meta);
         }
     }
 
@@ -556,7 +568,7 @@ fn a_free_place_is_taken_in_the_line_alone_and_from_no_flow() {
         for number in 0..in_a_line {
             let unit = take_free(&words, LINE, kind(number).kind()).unwrap();
             assert_eq!(unit / 4, 1);
-            kind(number).write(&words, unit);
+            kind(number).write(&words, unit, kind(number).meta());
             let found = kind(number).find(&words).unwrap();
             assert!(update(&words, &found, found.meta.with_state(TcpState::Closed)));
         }
@@ -678,6 +690,190 @@ fn marks_of_lines_and_of_the_bucket_are_told_apart_and_outlive_the_flows_in_thei
     }
 }
 
+/// Whatever the client's address is: a word of it may be what the unit had in that place before.
+#[test]
+fn a_unit_that_has_become_the_second_of_a_long_flow_is_taken_for_no_other_flow() {
+    for (is_closed, begins) in [(false, true), (false, false), (true, false)] {
+        for (kind, steps_before) in [Kind::Short, Kind::Alias]
+            .iter()
+            .flat_map(|kind| (0..20).map(move |steps| (*kind, steps)))
+        {
+            let words = bucket();
+            // Both units of all pairs are taken, or the first alone.
+            for unit in 0..UNITS {
+                let id = Id::Short(unit as u32);
+                if is_closed || unit % 2 == 0 {
+                    id.write(&words, unit, id.meta());
+                    let busy = id.meta().busy(Kind::Short);
+                    words.store(meta_at(unit), busy.0);
+                    id.write(&words, unit, id.meta().with_state(TcpState::Closed));
+                }
+            }
+            let second = words.load(meta_at(1));
+            let client = Address([0x0120, 7, second as u32, (second >> 32) as u32]);
+            let long = Id::Long(9);
+            let between = Between {
+                words: &words,
+                steps_before: Cell::new(steps_before),
+                other: RefCell::new(Some(Box::new(|| {
+                    for unit in (0..UNITS).step_by(2) {
+                        // Where the other has one of them there is no room.
+                        let (first, second) = pair(&words, unit);
+                        if first.is_busy() || second.is_busy() {
+                            continue;
+                        }
+                        words.store(meta_at(unit), first.busy(Kind::Long).0);
+                        put_long(&words, unit, long.key(), &client, long.meta());
+                    }
+                }))),
+            };
+            let mine = if kind == Kind::Alias {
+                Id::Alias(60)
+            } else {
+                Id::Short(60)
+            };
+            let room = if begins {
+                mine.begin(&between, 0, worth::OPENING)
+            } else {
+                mine.put(&between, 0, worth::OPENING)
+            };
+            drop(between);
+            let what = (is_closed, begins, kind as u8, steps_before);
+            assert_eq!(mine.find(&words).is_some(), room.is_some(), "{what:?}");
+            for unit in (0..UNITS).step_by(2) {
+                if let Some(found) = at(&words, unit, Kind::Long, long.key(), u64::MAX) {
+                    assert_eq!(client_of_long(&words, &found), Some(client), "{what:?} {unit}");
+                }
+            }
+        }
+    }
+}
+
+const CLIENT_WORD: u32 = 7;
+const CLIENT_PORT_OF_TEST: u16 = 1000;
+
+/// Replies of a backend to the client of the tests below.
+fn replies() -> ReplyKeys {
+    ReplyKeys::of(&FlowKey {
+        source: Address::from_v4_word(9),
+        destination: Address::from_v4_word(CLIENT_WORD),
+        source_port: 8080,
+        destination_port: CLIENT_PORT_OF_TEST,
+        protocol: 6,
+    })
+}
+
+/// Kind and key of a flow that these may be of, by a number; or of an alias.
+fn replied(kind: Kind, number: u16) -> (u64, Meta) {
+    let key = match kind {
+        Kind::Short => short_key(CLIENT_WORD, CLIENT_PORT_OF_TEST, 80 + number),
+        Kind::Long => long_key(CLIENT_PORT_OF_TEST, 80 + number, CLIENT_PORT_OF_TEST, 9),
+        _ => alias_key(3, 0, CLIENT_PORT_OF_TEST, 8080),
+    };
+    let meta = Meta::new(kind, 3, 1 + u32::from(number), Forward::Nat.number());
+    (key, meta.with_state(TcpState::SynSent))
+}
+
+/// Writes it where there is nothing in a line; gives the unit.
+fn begin_replied<W: Words>(words: &W, line: usize, (key, meta): (u64, Meta)) -> usize {
+    let kind = if meta.is(Kind::Long) {
+        Kind::Long
+    } else {
+        Kind::Short
+    };
+    let unit = take_free(words, line, kind).unwrap();
+    if meta.is(Kind::Long) {
+        put_long(words, unit, key, &Address::from_v4_word(CLIENT_WORD), meta);
+    } else {
+        put(words, unit, key, meta);
+    }
+    unit
+}
+
+/// Every way in which one that records a flow is held up by another, who records one of the same replies: where it is looked
+/// for first, in the other line, or in another bucket.
+#[test]
+fn of_two_who_record_flows_with_the_same_replies_at_most_one_is_told_to_be_alone() {
+    let kinds = [Kind::Short, Kind::Long, Kind::Alias];
+    for (line, marks) in [(0, &[][..]), (LINE, &[mark_of(0)]), (LINE, &[mark_of(0), BUCKET])] {
+        for (mine, other) in kinds.iter().flat_map(|mine| kinds.map(|other| (*mine, other))) {
+            let mut alone = [0, 0];
+            for steps_before in 0..60 {
+                let words = bucket();
+                let is_other_alone = Cell::new(false);
+                let between = Between {
+                    words: &words,
+                    steps_before: Cell::new(steps_before),
+                    other: RefCell::new(Some(Box::new(|| {
+                        for mark in marks {
+                            assert!(mark_overflow(&words, *mark));
+                        }
+                        if marks.contains(&BUCKET) {
+                            // It is elsewhere, and sees by the keys here whether it is alone.
+                            let mine = replied(mine, 0).1;
+                            is_other_alone.set(
+                                !(0..UNITS).any(|unit| Meta(words.load(meta_at(unit))).is_of_same(mine)),
+                            );
+                        } else {
+                            let unit = begin_replied(&words, line, replied(other, 1));
+                            is_other_alone.set(is_alone(&words, 0, &replies(), Some(unit)));
+                        }
+                    }))),
+                };
+                let unit = begin_replied(&between, 0, replied(mine, 0));
+                let is_mine_alone = is_alone(&between, 0, &replies(), Some(unit));
+                let has_other_begun = between.other.borrow().is_none();
+                drop(between);
+                let what = (line, marks, mine as u8, other as u8, steps_before);
+                assert!(
+                    !has_other_begun || !is_mine_alone || !is_other_alone.get(),
+                    "{what:?}"
+                );
+                assert!(has_other_begun || is_mine_alone, "{what:?}");
+                alone[0] += u32::from(has_other_begun && is_mine_alone);
+                alone[1] += u32::from(is_other_alone.get());
+            }
+            assert!(alone[1] > 0, "{marks:?}");
+            // After a mark was seen not to be there nothing more is read.
+            assert!(alone[0] > 0 || !marks.is_empty());
+        }
+    }
+}
+
+#[test]
+fn flows_that_are_gone_or_left_and_addresses_are_in_no_ones_way() {
+    let is_free = |words: &Bucket| is_alone(words, 0, &replies(), None);
+    for kind in [Kind::Short, Kind::Long, Kind::Alias] {
+        let words = bucket();
+        assert!(is_free(&words));
+        let unit = begin_replied(&words, 0, replied(kind, 0));
+        assert!(!is_free(&words));
+        assert!(is_alone(&words, 0, &replies(), Some(unit)));
+        let (key, meta) = replied(kind, 0);
+        let found = Found { unit, key, meta };
+        assert!(update(&words, &found, meta.left()));
+        assert!(is_free(&words));
+        let meta = meta.left();
+        assert!(remove(&words, &Found { unit, key, meta }));
+        assert_eq!(words.load(key_at(unit)), key);
+        assert!(is_free(&words));
+    }
+    // The first half of an address that is like the key of a flow.
+    let (key, meta) = replied(Kind::Short, 0);
+    let imitating = Address([
+        key as u32,
+        (key >> 32) as u32,
+        meta.0 as u32,
+        (meta.0 >> 32) as u32,
+    ]);
+    let words = bucket();
+    let long = Id::Long(9);
+    let unit = take_free(&words, 0, Kind::Long).unwrap();
+    put_long(&words, unit, long.key(), &imitating, long.meta());
+    assert_eq!(words.load(key_at(unit + 1)), key);
+    assert!(is_free(&words));
+}
+
 /// Whatever a client's address is.
 #[test]
 fn an_address_is_taken_for_no_flow() {
@@ -719,16 +915,19 @@ fn nobody_sees_the_meta_of_one_flow_with_the_key_of_another() {
         .collect();
     // So that one that is found and one that is read later can be told: state and age go together.
     let states = [TcpState::SynSent, TcpState::SynReceived, TcpState::Established];
+    // And so that one that went and came back while a reader was held up can be told from the one that it had found.
+    let services = AtomicU32::new(0);
     let (found, changed) = thread::scope(|scope| {
         let writers: Vec<_> = (0..2_usize)
             .map(|writer| {
-                let (words, stop, ids) = (&words, &stop, &ids);
+                let (words, stop, ids, services) = (&words, &stop, &ids, &services);
                 scope.spawn(move || {
                     let (mut round, mut changed) = (writer, 0_u64);
                     while !stop.load(Ordering::Relaxed) {
                         round = round.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                         let id = ids[(round >> 33) % ids.len()];
                         let line = if round >> 32 & 1 == 0 { 0 } else { LINE };
+                        let meta = id.meta_of(services.fetch_add(1, Ordering::Relaxed) % MAX_SERVICES);
                         match id.find(words) {
                             Some(found) if round >> 40 & 3 == 0 => {
                                 changed += u64::from(remove(words, &found));
@@ -739,10 +938,10 @@ fn nobody_sees_the_meta_of_one_flow_with_the_key_of_another() {
                                 changed += u64::from(update(words, &found, meta));
                             }
                             None if round >> 41 & 1 == 0 => {
-                                changed += u64::from(id.put(words, line, worth::BUSY).is_some());
+                                changed += u64::from(id.put_as(words, line, worth::BUSY, meta).is_some());
                             }
                             None => {
-                                changed += u64::from(id.begin(words, line, worth::BUSY).is_some());
+                                changed += u64::from(id.begin_as(words, line, worth::BUSY, meta).is_some());
                             }
                         }
                     }
