@@ -343,9 +343,7 @@ impl Controller {
                     probe: reports.get(&name).map(|report| report.last_result.clone()),
                     next_hop_problem: if service.forward == config::Forward::Local {
                         let is_missing = self.not_local.contains(&backend.address);
-                        is_missing.then(|| {
-                            "it is no address of this host, to which forward \"local\" delivers".to_owned()
-                        })
+                        is_missing.then(|| BACKEND_NOT_LOCAL.to_owned())
                     } else {
                         next_hop_problem(&self.model, &unresolved, &attached, backend.address)
                     },
@@ -570,11 +568,7 @@ impl Controller {
 
     /// Finds out which addresses of `local` services are not this host's, which has no process get their packets.
     async fn look_for_local_addresses(&mut self) {
-        let services = || local_services(&self.model.config);
-        let addresses = services().flat_map(|service| {
-            let backends = service.backends.iter().map(|backend| backend.address);
-            iter::once(service.vip).chain(backends)
-        });
+        let addresses = local_services(&self.model.config).flat_map(addresses_of);
         match net::not_local(&addresses.collect()).await {
             Ok(not_local) => self.not_local = not_local,
             Err(error) => return self.problem(LOCAL_ADDRESSES, &error.into()),
@@ -681,6 +675,15 @@ pub fn local_services(config: &Config) -> impl Iterator<Item = &Service> {
     let services = config.services.iter();
     services.filter(|service| service.forward == Forward::Local)
 }
+
+/// Those of a service: its VIP and its backends'.
+pub fn addresses_of(service: &Service) -> impl Iterator<Item = IpAddr> + '_ {
+    let backends = service.backends.iter().map(|backend| backend.address);
+    iter::once(service.vip).chain(backends)
+}
+
+/// What is wrong where the backend of a `local` service is not this host's.
+pub const BACKEND_NOT_LOCAL: &str = "it is no address of this host, to which forward \"local\" delivers";
 
 /// What is wrong where the VIP of a `local` service is not this host's, and what mends it.
 pub fn vip_not_local(service: &Service) -> String {

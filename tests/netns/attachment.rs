@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::process::CommandExt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -9,8 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 use tests::{
-    daemon::Daemon,
+    daemon::{Daemon, outcome},
     http::Connection,
     load::{Load, failures, requests},
     machine,
@@ -308,6 +313,84 @@ fn detach_leaves_nothing_and_waits_for_the_end_of_the_daemon() {
         WEB,
         machine::count(100),
     );
+}
+
+/// From there nothing could be done about its VIPs and neighbours, and those that are there are another's.
+#[test]
+fn detach_in_another_network_namespace_says_so_and_changes_nothing() {
+    let topology = topology();
+    let _nginx = nginx(&topology);
+    let mut daemon = Daemon::new(&topology.balancer);
+    daemon.configure(&INTERFACES, &[web()]);
+    daemon.start_up();
+    daemon.kill();
+    let instance = daemon.instance().to_string();
+    let detach = |namespace: &Namespace| {
+        let mut command = namespace.command(machine::xlb());
+        command.args(["--instance", &instance, "detach"]);
+        command
+    };
+    let refused = outcome(&mut detach(&topology.client));
+    assert_eq!(refused.code, 1);
+    assert!(
+        refused.stderr.contains("in another network namespace"),
+        "{refused:?}"
+    );
+
+    // As under `ip netns exec`.
+    let mut hidden = detach(&topology.balancer);
+    let hide = || {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+        mount(none, "/", none, flags, none)?;
+        umount2("/sys/fs/bpf", MntFlags::MNT_DETACH)?;
+        Ok(())
+    };
+    // SAFETY: it makes system calls alone.
+    unsafe { hidden.pre_exec(hide) };
+    let refused = outcome(&mut hidden);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("bpffs is not mounted"), "{refused:?}");
+
+    assert!(
+        INTERFACES
+            .iter()
+            .all(|interface| has_program(&topology.balancer, interface))
+    );
+    assert!(daemon.pins().exist());
+    daemon.done(&["detach"]);
+    assert!(!daemon.pins().exist());
+}
+
+#[test]
+fn detach_of_an_instance_whose_interfaces_are_gone_leaves_the_vips_of_another() {
+    let here = topology();
+    let _nginx = nginx(&here);
+    let mut other = Daemon::new(&here.balancer);
+    other.configure(&INTERFACES, &[web().with("assign-vip", true)]);
+    other.start_up();
+    let gone = topology();
+    let mut daemon = Daemon::new(&gone.balancer);
+    daemon.configure(&INTERFACES, &[web()]);
+    daemon.start_up();
+    daemon.kill();
+    for interface in INTERFACES {
+        let removed = outcome(gone.balancer.command("ip").args(["link", "del", interface]));
+        assert_eq!(removed.code, 0, "{removed:?}");
+    }
+    let has_vip = || {
+        let addresses = outcome(here.balancer.command("ip").args(["-o", "address"]));
+        addresses.stdout.contains(&format!(" {}/32 ", WEB.ip()))
+    };
+    assert!(has_vip());
+    let instance = daemon.instance().to_string();
+    let mut command = here.balancer.command(machine::xlb());
+    let done = outcome(command.args(["--instance", &instance, "detach"]));
+    assert_eq!(
+        (done.code, done.stdout),
+        (0, format!("detached instance {instance}\n"))
+    );
+    assert!(has_vip());
 }
 
 #[test]

@@ -843,7 +843,12 @@ fn a_vip_that_is_not_the_hosts_is_told() {
     let config = daemon.config();
     let check = daemon.xlb(&["check", "-c", config.to_str().unwrap()]);
     assert_eq!(check.code, 0);
-    assert!(check.stderr.contains("no address of this host"), "{check:?}");
+    let warnings = |of: &str| check.stderr.lines().filter(|line| line.contains(of)).count();
+    assert_eq!(warnings("no address of this host"), 5, "{check:?}");
+    assert_eq!(
+        (warnings("warning: the vip "), warnings("warning: backend ")),
+        (1, 4)
+    );
 
     let vip = Topology::vip(Family::V4);
     topology.balancer.add_address("lo", &format!("{vip}/32")).unwrap();
@@ -852,6 +857,16 @@ fn a_vip_that_is_not_the_hosts_is_told() {
     let status = daemon.status();
     assert_eq!(status.problems, [""; 0]);
     assert_eq!(status.services[0].backends[0].next_hop_problem, None);
+    let check = daemon.xlb(&["check", "-c", config.to_str().unwrap()]);
+    assert_eq!((check.code, check.stderr.as_str()), (0, ""));
+
+    // One of two services on it has it assigned.
+    topology.balancer.remove_address(vip).unwrap();
+    let services = [
+        cluster(loopback()),
+        udp_cluster(loopback()).with("assign-vip", false),
+    ];
+    daemon.configure(&["eth0"], &services);
     let check = daemon.xlb(&["check", "-c", config.to_str().unwrap()]);
     assert_eq!((check.code, check.stderr.as_str()), (0, ""));
 }

@@ -56,16 +56,39 @@ fn report(args: &Args, out: &mut impl Write, err: &mut impl Write) -> io::Result
 
 /// What this host lacks for the configuration, which may be another's: nothing where the kernel does not tell.
 fn of_this_host(config: &Config) -> Vec<String> {
-    let local = || controller::local_services(config).filter(|service| !service.assign_vip);
-    let vips: BTreeSet<IpAddr> = local().map(|service| service.vip).collect();
-    if vips.is_empty() {
+    let assigned: BTreeSet<IpAddr> = config
+        .services
+        .iter()
+        .filter(|service| service.assign_vip)
+        .map(|service| service.vip)
+        .collect();
+    let local = || controller::local_services(config);
+    let addresses: BTreeSet<IpAddr> = local()
+        .flat_map(controller::addresses_of)
+        .filter(|address| !assigned.contains(address))
+        .collect();
+    if addresses.is_empty() {
         return Vec::new();
     }
-    let missing = block_on(async { Ok(net::not_local(&vips).await?) }).unwrap_or_default();
-    local()
-        .filter(|service| missing.contains(&service.vip))
-        .map(controller::vip_not_local)
-        .collect()
+    let missing = block_on(async { Ok(net::not_local(&addresses).await?) }).unwrap_or_default();
+    let mut warnings = Vec::new();
+    for service in local() {
+        if missing.contains(&service.vip) {
+            warnings.push(controller::vip_not_local(service));
+        }
+        for backend in &service.backends {
+            if missing.contains(&backend.address) {
+                warnings.push(format!(
+                    "backend {:?} of {:?} with {}: {}",
+                    backend.name,
+                    service.name,
+                    backend.address,
+                    controller::BACKEND_NOT_LOCAL
+                ));
+            }
+        }
+    }
+    warnings
 }
 
 fn summary(args: &Args, config: &Config) -> String {

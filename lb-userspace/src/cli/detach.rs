@@ -1,5 +1,9 @@
 //! `xlb detach`: removes what a daemon has left in the kernel.
 
+use std::collections::BTreeSet;
+
+use anyhow::bail;
+
 use super::{block_on, fail, output::print, require_root};
 use crate::{daemon, datapath::Pins, instance::Instance, net};
 
@@ -19,16 +23,31 @@ pub fn run(instance: &Instance, _args: &Args) -> u8 {
 }
 
 async fn detach(instance: &Instance) -> anyhow::Result<bool> {
+    Pins::require_bpffs()?;
     let pins = Pins::new(instance.name());
-    // VIPs and neighbours do not tell whose they are: under a mistyped name they are another instance's.
     if !pins.has_instance() && pins.has_other_instances() {
         return Ok(false);
     }
     // A running daemon would miss its maps.
     let _lock = daemon::lock(&instance.lock())?;
-    let vips = net::remove_vips().await?;
-    let neighbours = net::release_neighbours().await?;
+    let attached = pins.attached();
+    let programs = net::xdp_programs().await?;
+    let is_here = attached
+        .iter()
+        .any(|(_, ifindex, program)| programs.contains(&(*ifindex, *program)));
+    if let ([(interface, ..), ..], false) = (&attached[..], is_here) {
+        bail!(
+            "instance {instance} is attached in another network namespace, to its interface {interface}: \
+             its VIPs and neighbours are there, too; run this command there, as by `nsenter --net=/run/netns/NAME`"
+        );
+    }
     let had_filters = pins.have_had_filters();
+    // VIPs and neighbours do not tell whose they are: where nothing of this instance is here, they are another's.
+    let (mut vips, mut neighbours) = (BTreeSet::new(), 0);
+    if is_here || !pins.has_other_instances() {
+        vips = net::remove_vips().await?;
+        neighbours = net::release_neighbours().await?;
+    }
     // Last, so that a further try finds the instance again.
     let removed = pins.remove_all()?;
     if had_filters {

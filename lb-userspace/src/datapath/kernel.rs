@@ -400,7 +400,7 @@ impl KernelDatapath {
         let mut barrier = None;
         for (pinned, obtained, path) in self.pins.list_links() {
             // A link outlives its interface, with index 0 in place of the interface's, and goes with it to a new name.
-            let is_on_it = syscall::pinned_link_ifindex(&path).ok() == Some(index);
+            let is_on_it = syscall::pinned_link(&path).is_ok_and(|link| link.ifindex == index);
             if is_on_it && mode.admits(obtained) {
                 let own = self.pins.link(interface, obtained);
                 if path != own {

@@ -65,7 +65,7 @@ fn attach_link(
             continue;
         }
         // As for XDP: a link outlives its interface, and goes with it to a new name.
-        if syscall::pinned_link_ifindex(&path).ok() == Some(index) {
+        if syscall::pinned_link(&path).is_ok_and(|link| link.ifindex == index) {
             if path != own {
                 fs::rename(&path, &own)
                     .map_err(|source| DatapathError::new("rename", path.display().to_string(), source))?;

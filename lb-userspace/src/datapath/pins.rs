@@ -89,23 +89,29 @@ impl Pins {
         })
     }
 
+    /// Tells whether there can be pins at all.
+    ///
+    /// # Errors
+    /// bpffs is not mounted where it is expected, or is hidden.
+    pub fn require_bpffs() -> Result<(), DatapathError> {
+        if statfs(BPFFS).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC) {
+            return Ok(());
+        }
+        let hint = "bpffs is not mounted there: run `mount -t bpf bpf /sys/fs/bpf`; under `ip netns exec`, \
+                    which hides it, use `nsenter --net=/run/netns/NAME` instead";
+        Err(DatapathError::new(
+            "open",
+            BPFFS,
+            io::Error::new(io::ErrorKind::NotFound, hint),
+        ))
+    }
+
     /// Makes the folders.
     ///
     /// # Errors
-    /// bpffs is not mounted, or the folders cannot be made.
+    /// As [`Self::require_bpffs`], or the folders cannot be made.
     pub fn create(&self) -> Result<(), DatapathError> {
-        match statfs(BPFFS) {
-            Ok(stat) if stat.filesystem_type() == BPF_FS_MAGIC => {}
-            _ => {
-                let hint = "bpffs is not mounted there: run `mount -t bpf bpf /sys/fs/bpf`; under `ip netns exec`, \
-                            which hides it, use `nsenter --net=/run/netns/NAME` instead";
-                return Err(DatapathError::new(
-                    "open",
-                    BPFFS,
-                    io::Error::new(io::ErrorKind::NotFound, hint),
-                ));
-            }
-        }
+        Self::require_bpffs()?;
         for folder in ["maps", "programs", LINKS].map(|name| self.version.join(name)) {
             create_folder(&folder)?;
         }
@@ -120,6 +126,16 @@ impl Pins {
     /// The pinned links: interface, mode and path.
     pub fn list_links(&self) -> Vec<(String, AttachMode, PathBuf)> {
         list(&self.links(), AttachMode::from_name)
+    }
+
+    /// The pinned links whose interface is still there, in whatever network namespace: its name when it was attached, its
+    /// index there, and the program's id.
+    pub fn attached(&self) -> Vec<(String, u32, u32)> {
+        let links = self.list_links().into_iter().filter_map(|(interface, _, path)| {
+            let link = syscall::pinned_link(&path).ok()?;
+            (link.ifindex != 0).then_some((interface, link.ifindex, link.program_id))
+        });
+        links.collect()
     }
 
     /// As [`Self::list_links`], of the programs in front of the stack and behind it.

@@ -183,11 +183,20 @@ pub(super) fn wait_for_programs() {
     }
 }
 
-/// Index of the interface that a pinned XDP link is on; 0 where the interface is gone.
+/// What a pinned XDP link has where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PinnedLink {
+    /// Index of the interface in its network namespace; 0 where it is gone.
+    pub(super) ifindex: u32,
+    /// Id of the program.
+    pub(super) program_id: u32,
+}
+
+/// What the kernel tells of a pinned XDP link.
 ///
 /// # Errors
 /// There is no such pin, or the kernel does not tell.
-pub(super) fn pinned_link_ifindex(path: &Path) -> io::Result<u32> {
+pub(super) fn pinned_link(path: &Path) -> io::Result<PinnedLink> {
     let fd = open_pin(path)?;
     let mut info = XdpLinkInfo::default();
     let mut attributes = InfoAttributes {
@@ -196,7 +205,10 @@ pub(super) fn pinned_link_ifindex(path: &Path) -> io::Result<u32> {
         info: (&raw mut info) as u64,
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
-    Ok(info.ifindex)
+    Ok(PinnedLink {
+        ifindex: info.ifindex,
+        program_id: info.program_id,
+    })
 }
 
 /// Takes the program of a pinned link off its interface, now: the kernel frees a link that nobody holds any more some

@@ -1,12 +1,13 @@
 //! Interfaces of this network namespace, and which tags a frame gets on its way down from a VLAN device.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::TryStreamExt;
 use lb_common::abi::Tags;
 use nix::net::if_::if_indextoname;
 use rtnetlink::packet_route::link::{
     AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    LinkXdp,
 };
 
 use super::{NetError, Netlink};
@@ -76,6 +77,28 @@ pub async fn links_named(names: &[impl AsRef<str>]) -> Result<Vec<Link>, NetErro
         .collect()
 }
 
+/// The XDP programs on interfaces of this network namespace, by index and id.
+///
+/// # Errors
+/// The kernel does not list the interfaces.
+pub async fn xdp_programs() -> Result<BTreeSet<(u32, u32)>, NetError> {
+    let messages = Netlink::open()?.link_messages().await?;
+    let programs = messages.iter().flat_map(|message| {
+        let attributes = message.attributes.iter().flat_map(|attribute| match attribute {
+            LinkAttribute::Xdp(attributes) => attributes.as_slice(),
+            _ => &[],
+        });
+        attributes.filter_map(|attribute| match attribute {
+            // The last two where there are programs in both modes.
+            LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) => {
+                Some((message.header.index, *id))
+            }
+            _ => None,
+        })
+    });
+    Ok(programs.collect())
+}
+
 /// The interface that frames sent by `ifindex` leave by in the end, and the VLAN tags that they have there; or why
 /// there is none.
 pub(super) fn below_vlans(links: &BTreeMap<u32, Link>, ifindex: u32) -> Result<(u32, Tags), String> {
@@ -107,15 +130,17 @@ pub(super) fn below_vlans(links: &BTreeMap<u32, Link>, ifindex: u32) -> Result<(
 impl Netlink {
     /// All interfaces.
     pub(super) async fn links(&self) -> Result<Vec<Link>, NetError> {
-        let messages: Vec<LinkMessage> = self
-            .handle
+        Ok(self.link_messages().await?.iter().map(Link::from).collect())
+    }
+
+    async fn link_messages(&self) -> Result<Vec<LinkMessage>, NetError> {
+        self.handle
             .link()
             .get()
             .execute()
             .try_collect()
             .await
-            .map_err(|error| NetError::kernel("listing the interfaces", error))?;
-        Ok(messages.iter().map(Link::from).collect())
+            .map_err(|error| NetError::kernel("listing the interfaces", error))
     }
 
     /// Index of the interface with that name.

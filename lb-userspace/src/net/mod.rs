@@ -20,7 +20,7 @@ use rtnetlink::Handle;
 use tokio::task::JoinHandle;
 
 pub use clsact::remove_unused_clsact;
-pub use links::{Link, links_named, name_of};
+pub use links::{Link, links_named, name_of, xdp_programs};
 pub use local_addresses::not_local;
 pub use next_hops::{NextHopWatcher, Unresolved, release_neighbours};
 pub use source_ports::source_ports;
