@@ -370,6 +370,7 @@ fn detach_of_an_instance_whose_interfaces_are_gone_leaves_the_vips_of_another() 
     other.configure(&INTERFACES, &[web().with("assign-vip", true)]);
     other.start_up();
     let gone = topology();
+    let _its_nginx = nginx(&gone);
     let mut daemon = Daemon::new(&gone.balancer);
     daemon.configure(&INTERFACES, &[web()]);
     daemon.start_up();
