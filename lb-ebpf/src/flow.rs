@@ -9,11 +9,11 @@ use lb_common::{
         TcpState,
     },
     logic::{
-        ageing,
+        ageing, flow_state,
         flow_table::{alias_key, long_key, short_key, worth},
         headers::Packet,
         source_port::{TRIES, candidate, first_choice},
-        tcp_state::{Sender, first, flags, next, next_of_client_alone, opens},
+        tcp_state::{Sender, first, flags, opens},
     },
 };
 
@@ -135,7 +135,13 @@ fn try_known_local(settings: &Settings, scratch: &mut Scratch, service_id: u32) 
 #[inline(always)]
 fn going_on(settings: &Settings, entry: &mut Entry, packet: &Packet, now: u64) -> Option<Known> {
     let backend = maps::backend(entry.meta.backend())?;
-    if ageing::is_over(settings, entry.meta, now) || !stays(entry, backend, packet) {
+    let stays = stays(entry, backend, packet);
+    let resets = backend.flags & BackendFlags::RESETS != 0;
+    // Of most packets there is no more to be looked at.
+    if stays && !resets && flow_state::changes_nothing(settings, entry.meta, packet.tcp_flags, now) {
+        return Some(Known::of(entry, packet.key.source_port, Reset::None));
+    }
+    if !stays || ageing::is_over(settings, entry.meta, now) {
         end(settings, entry, now);
         return None;
     }
@@ -700,7 +706,10 @@ pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
     } else {
         flags::RST
     };
-    advance(settings, &mut entry, Sender::Backend, tcp_flags, now_by(scratch));
+    let now = now_by(scratch);
+    if !flow_state::changes_nothing(settings, entry.meta, tcp_flags, now) {
+        advance(settings, &mut entry, Sender::Backend, tcp_flags, now);
+    }
     Reply::Of(Known::of(&entry, scratch.client.source_port, reset))
 }
 
@@ -767,7 +776,7 @@ pub fn of_client(settings: &Settings, scratch: &mut Scratch) -> Option<Known> {
 fn advance(settings: &Settings, entry: &mut Entry, sender: Sender, tcp_flags: u8, now: u64) {
     for _ in 0..2 {
         let former = entry.meta;
-        let meta = advanced(settings, former, sender, tcp_flags, now);
+        let meta = flow_state::advanced(settings, former, sender, tcp_flags, now);
         // Most packets change nothing: the cache line stays clean.
         if meta == former {
             return;
@@ -785,24 +794,6 @@ fn advance(settings: &Settings, entry: &mut Entry, sender: Sender, tcp_flags: u8
             return;
         }
     }
-}
-
-#[inline(always)]
-fn advanced(settings: &Settings, former: Meta, sender: Sender, tcp_flags: u8, now: u64) -> Meta {
-    let state = former.state();
-    if former.is_udp() {
-        return former.confirmed().with_age(ageing::ticks(settings, state, now));
-    }
-    let state = if tcp_flags == 0 {
-        state
-    } else if Forward::sees_replies(former.forward()) {
-        next(state, sender, tcp_flags)
-    } else {
-        next_of_client_alone(state, tcp_flags)
-    };
-    former
-        .with_state(state)
-        .with_age(ageing::ticks(settings, state, now))
 }
 
 /// Tells whether a flow goes on with a packet, or the packet starts a new one under the same 5-tuple.

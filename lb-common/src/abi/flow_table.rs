@@ -162,6 +162,12 @@ impl Meta {
         }
     }
 
+    /// Tells whether the state is [`TcpState::Established`], by less than [`Self::state`] takes.
+    #[inline(always)]
+    pub const fn is_established(self) -> bool {
+        (self.0 >> STATE) & 7 == TcpState::Established as u64
+    }
+
     /// Tells whether a UDP flow was seen to go on after its first datagram.
     #[inline(always)]
     pub const fn is_confirmed(self) -> bool {
@@ -170,7 +176,7 @@ impl Meta {
 
     #[inline(always)]
     pub const fn is_udp(self) -> bool {
-        matches!(self.state(), TcpState::None)
+        (self.0 >> STATE) & 7 == TcpState::None as u64 || self.is_confirmed()
     }
 
     #[inline(always)]

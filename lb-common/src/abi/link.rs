@@ -53,7 +53,11 @@ impl Tags {
     /// How many tags there are.
     #[inline(always)]
     pub const fn count(&self) -> u32 {
-        (self.0[0] != 0) as u32 + (self.0[1] != 0) as u32
+        if self.0[0] == 0 {
+            0
+        } else {
+            1 + (self.0[1] != 0) as u32
+        }
     }
 
     /// A tag from its EtherType and control information, both in host byte order.

@@ -5,6 +5,7 @@ pub mod ageing;
 pub mod bench_flow;
 pub mod checksum;
 pub mod encapsulation;
+pub mod flow_state;
 pub mod flow_table;
 pub mod hash;
 pub mod headers;
