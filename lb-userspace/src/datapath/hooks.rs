@@ -12,7 +12,7 @@ use aya::{
     },
     util::KernelVersion,
 };
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_nameindex, if_nametoindex};
 
 use super::{
     DatapathError, Pins,
@@ -126,13 +126,33 @@ impl Hook {
 /// The indices of interfaces, in their order.
 ///
 /// # Errors
-/// There is no such interface.
+/// As [`index_of`].
 pub(super) fn indices(interfaces: &[String]) -> Result<Vec<u32>, DatapathError> {
-    let index = |interface: &String| {
-        if_nametoindex(interface.as_str())
-            .map_err(|errno| DatapathError::new("attach", interface, io::Error::from(errno)))
-    };
-    interfaces.iter().map(index).collect()
+    interfaces.iter().map(|interface| index_of(interface)).collect()
+}
+
+/// The index of an interface.
+///
+/// # Errors
+/// There is none of that name: the error lists those that there are.
+pub(super) fn index_of(interface: &str) -> Result<u32, DatapathError> {
+    if_nametoindex(interface).map_err(|errno| {
+        let present: Vec<String> = if_nameindex().map_or_else(
+            |_| Vec::new(),
+            |found| {
+                found
+                    .iter()
+                    .map(|one| one.name().to_string_lossy().into_owned())
+                    .collect()
+            },
+        );
+        let hint = format!(
+            "{}; this network namespace has {}",
+            errno.desc(),
+            present.join(", ")
+        );
+        DatapathError::new("attach", interface, io::Error::new(io::ErrorKind::NotFound, hint))
+    })
 }
 
 /// Attaches a program by a link, behind those that are there or before them ([`Hook::order`]); it goes with the link,

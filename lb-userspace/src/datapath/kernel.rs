@@ -36,7 +36,7 @@ use super::{
     barrier::{self, Barrier},
     counters::{self, CountersById, POSSIBLE_CPUS},
     flow_table::{Context, FlowTable, MapOf},
-    local,
+    hooks, local,
     lookup::{AddressFilter, ServiceKeys},
     packet_log,
     pools::Pools,
@@ -393,8 +393,7 @@ impl KernelDatapath {
     }
 
     fn attach_one(&mut self, interface: &str, mode: Mode) -> Result<Attachment, DatapathError> {
-        let index = nix::net::if_::if_nametoindex(interface)
-            .map_err(|errno| DatapathError::new("attach", interface, io::Error::from(errno)))?;
+        let index = hooks::index_of(interface)?;
         let mut former = None;
         // Held until one mode or the other has the packets again.
         let mut barrier = None;
