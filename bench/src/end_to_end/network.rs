@@ -46,6 +46,9 @@ impl Network {
             is_of_cards,
         };
         for (index, backend) in network.backends().iter().enumerate() {
+            // They close first, and remember each connection for a minute: beyond the limit, which is by the machine's
+            // memory, they would answer late segments with a reset.
+            backend.sysctl("net/ipv4/tcp_max_tw_buckets", "262144")?;
             let interface = format!("eth{}", index + 1);
             Namespace::connect(backend, "eth1", network.client(), &interface)?;
             backend.add_address("eth1", &format!("10.3.{index}.2/24"))?;
