@@ -330,12 +330,17 @@ fn detach_in_another_network_namespace_says_so_and_changes_nothing() {
         command.args(["--instance", &instance, "detach"]);
         command
     };
-    let refused = outcome(&mut detach(&topology.client));
-    assert_eq!(refused.code, 1);
-    assert!(
-        refused.stderr.contains("in another network namespace"),
-        "{refused:?}"
-    );
+    let is_refused = || {
+        let refused = outcome(&mut detach(&topology.client));
+        let says_why = refused.stderr.contains("in another network namespace");
+        assert!(refused.code == 1 && says_why, "{refused:?}");
+    };
+    is_refused();
+    // As what an older version has left.
+    let links = daemon.pins().links();
+    let layout = links.parent().unwrap();
+    fs::rename(layout, layout.with_file_name("v0")).unwrap();
+    is_refused();
 
     // As under `ip netns exec`.
     let mut hidden = detach(&topology.balancer);
@@ -357,9 +362,14 @@ fn detach_in_another_network_namespace_says_so_and_changes_nothing() {
             .iter()
             .all(|interface| has_program(&topology.balancer, interface))
     );
-    assert!(daemon.pins().exist());
+    assert!(daemon.pins().has_instance());
     daemon.done(&["detach"]);
-    assert!(!daemon.pins().exist());
+    assert!(!daemon.pins().has_instance());
+    assert!(
+        !INTERFACES
+            .iter()
+            .any(|interface| has_program(&topology.balancer, interface))
+    );
 }
 
 #[test]
@@ -387,6 +397,7 @@ fn detach_of_an_instance_whose_interfaces_are_gone_leaves_the_vips_of_another() 
     let instance = daemon.instance().to_string();
     let mut command = here.balancer.command(machine::xlb());
     let done = outcome(command.args(["--instance", &instance, "detach"]));
+    assert!(done.stderr.contains("are left alone"), "{done:?}");
     assert_eq!(
         (done.code, done.stdout),
         (0, format!("detached instance {instance}\n"))

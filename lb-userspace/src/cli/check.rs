@@ -72,12 +72,14 @@ fn of_this_host(config: &Config) -> Vec<String> {
     }
     let missing = block_on(async { Ok(net::not_local(&addresses).await?) }).unwrap_or_default();
     let mut warnings = Vec::new();
+    // Of a range of ports, too, each address is told once.
+    let mut told = BTreeSet::new();
     for service in local() {
         if missing.contains(&service.vip) {
             warnings.push(controller::vip_not_local(service));
         }
         for backend in &service.backends {
-            if missing.contains(&backend.address) {
+            if missing.contains(&backend.address) && told.insert((&service.name, backend.address)) {
                 warnings.push(format!(
                     "backend {:?} of {:?} with {}: {}",
                     backend.name,

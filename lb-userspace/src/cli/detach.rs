@@ -1,7 +1,5 @@
 //! `xlb detach`: removes what a daemon has left in the kernel.
 
-use std::collections::BTreeSet;
-
 use anyhow::bail;
 
 use super::{block_on, fail, output::print, require_root};
@@ -38,16 +36,21 @@ async fn detach(instance: &Instance) -> anyhow::Result<bool> {
     if let ([(interface, ..), ..], false) = (&attached[..], is_here) {
         bail!(
             "instance {instance} is attached in another network namespace, to its interface {interface}: \
-             its VIPs and neighbours are there, too; run this command there, as by `nsenter --net=/run/netns/NAME`"
+             its VIPs and neighbours are there, too; run this command there, as by \
+             `nsenter --net=/run/netns/NAME xlb --instance {instance} detach`"
         );
     }
-    let had_filters = pins.have_had_filters();
-    // VIPs and neighbours do not tell whose they are: where nothing of this instance is here, they are another's.
-    let (mut vips, mut neighbours) = (BTreeSet::new(), 0);
-    if is_here || !pins.has_other_instances() {
-        vips = net::remove_vips().await?;
-        neighbours = net::release_neighbours().await?;
+    // VIPs, neighbours and filters do not tell whose they are: where nothing of this instance is here, they are another's.
+    if !is_here && pins.has_other_instances() {
+        anstream::eprintln!(
+            "xlb: VIPs and neighbours are left alone: instance {instance} is attached to no interface, \
+             and those that are here may be another instance's"
+        );
+        return Ok(pins.remove_all_but_filters()?);
     }
+    let had_filters = pins.have_had_filters();
+    let vips = net::remove_vips().await?;
+    let neighbours = net::release_neighbours().await?;
     // Last, so that a further try finds the instance again.
     let removed = pins.remove_all()?;
     if had_filters {

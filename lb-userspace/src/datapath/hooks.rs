@@ -12,7 +12,10 @@ use aya::{
     },
     util::KernelVersion,
 };
-use nix::net::if_::{if_nameindex, if_nametoindex};
+use nix::{
+    errno::Errno,
+    net::if_::{if_nameindex, if_nametoindex},
+};
 
 use super::{
     DatapathError, Pins,
@@ -137,22 +140,30 @@ pub(super) fn indices(interfaces: &[String]) -> Result<Vec<u32>, DatapathError> 
 /// There is none of that name: the error lists those that there are.
 pub(super) fn index_of(interface: &str) -> Result<u32, DatapathError> {
     if_nametoindex(interface).map_err(|errno| {
-        let present: Vec<String> = if_nameindex().map_or_else(
-            |_| Vec::new(),
-            |found| {
-                found
-                    .iter()
-                    .map(|one| one.name().to_string_lossy().into_owned())
-                    .collect()
-            },
-        );
-        let hint = format!(
-            "{}; this network namespace has {}",
-            errno.desc(),
-            present.join(", ")
-        );
-        DatapathError::new("attach", interface, io::Error::new(io::ErrorKind::NotFound, hint))
+        let present = match errno {
+            Errno::ENODEV => names().unwrap_or_default(),
+            _ => String::new(),
+        };
+        let source = if present.is_empty() {
+            io::Error::from(errno)
+        } else {
+            let hint = format!("{}; this network namespace has {present}", errno.desc());
+            io::Error::new(io::ErrorKind::NotFound, hint)
+        };
+        DatapathError::new("attach", interface, source)
     })
+}
+
+/// The interfaces of this network namespace, as far as that can be read at a glance.
+fn names() -> nix::Result<String> {
+    const SHOWN: usize = 20;
+    let found = if_nameindex()?;
+    let mut names: Vec<_> = found.iter().map(|one| one.name().to_string_lossy()).collect();
+    if names.len() > SHOWN {
+        names.truncate(SHOWN);
+        names.push("others".into());
+    }
+    Ok(names.join(", "))
 }
 
 /// Attaches a program by a link, behind those that are there or before them ([`Hook::order`]); it goes with the link,

@@ -128,14 +128,27 @@ impl Pins {
         list(&self.links(), AttachMode::from_name)
     }
 
-    /// The pinned links whose interface is still there, in whatever network namespace: its name when it was attached, its
-    /// index there, and the program's id.
+    /// The pinned links of all layout versions whose interface is still there, in whatever network namespace: its name when
+    /// it was attached, its index there, and the program's id.
     pub fn attached(&self) -> Vec<(String, u32, u32)> {
-        let links = self.list_links().into_iter().filter_map(|(interface, _, path)| {
+        let links = self
+            .layouts()
+            .into_iter()
+            .flat_map(|layout| list(&layout.join(LINKS), AttachMode::from_name));
+        let attached = links.filter_map(|(interface, _, path)| {
             let link = syscall::pinned_link(&path).ok()?;
             (link.ifindex != 0).then_some((interface, link.ifindex, link.program_id))
         });
-        links.collect()
+        attached.collect()
+    }
+
+    /// The folders of this and of other layout versions, as far as there are any.
+    fn layouts(&self) -> Vec<PathBuf> {
+        let folder = fs::read_dir(&self.instance);
+        folder.map_or_else(
+            |_| Vec::new(),
+            |entries| entries.flatten().map(|entry| entry.path()).collect(),
+        )
     }
 
     /// As [`Self::list_links`], of the programs in front of the stack and behind it.
@@ -165,12 +178,9 @@ impl Pins {
     /// # Errors
     /// A pin cannot be removed.
     pub fn remove_other_layouts(&self) -> Result<(), DatapathError> {
-        let Ok(folder) = fs::read_dir(&self.instance) else {
-            return Ok(());
-        };
-        for path in folder.flatten().map(|entry| entry.path()) {
+        for path in self.layouts() {
             if path != self.version {
-                remove_tree(&path)
+                remove_tree(&path, Filters::Removed)
                     .map_err(|source| DatapathError::new("remove", path.display().to_string(), source))?;
             }
         }
@@ -182,16 +192,16 @@ impl Pins {
     /// # Errors
     /// A pin cannot be removed.
     pub fn remove_own_layout(&self) -> Result<(), DatapathError> {
-        remove_tree(&self.version)
+        remove_tree(&self.version, Filters::Removed)
             .map_err(|source| DatapathError::new("remove", self.version.display().to_string(), source))?;
         // Stays where another layout is in it.
         let _ = fs::remove_dir(&self.instance);
         Ok(())
     }
 
-    /// Tells whether there have been filters of this layout, whose discipline stays on their interface.
+    /// Tells whether there have been filters of any layout, whose discipline stays on their interface.
     pub fn have_had_filters(&self) -> bool {
-        self.version.join(FILTERS).exists()
+        self.layouts().iter().any(|layout| layout.join(FILTERS).exists())
     }
 
     /// Removes every pin of the instance, of this and of other layout versions: the program is detached and its
@@ -200,7 +210,20 @@ impl Pins {
     /// # Errors
     /// A pin cannot be removed.
     pub fn remove_all(&self) -> Result<bool, DatapathError> {
-        match remove_tree(&self.instance) {
+        self.remove(Filters::Removed)
+    }
+
+    /// As [`Self::remove_all`], where the filters were in a network namespace that is gone: those that are here under the
+    /// same indices are another instance's.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn remove_all_but_filters(&self) -> Result<bool, DatapathError> {
+        self.remove(Filters::Left)
+    }
+
+    fn remove(&self, filters: Filters) -> Result<bool, DatapathError> {
+        match remove_tree(&self.instance, filters) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(source) => Err(DatapathError::new(
@@ -230,6 +253,13 @@ fn list<T>(folder: &Path, known: impl Fn(&str) -> Option<T>) -> Vec<(String, T, 
     pins
 }
 
+/// What becomes of the filters that pins tell of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Filters {
+    Removed,
+    Left,
+}
+
 fn create_folder(path: &Path) -> Result<(), DatapathError> {
     fs::create_dir_all(path)
         .map_err(|source| DatapathError::new("create", path.display().to_string(), source))
@@ -241,17 +271,17 @@ fn remove_link(path: &Path) -> io::Result<()> {
 }
 
 /// As `fs::remove_dir_all`, which bpffs refuses for its odd file types.
-fn remove_tree(path: &Path) -> io::Result<()> {
+fn remove_tree(path: &Path, filters: Filters) -> io::Result<()> {
     // Links first, so that no program runs while its maps go.
     let mut entries: Vec<_> = fs::read_dir(path)?.collect::<io::Result<_>>()?;
     entries.sort_by_key(|entry| entry.file_name() != LINKS && entry.file_name() != FILTERS);
     for entry in entries {
         if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
+            remove_tree(&entry.path(), filters)?;
         } else if path.ends_with(LINKS) {
             remove_link(&entry.path())?;
         } else {
-            if path.ends_with(FILTERS) {
+            if path.ends_with(FILTERS) && filters == Filters::Removed {
                 hooks::remove_filter_of(&entry.path())?;
             }
             fs::remove_file(entry.path())?;
