@@ -706,10 +706,7 @@ pub fn of_reply(settings: &Settings, scratch: &mut Scratch) -> Reply<Known> {
     } else {
         flags::RST
     };
-    let now = now_by(scratch);
-    if !flow_state::changes_nothing(settings, entry.meta, tcp_flags, now) {
-        advance(settings, &mut entry, Sender::Backend, tcp_flags, now);
-    }
+    advance(settings, &mut entry, Sender::Backend, tcp_flags, now_by(scratch));
     Reply::Of(Known::of(&entry, scratch.client.source_port, reset))
 }
 

@@ -116,15 +116,15 @@ pub const fn last_seen(settings: &Settings, meta: Meta, now: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::abi::Kind;
 
-    const SECOND: u64 = 1_000_000_000;
+    pub const SECOND: u64 = 1_000_000_000;
 
-    fn settings() -> Settings {
+    pub fn settings() -> Settings {
         let mut settings = Settings {
             tcp_idle: 3600 * SECOND,
             tcp_opening: 60 * SECOND,

@@ -8,7 +8,7 @@ use super::{
         next, next_of_client_alone,
     },
 };
-use crate::abi::{Forward, Meta, Settings};
+use crate::abi::{Forward, Meta, Settings, TcpState};
 
 /// The flow after a packet; of UDP all but the first confirm it.
 #[inline(always)]
@@ -31,15 +31,14 @@ pub const fn advanced(settings: &Settings, former: Meta, sender: Sender, tcp_fla
 /// open, the packet neither begins nor ends a connection, and another one was there in the same tick.
 #[inline(always)]
 pub const fn changes_nothing(settings: &Settings, meta: Meta, tcp_flags: u8, now: u64) -> bool {
-    let [tcp_idle, _, _, udp_idle] = &settings.tick_shifts;
-    let shift = if meta.is_established() {
-        *tcp_idle
+    let ticks = if meta.is_established() {
+        ticks(settings, TcpState::Established, now)
     } else if meta.is_confirmed() {
-        *udp_idle
+        ticks(settings, TcpState::None, now)
     } else {
         return false;
     };
-    tcp_flags & (SYN | FIN | RST) == 0 && (now >> (shift & 63)) as u8 == meta.age()
+    tcp_flags & (SYN | FIN | RST) == 0 && ticks == meta.age()
 }
 
 #[cfg(test)]
@@ -48,26 +47,15 @@ mod tests {
 
     use super::*;
     use crate::{
-        abi::{Kind, TcpState},
+        abi::Kind,
         logic::{
-            ageing::{is_over, tick_shifts},
+            ageing::{
+                is_over,
+                tests::{SECOND, settings},
+            },
             tcp_state::flags::{ACK, PSH},
         },
     };
-
-    const SECOND: u64 = 1_000_000_000;
-
-    fn settings() -> Settings {
-        let mut settings = Settings {
-            tcp_idle: 3600 * SECOND,
-            tcp_opening: 60 * SECOND,
-            tcp_closing: 10 * SECOND,
-            udp_idle: 5 * SECOND,
-            ..Settings::default()
-        };
-        settings.tick_shifts = tick_shifts(&settings);
-        settings
-    }
 
     fn meta(state: TcpState, forward: u8) -> Meta {
         Meta::new(Kind::Short, 1, 2, forward).with_state(state)
